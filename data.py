@@ -1,0 +1,416 @@
+"""Data: conversations, pictures and videos to patches, datasets, batches; at the end the toy world.
+
+What a row becomes (paper section 3, DESIGN 3): one string in Qwen2-VL's chat format,
+
+    <|im_start|>system ... user  [media] TEXT \\n <disc_emb> \\n INSTRUCTION <|im_end|>  assistant  <think>..<gen_emb><|im_end|>
+
+its token ids, their three-axis rotary positions and the picture patches. Everything here runs on the CPU, in loader
+workers, on numpy arrays (torch tensors would cost a file descriptor each on their way out of a worker).
+
+Where this departs from the official code
+ 1. Batches hold one dataset each, in an order that is a pure function of (seed, epoch, step), so the number of
+    processes and a resume do not change it; the official order is the file's, the same in every epoch.
+ 2. A picture that cannot be read, or a row that is too long, keeps its place in the batch and is masked out of every
+    loss; it is counted and listed in skipped.jsonl. The official loader silently takes the next row instead, and
+    cuts long rows, which can cut off <gen_emb>.
+ 3. Token ids are looked up by name, never written as numbers.
+ 4. A text that truly has no picture works; the official text-only branch raises a TypeError.
+
+Commands
+    python data.py toy  [--out runs/toy/data] [--seed 0]     # the toy world, in the published formats
+    python data.py base [--out runs/toy_base] [--seed 0]     # what its base model is trained on (assets/toy_base)
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+# ---------------------------------------------------------------------------------------------------------------
+# Protocol constants (must match the released models and data)
+
+SYSTEM = "You are a helpful assistant."
+INSTRUCTION = (
+    "Represent the above input text, images, videos, or any combination of the three as embeddings. "
+    "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or "
+    "sentence. Finally, use the <gen_emb> tag to represent the entire input."
+)
+GEN, DISC = "<gen_emb>", "<disc_emb>"  # in this order they are added to the tokenizer
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # where media stand in the human text of SFT files
+PIXELS = {"image": (784, 2_359_296), "video": (3_136, 25_088)}  # min, max pixels of a picture, of one frame
+NUM_FRAMES = 8
+MAX_DECODED = 200_000_000  # pixels; a larger picture is refused before it is decoded (decompression bombs)
+
+
+class Skip(ValueError):
+    """A row that cannot be used as it is (unreadable picture, too long): masked out of its batch and counted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures and videos to patches
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# the normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic
+BYTE_TO_FLOAT = ((np.arange(256)[:, None] * (1 / 255)).astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+
+
+def patchify(frames, *, min_pixels, max_pixels):
+    """A picture (one frame) or a video (several) as Qwen2-VL's patches.
+
+    frames: list of PIL pictures, any mode. Returns float32 patches [n, 1176] (3 channels x 2 frames x 14 x 14 pixels,
+    CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in patches, n = t*h*w).
+    min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of all; an odd number of
+    frames repeats the last one, which also makes a picture the two equal frames that the model expects.
+    Raises Skip when one side is more than 200 times the other. Same numbers as transformers' Qwen2VLImageProcessorPil.
+    """
+    width, height = frames[0].size
+    try:
+        H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
+    except ValueError as error:
+        raise Skip(f"picture of {width} x {height} pixels: {error}") from error
+    pixels = [np.asarray(f.convert("RGB").resize((W, H), Image.Resampling.BICUBIC)) for f in frames]
+    pixels = np.stack(pixels + pixels[-1:] * (len(pixels) % 2))  # [F, H, W, 3], F even
+    t, h, w = len(pixels) // 2, H // 14, W // 14
+    x = BYTE_TO_FLOAT[pixels, np.arange(3)]  # [F, H, W, 3]
+    x = x.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, 1176)), torch.tensor([t, h, w])
+
+
+def open_picture(source, root=None):
+    """A path (relative to root) or a PIL picture -> PIL picture. Raises Skip with the path and the reason."""
+    if isinstance(source, Image.Image):
+        return source
+    path = Path(root, source) if root else Path(source)
+    if root and not path.resolve().is_relative_to(Path(root).resolve()):
+        raise Skip(f"{source}: the path leaves --media_root {root}")
+    if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture", README step of theirs
+        return blank_picture()
+    try:
+        picture = Image.open(path)
+        if picture.width * picture.height > MAX_DECODED:
+            raise Skip(f"{path}: {picture.width} x {picture.height} pixels is above the bound of {MAX_DECODED:,}")
+        picture.load()  # Image.open reads the header only: a truncated file shows here
+        return picture
+    except FileNotFoundError as error:
+        raise Skip(f"{path}: no such file (is --media_root right?)") from error
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for broken files
+        raise Skip(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def blank_picture():
+    """The white 28 x 28 picture (one token) that stands on sides without media."""
+    return Image.new("RGB", (28, 28), "white")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One side of a pair as arrays
+
+
+@dataclass
+class Row:
+    """One encoded sequence. L tokens, the first n_prompt of them are the prompt (no loss there)."""
+
+    ids: np.ndarray  # [L]
+    positions: np.ndarray  # [3, L] rotary positions: time, height, width
+    n_prompt: int
+    disc_at: int  # index of <disc_emb> in the user's turn, -1 if it has none
+    gen_at: int  # index of the last <gen_emb> of the assistant's turn, -1 if it has none
+    patches: np.ndarray  # [n, 1176] of all media in the order of the text
+    grids: np.ndarray  # [m, 3]
+    name: str  # file, row and side, for messages
+    vit: torch.Tensor | None = None  # [n, D_vit] the frozen ViT's states of the patches, once they are computed
+
+    @property
+    def next_position(self):
+        """Rotary position (all three axes) of the token after the last one."""
+        return int(self.positions.max()) + 1
+
+
+def mrope_positions(ids, grids, media_ids):
+    """Qwen2-VL's rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
+
+    ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
+    After a picture the count goes on at its largest index + 1, so position = index + delta for text behind media.
+    """
+    positions, start, i, grids = [], 0, 0, iter(grids)
+    is_media = np.isin(ids, media_ids)
+    while i < len(ids):
+        if is_media[i]:
+            t, h, w = (int(n) for n in next(grids))
+            block = np.indices((t, h // 2, w // 2)).reshape(3, -1)  # 2 x 2 patches are one token
+            positions.append(block + start)
+            start += max(h, w) // 2  # time never exceeds this in transformers' rule, so it is not in the maximum
+        else:
+            n = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
+            block = np.broadcast_to(np.arange(n), (3, n))
+            positions.append(block + start)
+            start += n
+        i += block.shape[1]
+    return np.concatenate(positions, axis=1)
+
+
+def chat_prompt(user):
+    """The conversation up to the point where the assistant speaks, as the Qwen2-VL chat template writes it."""
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", pixels=PIXELS):
+    """One side of a pair -> Row.
+
+    human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
+    video: list of frames (more than NUM_FRAMES are thinned out evenly); answer: the assistant's text or None.
+    Raises Skip for media that cannot be used, ValueError for text and media that do not fit together.
+    """
+    marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", human) if images or video else []
+    if marks.count(IMAGE_MARK) != len(images) or marks.count(VIDEO_MARK) != bool(video):
+        raise ValueError(
+            f"{name}: the text has {marks.count(IMAGE_MARK)} {IMAGE_MARK} and {marks.count(VIDEO_MARK)} {VIDEO_MARK} "
+            f"marks for {len(images)} pictures and {int(bool(video))} videos; make them equal"
+        )
+    for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
+        if token in human + (answer or ""):
+            raise ValueError(f"{name}: the text contains the control token {token}; remove it from the row")
+    patches, grids, images = [], [], iter(images)
+    for mark in marks:
+        if mark == IMAGE_MARK:
+            frames, (low, high) = [open_picture(next(images), root)], pixels["image"]
+        else:
+            keep = np.linspace(0, len(video) - 1, NUM_FRAMES).astype(int) if len(video) > NUM_FRAMES else range(len(video))
+            frames, (low, high) = [open_picture(video[i], root) for i in keep], pixels["video"]
+        x, grid = patchify(frames, min_pixels=low, max_pixels=high)
+        pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
+        n_tokens = int(grid.prod()) // 4
+        human = human.replace(mark, f"<|vision_start|>{pad * n_tokens}<|vision_end|>", 1)
+        patches.append(x.numpy())
+        grids.append(grid.numpy())
+    ids = tokenizer(chat_prompt(human), add_special_tokens=False).input_ids
+    n_prompt = len(ids)
+    if answer is not None:  # tokenised apart from the prompt, as it will be generated
+        ids = ids + tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
+    ids, grids = np.array(ids), np.array(grids, dtype=np.int64).reshape(-1, 3)
+    gen_id, disc_id, *media_ids = tokenizer.convert_tokens_to_ids([GEN, DISC, "<|image_pad|>", "<|video_pad|>"])
+    last = lambda token, lo, hi: max((int(i) + lo for i in np.flatnonzero(ids[lo:hi] == token)), default=-1)  # noqa: E731
+    return Row(
+        ids=ids,
+        positions=mrope_positions(ids, grids, media_ids),
+        n_prompt=n_prompt,
+        disc_at=last(disc_id, 0, n_prompt),
+        gen_at=last(gen_id, n_prompt, len(ids)),  # INSTRUCTION holds a <gen_emb> too: only the assistant's part counts
+        patches=np.concatenate(patches) if patches else np.zeros((0, 1176), np.float32),
+        grids=grids,
+        name=name,
+    )
+
+
+def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name="", pixels=PIXELS):
+    """The form of RL and evaluation: media, then the stripped text, <disc_emb> and INSTRUCTION. -> Row
+
+    item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
+    """
+    images, video = list(item.get("images") or []), list(item.get("video") or [])
+    if blank_image and not images and not video:
+        images = [blank_picture()]
+    text = item.get("text") or ""
+    for mark in (IMAGE_MARK, VIDEO_MARK):
+        text = text.replace(mark, "")  # RL files may still carry the mark; the media come first in any case
+    human = IMAGE_MARK * len(images) + VIDEO_MARK * bool(video) + f"{text.strip()}\n{DISC}\n{INSTRUCTION}"
+    return encode(tokenizer, human, images, video, answer, root=root, name=name, pixels=pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of pairs
+
+
+def read_rows(path):
+    """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give --data the SFT or RL file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            rows = []
+            for n, line in lines:
+                rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        where = f"line {n}" if not text.lstrip().startswith("[") else f"line {error.lineno}"
+        raise ValueError(f"{path}, {where}: not valid JSON ({error.msg})") from error
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
+    return rows
+
+
+def as_list(media):
+    """The published files write "no media" as absent, "", [""] or []; one picture as a string."""
+    return [m for m in ([media] if isinstance(media, str) else media or []) if m]
+
+
+def sft_side(side, name):
+    """One side of an SFT row -> (human text, images, video, answer); both key styles."""
+    try:
+        turns = side["conversations"]
+        human, answer = (turn["value"] if "value" in turn else turn["content"] for turn in turns[:2])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{name}: needs "conversations" with a human and an assistant turn ({error!r})') from error
+    images, video = as_list(side.get("image")), as_list(side.get("video"))
+    if images and video:
+        raise ValueError(f"{name}: has both an image and a video; the format allows one of them")
+    return human, images, video, answer
+
+
+def rl_side(row, side, name):
+    """One side ("qry" or "pos") of an RL row -> input dict."""
+    missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
+    if missing:
+        raise ValueError(f"{name}: the row lacks {', '.join(missing)}")
+    return {"text": row[f"{side}_text"], "images": as_list(row[f"{side}_image"]), "video": as_list(row[f"{side}_video"])}
+
+
+def content_key(text, images, video):
+    """Identity of a side, an int64: equal stripped text and equal media paths."""
+    blob = json.dumps([text.strip(), [str(m) for m in images], [str(m) for m in video]]).encode()
+    return int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "big", signed=True)
+
+
+@dataclass
+class Pair:
+    """An encoded pair. ok is False where a side was skipped: the rows are then stand-ins that no loss reads."""
+
+    query: Row
+    target: Row
+    target_key: int
+    ok: bool
+    reason: str
+    name: str
+
+
+class PairData(Dataset):
+    """Pairs of one or more files; item i is the list of this process's encoded pairs of optimiser step i.
+
+    kind "sft" gives conversations with answers, "rl" gives prompts. The rows of a step are a pure function of
+    (seed, step); each process takes its share of them, so the global batch does not depend on their number.
+    """
+
+    def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
+                 blank_image=True, needs=(DISC, GEN), pixels=PIXELS):  # fmt: skip
+        self.rows = [(f"{file}, row {i}", row) for file in files for i, row in enumerate(read_rows(file))]
+        if not self.rows:
+            raise ValueError(f"{', '.join(map(str, files))}: no rows")
+        self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
+        self.rank, self.world, self.blank_image, self.needs, self.pixels = rank, world, blank_image, needs, pixels
+        if batch_size % world:
+            raise ValueError(f"--batch_size {batch_size} must be a multiple of the {world} processes")
+        self.order = BatchOrder([row.get("dataset_name", "") for _, row in self.rows], batch_size, seed)
+
+    def __getitem__(self, step):
+        batch = self.order[step]
+        return [self.pair(i) for i in batch[self.rank :: self.world]]
+
+    def pair(self, i):
+        name, row = self.rows[i]
+        if self.kind == "sft" and not {"qry", "pos"} <= row.keys():
+            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+        try:
+            query, _ = self.side(row, "qry", name)
+            target, key = self.side(row, "pos", name)
+        except Skip as error:
+            return Pair(self.stand_in(name), self.stand_in(name), 0, False, str(error), name)
+        return Pair(query, target, key, True, "", name)
+
+    def side(self, row, side, name):
+        """-> Row and the identity of its content."""
+        common = dict(root=self.root, name=f"{name}, {side}", pixels=self.pixels)
+        if self.kind == "sft":
+            human, images, video, answer = sft_side(row[side], common["name"])
+            key = content_key(human, images, video)
+            encoded = encode(self.tokenizer, human, images, video, answer, **common)
+        else:
+            item = rl_side(row, side, common["name"])
+            key = content_key(item["text"], item["images"], item["video"])
+            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, **common)
+        self.check(encoded)
+        return encoded, key
+
+    def check(self, row):
+        for token, at in ((DISC, row.disc_at), (GEN, row.gen_at)):
+            if token in self.needs and at < 0:
+                place = "user's" if token == DISC else "assistant's"
+                raise ValueError(f"{row.name}: no {token} in the {place} text, so it has no such embedding; mend the row")
+        if len(row.ids) > self.max_length:
+            raise Skip(f"{row.name}: {len(row.ids)} tokens, above --max_length {self.max_length}")
+
+    def stand_in(self, name):
+        """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
+        answer = f"<think></think><answer>{GEN}" if self.kind == "sft" else None
+        return encode(self.tokenizer, f"\n{DISC}\n", [], [], answer, name=name)
+
+
+class BatchOrder:
+    """order[step] -> row numbers of the global batch of that step: one dataset each, shuffled, a function of the seed.
+
+    Every dataset is an endless row of permutations, one per epoch, cut into batches; a tail shorter than a batch goes
+    into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row twice.
+    An epoch's batches over all datasets are shuffled together.
+    """
+
+    def __init__(self, dataset_names, batch_size, seed):
+        self.batch_size, self.seed = batch_size, seed
+        names = np.array(dataset_names)
+        self.members = [np.flatnonzero(names == name) for name in sorted(set(dataset_names))]
+        self.names = sorted(set(dataset_names))
+        if not any(len(member) >= batch_size for member in self.members):
+            sizes = ", ".join(f"{name or 'unnamed'} {len(m)}" for name, m in zip(self.names, self.members))
+            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {sizes}); lower --batch_size")
+        self.permutation = lru_cache(maxsize=None)(self.permutation)
+        self.starts, self.epochs = [0], []  # first step of every epoch; its batches, built when first asked for
+
+    def permutation(self, d, epoch):
+        n = len(self.members[d])
+        order = np.random.default_rng([self.seed, d, epoch]).permutation(n)
+        carried = (epoch * n) % self.batch_size  # rows of the last epoch still waiting for their batch
+        if 0 < carried < n:
+            waiting = self.permutation(d, epoch - 1)[n - carried :]
+            late = np.isin(order, waiting)
+            order = np.concatenate([order[~late], order[late]])
+        return order
+
+    def build(self, epoch):
+        batches, B = [], self.batch_size
+        for d, member in enumerate(self.members):
+            n = len(member)
+            for k in range(epoch * n // B, (epoch + 1) * n // B):
+                at = np.arange(k * B, (k + 1) * B)  # place in the endless row
+                batches.append(member[[self.permutation(d, p // n)[p % n] for p in at]])
+        return [batches[i] for i in np.random.default_rng([self.seed, 1 << 20, epoch]).permutation(len(batches))]
+
+    def __getitem__(self, step):
+        while step >= self.starts[-1]:
+            epoch = len(self.epochs)
+            self.epochs.append(self.build(epoch))
+            self.starts.append(self.starts[-1] + len(self.epochs[-1]))
+        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
+        return self.epochs[epoch][step - self.starts[epoch]]
+
+
+def step_loader(data, steps, workers):
+    """Iterates data[step] for the given steps, prepared ahead by background workers (0: in this process)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
+    return DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator(),
+                      prefetch_factor=2 if workers else None)  # fmt: skip
+from toy_part import toy_model, write_toy, write_base  # noqa

@@ -1,0 +1,630 @@
+"""The embedder: Qwen2-VL that also gives two embeddings, `disc` read at <disc_emb> and `gen` read at the last <gen_emb>.
+
+Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (paper
+section 3; released models). Shapes: B rows, L tokens, D hidden size, V vocabulary, G rollouts per prompt, N any count.
+
+Where this departs from the official code
+ 1. No monkey patches: we call the backbone's vision tower, language model and head ourselves, with our own rotary
+    positions, so the module's remembered position deltas are never used.
+ 2. The head runs on the tokens whose log-probability is wanted, in chunks that are computed again in the backward
+    pass. Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
+ 3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
+    state at <gen_emb> is kept when that token is read in (no stack of all layers' states), a finished row leaves its
+    place to a waiting one. Vision tokens, pad, <|im_start|> and <disc_emb> can never be sampled, and the same ban holds
+    in the log-probabilities of RL.
+ 4. A completion without <gen_emb> has no generative embedding; the official code then reads the prompt's own one.
+ 5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import DISC, GEN, PIXELS, Row, encode_input
+
+HEAD_CHUNK = 1024  # tokens whose logits exist at once: 1024 x 152 k x 4 B = 0.6 GB
+BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
+
+
+@dataclass
+class Embeddings:
+    """What embed() returns for N inputs."""
+
+    disc: torch.Tensor | None  # float32 [N, D]
+    gen: torch.Tensor | None  # float32 [N, samples, D], zeros where invalid
+    texts: list | None  # N lists of `samples` assistant texts
+    valid: torch.Tensor | None  # bool [N, samples]: a <gen_emb> was produced
+    num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
+
+
+@dataclass
+class Rollouts:
+    """What generate() gives back for one prompt: G completions."""
+
+    disc: torch.Tensor  # [D]
+    gen: torch.Tensor  # [G, D], zeros where invalid
+    valid: torch.Tensor  # bool [G]
+    ids: list  # G lists of token ids, <|im_end|> included where it was reached
+    logp: list  # G lists of log-probabilities at sampling time, at the sampling temperature
+    gen_at: list  # place of the last <gen_emb> in each of the G lists, -1 where invalid
+
+    @classmethod
+    def collect(cls, completions):
+        zero = torch.zeros_like(completions[0].disc)
+        return cls(
+            disc=completions[0].disc,
+            gen=torch.stack([zero if c.gen is None else c.gen for c in completions]),
+            valid=torch.tensor([c.gen is not None for c in completions]),
+            ids=[c.ids for c in completions],
+            logp=[c.logp for c in completions],
+            gen_at=[c.gen_at for c in completions],
+        )
+
+
+class Embedder(nn.Module):
+    def __init__(self, backbone, tokenizer):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.bf16 = False  # run forward and generate in bf16 autocast over the fp32 master weights
+        names = [GEN, DISC, "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
+        self.gen_id, self.disc_id, self.end_id, *self.media_ids = tokenizer.convert_tokens_to_ids(names)
+        self.pad_id = tokenizer.pad_token_id
+        never = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC]
+        banned = {*tokenizer.convert_tokens_to_ids(never), *self.media_ids, self.pad_id}
+        rows = backbone.get_input_embeddings().weight.shape[0]  # more rows than tokens: they have no text
+        self.register_buffer("banned", torch.tensor(sorted(banned | set(range(len(tokenizer), rows)))), persistent=False)
+
+    # ---- loading and saving -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
+        """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
+        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
+            raise FileNotFoundError(f"{name_or_path}: no config.json; is it the output folder of a finished stage?")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        backbone = Qwen2VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+        add_embedding_tokens(backbone, tokenizer)
+        return cls(backbone, tokenizer).to(device)
+
+    def save_pretrained(self, path):
+        """Weights, tokenizer, chat template, preprocessor and generation config, as plain transformers reads them."""
+        self.backbone.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        low, high = PIXELS["image"]
+        Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high}).save_pretrained(path)
+
+    # ---- one pass with gradients --------------------------------------------------------------------------------
+
+    @property
+    def device(self):
+        return self.banned.device
+
+    def see(self, patches, grids):
+        """The ViT's states before the merger, [n, D_vit]; where the ViT is frozen they are computed once and shared."""
+        weight = self.backbone.model.visual.patch_embed.proj.weight
+        return self.backbone.model.visual(patches.to(weight.dtype), grid_thw=grids).last_hidden_state
+
+    @torch.no_grad()
+    def see_rows(self, rows, n):
+        """Runs the frozen ViT once over the pictures of all rows, n rows at a time, and keeps the states with them."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for start in range(0, len(rows), n):
+                part = rows[start : start + n]
+                batch = pad_rows(part, self.pad_id, self.device)
+                if batch["patches"] is not None:
+                    states = self.see(batch["patches"], batch["grids"])
+                    for row, vit in zip(part, states.split([len(row.patches) for row in part])):
+                        row.vit = vit  # [0, D_vit] for a row without pictures
+
+    def embed_tokens(self, ids, vit):
+        """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
+        x = self.backbone.get_input_embeddings()(ids)
+        merger = self.backbone.model.visual.merger
+        if len(vit):
+            is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
+            return x.masked_scatter(is_media[..., None], merger(vit).to(x.dtype))
+        if torch.is_grad_enabled():  # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
+            blank = self.see(torch.zeros(4, 1176, device=x.device), torch.tensor([[1, 2, 2]], device=x.device))
+            x = x + 0 * merger(blank).sum().to(x.dtype)
+        return x
+
+    def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
+        """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
+
+        batch: from pad_rows(). read int [N], predict int [M] index the flattened [B * L]; labels int [M].
+        Returns (embeddings [N, D] fp32 normalised or None, logp [M] fp32 or None, entropy [M] without gradient or None).
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
+            x = self.embed_tokens(batch["ids"], vit)  # [B, L, D]
+            hidden = self.backbone.model.language_model(
+                inputs_embeds=x,
+                position_ids=batch["positions"],  # [3, B, L]
+                attention_mask={"full_attention": batch["mask"]},  # a dict is taken as it is; None means causal
+                use_cache=False,
+            ).last_hidden_state.flatten(0, 1)  # [B * L, D]
+            embeddings = None if read is None else F.normalize(hidden[read].float(), dim=-1)
+            if labels is None:
+                return embeddings, None, None
+            logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
+        return embeddings, logp, entropy
+
+    def logits(self, hidden, temperature=1.0, ban=False):
+        logits = self.backbone.lm_head(hidden).float()  # [N, V]
+        if ban:
+            logits = logits.index_fill(-1, self.banned, BANNED)
+        return logits / temperature
+
+    def token_logp(self, hidden, labels, temperature=1.0, ban=False):
+        """log softmax(head(hidden))[labels] and the entropy, [M] each; chunks of HEAD_CHUNK tokens, recomputed in backward."""
+
+        def chunk(h, y):
+            logp = self.logits(h, temperature, ban).log_softmax(-1)  # [chunk, V]
+            entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+            return logp.gather(-1, y[:, None])[:, 0], entropy
+
+        parts = [
+            torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+            for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK))
+        ]
+        if not parts or not len(labels):
+            return hidden.sum(-1).float() * 0, hidden.new_zeros(0, dtype=torch.float32)
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, rows, *, G=1, temperature=1.0, seeds=None, max_new_tokens=512, slots=64, script=None):
+        """Reads each prompt once and decodes G completions of it. Yields (index of the row, Rollouts) as they finish.
+
+        rows: iterable of Row (prompts). seeds: one int per row; rollout g of row i is a function of (seeds[i], g) and
+        the weights only, whatever is decoded beside it. slots: completions decoded at once. temperature 0 is greedy.
+        script: for tests and benchmarks: script[i][g] is the list of token ids to emit instead of sampling.
+
+        The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
+        of them moves into the place of one that ends; when enough places are free, waiting prompts are read in.
+        """
+        was_training = self.training
+        self.eval()  # in train mode with gradient checkpointing transformers would drop the cache
+        rows, slots, nothing_left = enumerate(rows), max(slots, G), False
+        cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
+        live, finished = [], {}
+
+        def pick(hidden, completions):
+            """Appends the next token to the completions, given the states [A, D] at their last tokens."""
+            if script is None:
+                u = [c.uniforms[min(len(c.ids), max_new_tokens - 1)] for c in completions] if temperature else None
+                tokens, logp = sample(self.logits(hidden, temperature or 1.0, ban=True), u)
+            else:
+                tokens = [(script[c.i][c.g] + [self.end_id])[len(c.ids)] for c in completions]
+                logp = [0.0] * len(tokens)
+            for c, t, lp in zip(completions, tokens, logp):
+                if len(c.ids) == (max_new_tokens if script is None else len(script[c.i][c.g])):
+                    c.ended = True  # full; its last token was still read in, for the state of a last <gen_emb>
+                else:
+                    c.ids.append(t)
+                    c.logp.append(lp)
+                    c.ended = t == self.end_id
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            while live or not nothing_left:
+                # 1. read in waiting prompts, several at once: when a quarter of the places is free
+                A, room, batch = len(live), (slots - len(live)) // G, []
+                if room * G >= slots // 4 or not live:
+                    while len(batch) < room and not nothing_left:
+                        item = next(rows, None)
+                        nothing_left = item is None
+                        batch += [] if nothing_left else [item]
+                if batch:
+                    last, disc = self.prefill([row for _, row in batch], cache, A, G)  # [P, D] both
+                    for (i, row), d in zip(batch, disc):
+                        finished[i] = []
+                        for g in range(G):
+                            uniforms = row_uniforms(seeds[i], g, max_new_tokens) if temperature and not script else None
+                            live.append(Completion(i, g, row, d, uniforms))
+                    pick(last.repeat_interleave(G, 0), live[A:])
+                # 2. ended completions leave; the last live one moves into the free place
+                for s in reversed(range(len(live))):
+                    if live[s].ended:
+                        c, end = live[s], live.pop()
+                        if c is not end:
+                            cache.move(len(live), s)
+                            live[s] = end
+                        finished[c.i].append(c)
+                        if len(finished[c.i]) == G:
+                            yield c.i, Rollouts.collect(sorted(finished.pop(c.i), key=lambda c: c.g))
+                if not live:
+                    continue
+                # 3. one token for every live completion
+                hidden = self.decode_step(live, cache)  # [A, D]
+                for s, c in enumerate(live):
+                    if c.ids[-1] == self.gen_id:
+                        c.gen, c.gen_at = F.normalize(hidden[s].float(), dim=-1), len(c.ids) - 1  # the last one wins
+                pick(hidden, live)
+        self.train(was_training)
+
+    @property
+    def compute_dtype(self):
+        return torch.bfloat16 if self.bf16 else self.backbone.lm_head.weight.dtype
+
+    def prefill(self, rows, cache, first_slot, G):
+        """Reads P prompts in one right-padded pass and copies their keys and values to G slots each.
+        Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
+        batch = pad_rows(rows, self.pad_id, self.device)
+        vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
+        kv = DynamicCache(config=self.backbone.config.text_config)
+        hidden = self.backbone.model.language_model(
+            inputs_embeds=self.embed_tokens(batch["ids"], vit),
+            position_ids=batch["positions"],
+            attention_mask={"full_attention": None},  # right padding and causal: no real token sees a pad
+            past_key_values=kv,
+            use_cache=True,
+        ).last_hidden_state  # [P, L, D]
+        cache.fill(kv, first_slot, G)
+        p = torch.arange(len(rows), device=self.device)
+        last = hidden[p, torch.tensor([row.n_prompt - 1 for row in rows], device=self.device)]
+        disc = hidden[p, torch.tensor([row.disc_at for row in rows], device=self.device)]
+        return last, F.normalize(disc.float(), dim=-1)
+
+    def decode_step(self, live, cache):
+        """Reads in the last token of every live completion: its state, [A, D]."""
+        token, at, position = torch.tensor(
+            [[c.ids[-1], c.row.n_prompt + len(c.ids) - 1, c.row.next_position + len(c.ids) - 1] for c in live],
+            device=self.device,
+        ).T  # [A] each: the token, its place in the row, its rotary position (the same on all three axes)
+        longest = max(c.row.n_prompt + len(c.ids) for c in live)
+        cache.aim(at, longest)
+        return self.backbone.model.language_model(
+            inputs_embeds=self.backbone.get_input_embeddings()(token)[:, None],  # [A, 1, D]
+            position_ids=position.expand(3, -1)[..., None],  # [3, A, 1]
+            attention_mask={"full_attention": (torch.arange(longest, device=self.device) <= at[:, None])[:, None, None]},
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, 0]
+
+    # ---- the public way in --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, inputs, *, mode="both", samples=1, temperature=0.0, seed=0, max_new_tokens=512, traces=None,
+              batch_size=8, blank_image=True, progress=False):  # fmt: skip
+        """Both embeddings of any texts, pictures and videos, from one pass per input.
+
+        inputs: list of N {"text": str, "images": [path | PIL.Image], "video": [frame path | PIL.Image]}, keys optional.
+        mode: "disc" reads the prompt only; "gen" and "both" generate. temperature 0 is greedy. batch_size: completions
+        decoded at once; it changes speed and memory, not the result. traces: N assistant texts to read instead of
+        generating, from any other reasoner. Returns Embeddings in the order of the inputs.
+        """
+        if mode not in ("disc", "gen", "both"):
+            raise ValueError(f'mode is "disc", "gen" or "both", not {mode!r}')
+        N, width = len(inputs), self.backbone.config.text_config.hidden_size
+        disc, texts = torch.zeros(N, width), [[""] * samples for _ in range(N)]
+        gen, valid = torch.zeros(N, samples, width), torch.zeros(N, samples, dtype=torch.bool)
+        num_tokens = torch.zeros(N, samples, dtype=torch.long)
+        # similar lengths side by side, the longest first (it shows at once whether it fits into memory)
+        cost = [len(x.get("text") or "") + 1000 * len(x.get("images") or []) + 1000 * len(x.get("video") or []) for x in inputs]
+        order = sorted(range(N), key=lambda n: -cost[n])
+        encoded = (
+            encode_input(self.tokenizer, inputs[n], traces[n] if traces else None, blank_image=blank_image, name=f"input {n}")
+            for n in order
+        )
+        bar = tqdm(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
+        if mode == "disc" or traces:
+            for start in range(0, N, batch_size):
+                rows = [next(encoded) for _ in order[start : start + batch_size]]
+                where = torch.tensor(order[start : start + batch_size])
+                batch = pad_rows(rows, self.pad_id, self.device)
+                read = batch["ids"].shape[1] * torch.arange(len(rows))[:, None]  # first flat position of each row
+                read = read + torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
+                out = self(batch, read=read.flatten().to(self.device))[0].view(len(rows), 2, width).cpu()
+                disc[where] = out[:, 0]
+                if traces:
+                    valid[where] = torch.tensor([row.gen_at >= 0 for row in rows])[:, None]
+                    gen[where] = (out[:, 1] * valid[where, :1])[:, None]
+                    num_tokens[where] = torch.tensor([len(row.ids) - row.n_prompt for row in rows])[:, None]
+                    for n in where.tolist():
+                        texts[n] = [traces[n]] * samples
+                bar.update(len(rows))
+        else:
+            seeds = [stable_hash(seed, n) for n in order]
+            for i, r in self.generate(encoded, G=samples, temperature=temperature, seeds=seeds,
+                                      max_new_tokens=max_new_tokens, slots=batch_size):  # fmt: skip
+                n = order[i]
+                disc[n], gen[n], valid[n] = r.disc.cpu(), r.gen.cpu(), r.valid
+                num_tokens[n] = torch.tensor([len(ids) for ids in r.ids])
+                texts[n] = self.tokenizer.batch_decode(r.ids)
+                bar.update(1)
+        bar.close()
+        return Embeddings(
+            disc=None if mode == "gen" else disc,
+            gen=None if mode == "disc" else gen,
+            texts=None if mode == "disc" else texts,
+            valid=None if mode == "disc" else valid,
+            num_tokens=None if mode == "disc" else num_tokens,
+        )
+
+
+def add_embedding_tokens(backbone, tokenizer):
+    """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
+    sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
+    missing = [token for token in (GEN, DISC) if token not in tokenizer.get_vocab()]
+    if not missing:
+        return
+    tokenizer.add_tokens(missing)  # ordinary: they survive decoding with skip_special_tokens
+    if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for token in missing:
+            new, old = tokenizer.convert_tokens_to_ids([token, sources[token]])
+            for weight in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # the same tensor if tied
+                weight[new] = weight[old]
+
+
+def pad_rows(rows, pad_id, device, mask=None):
+    """B rows of different lengths, right-padded. -> dict of ids [B, L], positions [3, B, L], patches, grids, vit, mask.
+
+    With right padding and causal attention no real token sees a pad, so the default mask is None.
+    """
+    B, L = len(rows), max(len(row.ids) for row in rows)
+    ids, positions = np.full((B, L), pad_id), np.zeros((3, B, L), dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = row.ids
+        positions[:, b, : len(row.ids)] = row.positions
+    patches, grids, vit = np.concatenate([r.patches for r in rows]), np.concatenate([r.grids for r in rows]), None
+    if not len(patches):
+        vit = torch.zeros(0)  # text only
+    elif all(row.vit is not None or not len(row.patches) for row in rows):
+        vit = torch.cat([row.vit for row in rows if len(row.patches)])
+    to = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+    return {
+        "ids": to(ids),
+        "positions": to(positions),
+        "mask": mask,
+        "vit": vit,
+        "patches": to(patches) if vit is None else None,
+        "grids": to(grids) if vit is None else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of the decode loop
+
+
+@dataclass
+class Completion:
+    """One completion that is being decoded: number g of prompt i."""
+
+    i: int
+    g: int
+    row: Row
+    disc: torch.Tensor  # [D]
+    uniforms: np.ndarray | None  # [max_new_tokens] its random numbers
+    ids: list = field(default_factory=list)
+    logp: list = field(default_factory=list)
+    gen: torch.Tensor | None = None  # [D]
+    gen_at: int = -1
+    ended: bool = False
+
+
+class SlotCache:
+    """Keys and values of S left-aligned rows of different lengths, [layers][S, H_kv, capacity, D_head].
+
+    Has the one method that transformers' attention calls, update(). Slots start as zeros, not as empty memory: what
+    the mask hides is multiplied by 0, and 0 * NaN is NaN.
+    """
+
+    def __init__(self, config, slots, device, dtype):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (slots, config.num_key_value_heads, 0, head_dim)
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype)] * 2 for _ in range(config.num_hidden_layers)]
+
+    def grow(self, length):
+        """Room for `length` tokens; half as much again, so that copying stays rare."""
+        capacity = self.kv[0][0].shape[2]
+        if length > capacity:
+            extra = max(64, length * 3 // 2) - capacity
+            self.kv = [[F.pad(x, (0, 0, 0, extra)) for x in layer] for layer in self.kv]
+
+    def fill(self, kv, first, G):
+        """Copies P prompts' keys and values, each to G slots from `first` on."""
+        P, _, L, _ = kv.layers[0].keys.shape
+        self.grow(L)
+        for mine, theirs in zip(self.kv, kv.layers):
+            mine[0][first : first + P * G, :, :L] = theirs.keys.repeat_interleave(G, 0)
+            mine[1][first : first + P * G, :, :L] = theirs.values.repeat_interleave(G, 0)
+
+    def move(self, source, target):
+        for k, v in self.kv:
+            k[target], v[target] = k[source], v[source]
+
+    def aim(self, at, longest):
+        """The next update writes row s's token at index at[s] and shows the first `longest` ones."""
+        self.grow(longest)
+        self.at, self.longest = at, longest
+
+    def update(self, k, v, layer, *_args, **_kwargs):
+        """k, v [A, H_kv, 1, D_head] of the new token -> those of all tokens, [A, H_kv, longest, D_head]."""
+        rows = torch.arange(len(k), device=k.device)
+        out = []
+        for mine, new in zip(self.kv[layer], (k, v)):
+            mine[rows, :, self.at] = new[:, :, 0]
+            out.append(mine[: len(k), :, : self.longest])
+        return out
+
+    def get_seq_length(self, _layer=0):
+        return self.longest - 1
+
+
+def sample(logits, uniforms):
+    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None for greedy -> tokens, log p (lists)."""
+    logp = logits.log_softmax(-1)
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        cdf = logp.double().exp().cumsum(-1)
+        u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def stable_hash(*parts):
+    """A 63-bit seed out of integers and strings, the same in every process and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def row_uniforms(seed, g, n):
+    """The random numbers of completion g, all drawn when it starts: they depend on nothing that runs beside it."""
+    return np.random.default_rng([seed, g]).random(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running: processes, checkpoints, logs (shared by the stages)
+
+
+def start_processes():
+    """-> (rank, world, device). The same script runs alone and under torchrun, on CPU (gloo) and GPU (nccl)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def gather(x):
+    """All processes' x [n, ...] in the order of a step's rows (process r holds rows r, r + world, ...). No gradient."""
+    if not dist.is_initialized():
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def all_sum(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def lr_at(step, *, steps, lr, warmup, floor=0.0):
+    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
+    n = max(1, round(warmup * steps))
+    if step < n:
+        return lr * (step + 1) / n
+    x = (step - n) / max(1, steps - n)
+    return lr * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * x)))
+
+
+def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
+    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old one or the new one.
+
+    Tensors as safetensors, the rest as JSON, meta.json last. There is no random state to store: batches and rollouts
+    are functions of (seed, step).
+    """
+    final = Path(folder) / "checkpoints" / f"step-{step}"
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    names = {p: n for n, p in model.named_parameters()}
+    state = {f"{names[p]}/{key}": value for p, s in optimizer.state.items() for key, value in s.items()}
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
+    save_file({n: t.detach().contiguous() for n, t in state.items()}, temporary / "optimizer.safetensors")
+    (temporary / "meta.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    for _, old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder):
+    """Complete checkpoints, oldest first, as (step, path)."""
+    found = Path(folder).glob("checkpoints/step-*/meta.json")
+    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found if p.parent.suffix != ".tmp")
+
+
+def load_checkpoint(resume, folder, model, optimizer, settings):
+    """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
+
+    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one.
+    """
+    if resume == "none":
+        return 0
+    if resume == "auto":
+        known = list_checkpoints(folder)
+        if not known:
+            return 0
+        path = known[-1][1]
+    else:
+        path = Path(resume)
+        if not (path / "meta.json").exists():
+            raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
+    meta = json.loads((path / "meta.json").read_text())
+    changed = {k for k in settings if meta["settings"].get(k) != settings[k]}
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings ({', '.join(sorted(changed))}); "
+            "use the same ones, another --out, or --resume none"
+        )
+    weights = load_file(path / "model.safetensors")
+    state = load_file(path / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+            own = {key.rpartition("/")[2]: t for key, t in state.items() if key.rpartition("/")[0] == name}
+            if own:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
+                optimizer.state[p] = {k: t.clone() if k == "step" else t.to(p.device) for k, t in own.items()}
+    print(f"resuming {path} after step {meta['step']}", flush=True)
+    return meta["step"]
+
+
+def write_json(path, data):
+    """Atomic: a reader sees the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(data, indent=1, default=str))
+    os.replace(temporary, path)
+
+
+def write_args(out, args):
+    """args.json: settings, command line, commit and versions that made the folder."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(out) / "args.json", {
+        "settings": asdict(args), "command": sys.argv, "commit": git.stdout.strip() or None,
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+    })  # fmt: skip
+
+
+def parse_args(settings, presets, argv=None):
+    """Flags from a dataclass of settings; --preset is read first and sets the defaults of the others."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = transformers.HfArgumentParser(settings, add_help=False)
+    preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
+    if preset not in presets:
+        raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
+    parser = transformers.HfArgumentParser(settings, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(**presets[preset])
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]

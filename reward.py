@@ -1,0 +1,116 @@
+"""The reward of stage 2 (paper, section on reinforcement learning): pure functions, no model, no I/O.
+
+Each of P pairs has a query p and its target; G rollouts are sampled for each side. For rollout i of query p
+
+    S+      = { cos(q_pi, t_pj) : j = 1..G }                  all rollouts of its own target
+    S-      = { cos(q_pi, t_rj) : r != p, j = 1..G }          all rollouts of all other targets
+    R_emb   = |S+ ∩ top_G(S+ ∪ S-)| / G  *  (mean S+ - mean S-)   = share * gap
+    R_form  = 1 if the text holds <think>..</think>..<answer>..<gen_emb> in this order, else 0
+    R       = R_form + R_emb
+    A       = (R - mean_G R) / (std_G R + 1e-4)               std unbiased, over the G rollouts of one prompt
+
+and the same with the roles swapped for the rollouts of the target.
+
+Worked example, G = 2 and P = 2: S+ = {.9, .5} and S- = {.7, .1}. The best two of the union are {.9, .7}, one of
+them is a positive: share = 1/2. gap = .7 - .4 = .3. R_emb = .15. Why a product: the share says whether the
+ranking is right, the gap keeps a gradient between rollouts where the share is the same for all of them.
+
+Edge cases (the paper is silent; tests/test_reward.py fixes them):
+- an invalid own rollout has reward 0; invalid rollouts of the other side are in neither S+ nor S-, the divisor of
+  the share stays G; with no valid positive the reward is 0, with no valid negative mean S- counts as 0;
+- ties at the border of top_G go to the negatives: a positive must be strictly better than a negative to pass it;
+- a group without spread, or of one rollout, has advantage exactly 0 (not rounding noise divided by 1e-4).
+
+Shapes: P pairs, G rollouts per side, D dimensions, N = P*G rollouts of one side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMAT_TAGS = ("<think>", "</think>", "<answer>", "<gen_emb>")
+
+
+def format_reward(texts: list[str]) -> Tensor:
+    """R_form, [len(texts)], 0 or 1.
+
+    The same answer as re.search(r"<think>.*?</think>.*?\\s*<answer>.*?\\s*<gen_emb>", text, re.DOTALL), found by
+    looking for the first of each tag behind the one before: the regex backtracks for seconds on a text that
+    repeats its tags, and such texts do come up while a policy is trained.
+    """
+    return torch.tensor([float(_tags_in_order(text)) for text in texts])
+
+
+def _tags_in_order(text: str) -> bool:
+    at = 0
+    for tag in FORMAT_TAGS:
+        at = text.find(tag, at)
+        if at < 0:
+            return False
+        at += len(tag)
+    return True
+
+
+def embedding_reward(own: Tensor, other: Tensor, valid=None, same_target=None) -> Tensor:
+    """R_emb of the rollouts `own` against the rollouts `other` of the other side, [P, G]. Arguments: see below."""
+    share, gap = embedding_reward_parts(own, other, valid, same_target)
+    return share * gap
+
+
+def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=None) -> tuple[Tensor, Tensor]:
+    """The two factors of R_emb, (share [P, G], gap [P, G]); both are 0 where the reward is 0 by rule.
+
+    own, other   embeddings [P, G, D], need not be normalised
+    valid        bool [2, P, G], for own and other: the rollout has an embedding; None: all have
+    same_target  bool [P, P]: pairs p and r are not negatives of each other (equal targets); the diagonal is implied
+    """
+    P, G, _ = own.shape
+    if valid is None:
+        valid = torch.ones(2, P, G, dtype=torch.bool, device=own.device)
+    masked = torch.eye(P, dtype=torch.bool, device=own.device)  # a pair is not its own negative
+    if same_target is not None:
+        masked = masked | same_target
+
+    q, t = _unit(own, valid[0]), _unit(other, valid[1])  # [N, D] x2
+    cos = q @ t.T  # [N, N]
+    is_neg = (~masked).repeat_interleave(G, 0)[:, :, None] & valid[1]  # [N, P, G]
+    is_neg = is_neg.reshape(P * G, P * G)
+    own_pair = torch.arange(P, device=own.device).repeat_interleave(G)
+    positives = cos.view(P * G, P, G)[torch.arange(P * G, device=own.device), own_pair]  # [N, G]
+    is_pos = valid[1].repeat_interleave(G, 0)  # [N, G]
+
+    # Only the G best negatives can be in top_G. They stand first, so that the stable sort puts them ahead in a tie.
+    inf = float("inf")
+    best_neg = cos.masked_fill(~is_neg, -inf).topk(G, dim=1).values  # [N, G]
+    union = torch.cat([best_neg, positives.masked_fill(~is_pos, -inf)], dim=1)  # [N, 2G]
+    values, index = union.sort(dim=1, descending=True, stable=True)
+    in_top = (index[:, :G] >= G) & (values[:, :G] > -inf)
+    share = in_top.sum(1) / G  # [N]
+
+    gap = _masked_mean(positives, is_pos) - _masked_mean(cos, is_neg)  # [N]
+    rewarded = valid[0].reshape(-1) & is_pos.any(1)
+    share, gap = share.to(gap.dtype).where(rewarded, 0.0), gap.where(rewarded, 0.0)
+    return share.view(P, G), gap.view(P, G)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A, [P, G] -> [P, G]: every rollout against the mean of its own group."""
+    if rewards.shape[1] == 1:  # no group to compare with, and the unbiased std of one value is not defined
+        return torch.zeros_like(rewards)
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
+
+
+def _unit(x: Tensor, valid: Tensor) -> Tensor:
+    """[P, G, D] -> [N, D], rows of length 1 in at least float32 (bfloat16 cosines tie); invalid rows are zero.
+
+    Filled, not multiplied by zero: an invalid row may hold NaN, and NaN times 0 is NaN.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~valid[:, :, None], 0.0)
+    return F.normalize(x.flatten(0, 1), dim=-1)
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over dim 1 of the entries under the mask, 0 where there are none."""
+    return x.where(mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)

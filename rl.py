@@ -1,0 +1,366 @@
+"""Stage 2: reinforcement learning of the reasoning with GRPO (paper section 3.3).
+
+For every prompt, queries and targets alike, the policy samples G completions <think>..</think><answer>..<gen_emb>.
+Their embeddings and texts give the rewards (reward.py), a group's rewards give its advantages, and each token t of
+completion i contributes
+
+    l_t = -min(r_t A_i, clip(r_t, 1 - eps_low, 1 + eps_high) A_i) + beta * k3(ref_t - logp_t)
+    r_t = exp(logp_t - old_t),   k3(x) = exp(x) - x - 1,   loss = mean_i sum_t l_t / norm
+
+The reference is the SFT model. The embeddings carry no gradient: RL changes them only through what is written and
+through the shared weights. A step is four blocks: rollout, reward, advantage, update.
+
+Where this departs from the paper or the official code
+ 1. Pictures and videos are present in every forward pass; the official update and reference pass lose the videos.
+ 2. Sampling is at temperature 1 without top-k (the official run silently has top_k = 50), with a ban of tokens that
+    cannot be written; the log-probabilities of the update have the same temperature and ban.
+ 3. Negatives are the rollouts of all other targets of the global batch (32 prompts: 31 x 8), not of one micro-step
+    (15 x 8); pairs with the same target are not each other's negatives (--mask_same_target false: the paper).
+ 4. The vision tower is frozen, so its features are computed once per step; the official run trains it (--train_vision).
+ 5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's <gen_emb>.
+ 6. A group's prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
+ 7. Toy preset only, off in 2b and 7b: --w_anchor holds the rollouts' embeddings to those of the SFT model
+    (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient does not see the embeddings, and at the toy's large
+    learning rate an optimiser step can blur their alignment.
+
+Commands
+    python rl.py                                                          # CPU: the toy world, after sft.py
+    python rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train --out runs/2b/rl   # 1 GPU
+    torchrun --nproc_per_node 8 rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import DISC, PairData, Row, step_loader
+from model import (
+    Embedder,
+    all_sum,
+    gather,
+    load_checkpoint,
+    pad_rows,
+    parse_args,
+    save_checkpoint,
+    stable_hash,
+    start_processes,
+    write_args,
+)
+from reward import embedding_reward_parts, format_reward, group_advantages
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    preset: str = setting("toy", "toy, 2b or 7b: sets the defaults of the other flags")
+    model: str = setting("runs/2b/sft", "folder of the SFT model: start and reference")
+    data: list[str] = field(default_factory=list, metadata={"help": "RL files, .json or .jsonl"})
+    media_root: str = setting(".", "folder that the media paths of --data start from")
+    out: str = setting("runs/2b/rl", "output folder")
+    steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
+    batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
+    micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
+    update_batch: int = setting(1, "groups (a prompt and its G completions) per forward pass of the update; memory and time only")
+    G: int = setting(8, "rollouts per prompt")
+    inner_steps: int = setting(1, "optimiser steps per batch of rollouts")
+    max_new_tokens: int = setting(2048, "longest completion; also the constant that normalises the loss (norm)")
+    temperature: float = setting(1.0, "sampling temperature")
+    eps_low: float = setting(0.2, "the ratio is clipped below at 1 - eps_low")
+    eps_high: float = setting(0.28, "and above at 1 + eps_high (official code; the paper names 0.2 only)")
+    beta: float = setting(0.04, "weight of the KL term")
+    w_grpo: float = setting(1.0, "weight of the clipped objective; 0 is a control")
+    w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
+    lr: float = setting(1e-6, "peak learning rate, linear to 0")
+    beta2: float = setting(0.999, "AdamW's second beta")
+    clip: float = setting(1.0, "gradient norm is clipped to this")
+    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
+    blank_image: bool = setting(True, "a side without media gets the blank picture")
+    train_vision: bool = setting(False, "train the vision tower too, as the official code does")
+    max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    workers: int = setting(4, "background processes per process that read and resize pictures")
+    seed: int = setting(0, "order of the batches and random numbers of the rollouts")
+    save_every: int = setting(50, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints that are kept")
+    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
+
+
+PRESETS = {
+    "2b": {},
+    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl"},  # the paper gives no values for 7B: these are the 2B ones
+    "toy": {
+        "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
+        "steps": 60, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 1e-4,
+        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "checkpointing": False,
+    },
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.28, beta=0.04, norm=2048):
+    """GRPO with a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO).
+
+    logp, old_logp, ref_logp [B, T] log-probabilities of the sampled tokens under the policy (with gradient), the policy
+    that sampled them, and the reference; advantages [B]; mask [B, T], 1 on the completion's tokens (<|im_end|> too).
+    Returns the loss, mean over B of sum over T / norm, and a dict of token means for the log.
+    """
+    mask = mask.bool()
+    A = advantages[:, None]
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))  # where before exp: a masked inf must not become NaN
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    x = torch.where(mask, ref_logp - logp, 0.0)
+    kl = torch.exp(x) - x - 1  # k3: unbiased, never negative
+    per_token = -torch.minimum(ratio * A, clipped * A) + beta * kl  # [B, T]
+    loss = (per_token * mask).sum(1).div(norm).mean()
+    tokens = mask.sum().clamp(min=1)
+    clip = ((ratio * A > clipped * A) & mask).sum() / tokens
+    return loss, {"kl": (kl.detach() * mask).sum() / tokens, "clip_share": clip, "ratio": (ratio.detach() * mask).sum() / tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The four blocks of a step
+
+
+def rollout(embedder, rows, args, seeds):
+    """G completions for each of n prompts -> list of n Rollouts, in the order of the rows."""
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
+    done = embedder.generate([rows[n] for n in order], G=args.G, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+                             seeds=[seeds[n] for n in order], slots=args.micro_batch * args.G)  # fmt: skip
+    return [r for _, r in sorted(((order[i], r) for i, r in done), key=lambda pair: pair[0])]
+
+
+def rewards_of(embedder, rollouts, pairs, args):
+    """Rewards of this process's p pairs, measured against the rollouts of the global batch of P pairs.
+
+    rollouts: 2p, queries first. Returns rewards [2, p, G] and the parts (format, share, gap), each [2, p, G].
+    """
+    p, device = len(pairs), embedder.device
+    ok = torch.tensor([pair.ok for pair in pairs], device=device)
+    gen = torch.stack([r.gen for r in rollouts]).view(2, p, args.G, -1)  # [2, p, G, D]
+    valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]
+    gen, valid = gather(gen.transpose(0, 1)).transpose(0, 1), gather(valid.transpose(0, 1)).transpose(0, 1)  # [2, P, G, ..]
+    keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))
+    same = keys[:, None] == keys[None, :] if args.mask_same_target else None
+    mine = torch.arange(p, device=device) * (len(keys) // p) + (dist.get_rank() if dist.is_initialized() else 0)
+    parts = [embedding_reward_parts(gen[s], gen[1 - s], torch.stack([valid[s], valid[1 - s]]), same) for s in (0, 1)]
+    share, gap = (torch.stack([part[k][mine] for part in parts]) for k in (0, 1))  # [2, p, G]
+    texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
+    form = format_reward(texts).to(device).view(2, p, args.G) * ok[:, None]
+    return form + share * gap, {"format": form, "share": share, "gap": gap}
+
+
+def pack_group(row, r):
+    """A prompt and its G completions as one row [prompt | c1 | .. | cG]: every completion continues the prompt.
+
+    Returns the Row, the segment of every token (0 prompt, g + 1 completion g) and the places to read: for each completion
+    token the place that predicts it, and for each embedding its own place (disc, then each valid gen).
+    """
+    n, segments, positions = row.n_prompt, [np.zeros(row.n_prompt, int)], [row.positions[:, : row.n_prompt]]
+    predict, read, start = [], [row.disc_at], n
+    for g, ids in enumerate(r.ids):
+        segments.append(np.full(len(ids), g + 1))
+        positions.append(np.broadcast_to(row.next_position + np.arange(len(ids)), (3, len(ids))))
+        predict += [n - 1, *range(start, start + len(ids) - 1)]  # the prompt's last token predicts the first of each
+        if r.valid[g]:
+            read.append(start + r.gen_at[g])
+        start += len(ids)
+    ids = np.concatenate([row.ids[:n], *r.ids])
+    packed = Row(ids, np.concatenate(positions, 1), n, row.disc_at, -1, row.patches, row.grids, row.name, row.vit)
+    return packed, np.concatenate(segments), predict, read
+
+
+def tree_mask(segments, device):
+    """bool [B, 1, L, L]: causal, and within the same completion or to the prompt; pads (-1) see only prompt and pads."""
+    L = max(map(len, segments))
+    seg = torch.full((len(segments), L), -1)
+    for b, s in enumerate(segments):
+        seg[b, : len(s)] = torch.from_numpy(s)
+    seg = seg.to(device)
+    same = (seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0)
+    return (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]
+
+
+def pack_groups(embedder, rows, rollouts):
+    """A few groups as one batch for Embedder.forward -> batch, predict, labels, read, group of each read, mask [n*G, T]."""
+    device = embedder.device
+    packed, segments, predict, read = zip(*(pack_group(row, r) for row, r in zip(rows, rollouts)))
+    batch = pad_rows(packed, embedder.pad_id, device, mask=tree_mask(segments, device))
+    L = batch["ids"].shape[1]
+    flat = lambda places: torch.tensor([b * L + at for b, p in enumerate(places) for at in p], device=device)  # noqa: E731
+    labels = torch.tensor([t for r in rollouts for ids in r.ids for t in ids], device=device)
+    lengths = torch.tensor([len(ids) for r in rollouts for ids in r.ids], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [n * G, T]
+    group = torch.tensor([b for b, p in enumerate(read) for _ in p], device=device)
+    return batch, flat(predict), labels, flat(read), group, mask
+
+
+def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner):
+    """Gradients of one inner step over this process's 2p groups. advantages [2p, G]; ok bool [2p].
+
+    cache: the reference's and the sampling policy's values of each micro-batch, filled at the first inner step: no update
+    has happened yet then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
+    """
+    embedder = model.module if isinstance(model, DistributedDataParallel) else model
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids) + sum(map(len, rollouts[n].ids)))
+    micro = [order[s : s + args.update_batch] for s in range(0, len(order), args.update_batch)]
+    groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    total = torch.zeros(6, device=embedder.device)
+    for k, numbers in enumerate(micro):
+        batch, predict, labels, read, group, mask = pack_groups(embedder, [rows[n] for n in numbers], [rollouts[n] for n in numbers])
+        padded = lambda flat: torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)  # [n * G, T]  # noqa: E731
+        use = ok[numbers].float()  # [n]
+        with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
+            embeddings, logp, entropy = model(batch, read, predict, labels, args.temperature, True)
+            if inner == 0:
+                with torch.no_grad():
+                    if args.train_vision:  # the reference has its own vision tower
+                        batch = {**batch, "vit": None}
+                    ref_embeddings, ref_logp, _ = reference(batch, read, predict, labels, args.temperature, True)
+                cache[k] = logp.detach(), ref_logp, ref_embeddings
+            old_logp, ref_logp, ref_embeddings = cache[k]
+            rows_used = use.repeat_interleave(args.G)[:, None] * mask  # skipped pairs leave every sum
+            loss, stats = grpo_loss(
+                padded(logp), padded(old_logp), padded(ref_logp), args.w_grpo * advantages[numbers].flatten(), rows_used,
+                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
+            )  # fmt: skip
+            loss = loss * len(numbers) / groups  # mean over all groups of all processes and both sides
+            away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
+            anchor = torch.stack([away[group == b].mean() for b in range(len(numbers))])
+            anchor = (anchor * use).sum() / groups
+            (world * (loss + args.w_anchor * anchor)).backward()
+        tokens = rows_used.sum()
+        sampled = torch.cat([torch.tensor(lp, device=mask.device) for n in numbers for lp in rollouts[n].logp])
+        mismatch = padded((sampled - old_logp).abs()) * rows_used  # rollout against update, before any update
+        sums = [loss.detach(), anchor.detach(), stats["kl"] * tokens, stats["clip_share"] * tokens,
+                (padded(entropy) * rows_used).sum(), mismatch.sum()]  # fmt: skip
+        total += torch.stack(sums)
+    tokens = all_sum(torch.tensor(float(sum(len(ids) for n in order if ok[n] for ids in rollouts[n].ids)), device=embedder.device))
+    total = all_sum(total)
+    names = ("loss", "anchor", "kl", "clip_share", "entropy", "logp_mismatch")
+    stats = {name: float(v / (1 if name in ("loss", "anchor") else tokens)) for name, v in zip(names, total)}
+    return {**stats, "loss": stats["loss"] + args.w_anchor * stats["anchor"]}
+
+
+def summary(parts, rewards, advantages, rollouts, ok):
+    """Figures of the log for one step, means over the global batch: [query, target] parts, lengths, invalid, no spread."""
+    n_ok = all_sum(ok.sum().float()).clamp(min=1)
+    mean = lambda x: all_sum((x.float().mean(-1) * ok).sum(-1)) / n_ok  # over pairs and G; x [2, p, G]  # noqa: E731
+    out = {}
+    for name, x in {"reward": rewards, **parts}.items():
+        out |= {f"{name}_query": mean(x[0]), f"{name}_target": mean(x[1])}
+    p = len(ok)
+    length = torch.tensor([[len(ids) for ids in r.ids] for r in rollouts], device=ok.device).view(2, p, -1)
+    valid = torch.stack([r.valid for r in rollouts]).view(2, p, -1).to(ok.device)
+    out |= {"length_query": mean(length[0]), "length_target": mean(length[1])}
+    out |= {"invalid_share": mean((~valid).float().mean(0)), "no_spread_share": mean((advantages == 0).float().mean(0))}
+    return {"reward": float(out["reward_query"] + out["reward_target"]) / 2} | {k: float(v) for k, v in out.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = parse_args(Settings, PRESETS)
+    rank, world, device = start_processes()
+    out = Path(args.out)
+    if rank == 0:
+        write_args(out, args)
+    torch.manual_seed(args.seed)
+
+    # policy and frozen reference
+    embedder = Embedder.from_pretrained(args.model, device=device)
+    reference = Embedder.from_pretrained(args.model, device=device).requires_grad_(False).eval()
+    embedder.bf16 = reference.bf16 = args.bf16
+    embedder.backbone.model.visual.requires_grad_(args.train_vision)
+    if args.checkpointing:
+        embedder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    embedder.train()
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
+    settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "save_every", "keep", "workers")}
+    start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
+    model = embedder
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
+
+    data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=[DISC],
+                    root=args.media_root, max_length=args.max_length, rank=rank, world=world,
+                    blank_image=args.blank_image)  # fmt: skip
+    loader = iter(step_loader(data, range(start, args.steps), args.workers))
+    if rank == 0:
+        print(f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)")
+    log = open(out / "log.jsonl", "a" if start else "w")  # noqa: SIM115
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
+
+    for step in bar:
+        began = time.perf_counter()
+        pairs = next(loader)
+        waited = time.perf_counter() - began
+        rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
+        ok = torch.tensor([pair.ok for pair in pairs], device=device)
+        if not args.train_vision:
+            embedder.see_rows(rows, 2 * args.micro_batch)
+
+        # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
+        seeds = [stable_hash(args.seed, step, j * world + rank, side) for side in (0, 1) for j in range(len(pairs))]
+        rollouts = rollout(embedder, rows, args, seeds)
+        # reward, advantage
+        rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
+        assert torch.isfinite(rewards).all(), f"step {step}: a reward is not finite"
+        advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
+        rollout_seconds = time.perf_counter() - began
+        # update
+        lr, cache = args.lr * (1 - step / args.steps), {}
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        history = []
+        for inner in range(args.inner_steps):
+            stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache, inner)
+            stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            history.append(stats)
+        stats = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
+        line = {"step": step + 1, **stats, **summary(parts, rewards, advantages, rollouts, ok), "lr": lr}
+        seconds = time.perf_counter() - began
+        line |= {"pairs_per_s": args.batch_size / seconds, "rollout_s": rollout_seconds, "data_wait_s": waited}
+        line["skipped"] = int(all_sum((~ok).sum()))
+        for pair in pairs:
+            if not pair.ok:
+                with open(out / "skipped.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, "row": pair.name, "reason": pair.reason}) + "\n")
+        if rank == 0:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.4f}", length=f"{line['length_query']:.0f}")
+            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
+    if rank == 0:
+        embedder.save_pretrained(out)
+        print(f"saved {out}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Stage 1: cold-start supervised fine-tuning (paper section 3.2): one model learns to reason and to embed.
+
+For a pair (query q, target t) with annotated reasoning and summaries the loss is
+
+    L = w_disc * InfoNCE(disc_q, disc_t) + w_gen * InfoNCE(gen_q, gen_t) + w_ce * (CE_q + CE_t)
+
+disc and gen: the two embeddings (model.py); InfoNCE: symmetric, temperature tau = 0.02; CE: next-token loss, the mean
+over the assistant's tokens of all queries (targets) of the global batch. --w_gen 0 --w_ce 0 is the paper's
+discriminative baseline DUME.
+
+Where this departs from the paper or the official code
+ 1. Negatives: the whole global batch of an optimiser step (GradCache), where the official code has the 256 pairs of one
+    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result.
+ 2. Pairs with the same target (equal text and media) are not each other's negatives; --mask_same_target false is the
+    paper.
+ 3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).
+ 4. fp32 master weights with bf16 autocast; the official run is bf16 with fp32 optimiser states under ZeRO-3.
+ 5. Toy preset only: w_disc and w_gen rise to their values over --w_warmup steps, since the tau = 0.02 gradients of an
+    untrained contrast would wipe out what the tiny base model knows; AdamW's second beta is 0.98.
+
+Commands
+    python sft.py                                                     # CPU: the toy world, written on the first run
+    python sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft             # 1 GPU
+    torchrun --nproc_per_node 8 sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import DISC, GEN, PairData, step_loader, write_toy
+from model import (
+    Embedder,
+    all_sum,
+    gather,
+    load_checkpoint,
+    lr_at,
+    pad_rows,
+    parse_args,
+    save_checkpoint,
+    start_processes,
+    write_args,
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    preset: str = setting("toy", "toy, 2b or 7b: sets the defaults of the other flags")
+    model: str = setting("Qwen/Qwen2-VL-2B-Instruct", "folder or hub id of the base model")
+    data: list[str] = field(default_factory=list, metadata={"help": "SFT files, .json or .jsonl"})
+    media_root: str = setting(".", "folder that the media paths of --data start from")
+    out: str = setting("runs/2b/sft", "output folder")
+    steps: int = setting(5000, "optimiser steps")
+    batch_size: int = setting(1024, "pairs per optimiser step over all processes; all are each other's negatives")
+    micro_batch: int = setting(4, "pairs per forward pass; changes memory and time only")
+    lr: float = setting(5e-5, "peak learning rate")
+    warmup: float = setting(0.03, "share of the steps with rising learning rate")
+    lr_floor: float = setting(0.0, "final learning rate as a share of the peak (cosine)")
+    beta2: float = setting(0.999, "AdamW's second beta")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    clip: float = setting(1.0, "gradient norm is clipped to this")
+    tau: float = setting(0.02, "InfoNCE temperature")
+    w_disc: float = setting(1.0, "weight of the discriminative InfoNCE")
+    w_gen: float = setting(1.0, "weight of the generative InfoNCE")
+    w_ce: float = setting(1.0, "weight of the next-token loss of each side")
+    w_warmup: int = setting(0, "steps over which w_disc and w_gen rise from 0; not in the paper")
+    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
+    train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
+    max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    workers: int = setting(8, "background processes per process that read and resize pictures")
+    seed: int = setting(0, "order of the batches")
+    save_every: int = setting(200, "steps between checkpoints; not in the paper")
+    keep: int = setting(2, "checkpoints that are kept")
+    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
+
+
+PRESETS = {
+    "2b": {},
+    # the paper gives no values for 7B: these are the 2B ones
+    "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2},
+    "toy": {
+        "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
+        "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 700, "batch_size": 40, "micro_batch": 40,
+        "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_warmup": 200, "workers": 1,
+        "checkpointing": False, "max_length": 512,
+    },
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------
+# The losses
+
+
+def info_nce(query, target, temperature=0.02, same_target=None):
+    """Symmetric InfoNCE (paper section 3.2): 1/2 [CE(Q T^t / tau) + CE(T Q^t / tau)], the pairs on the diagonal.
+
+    query, target [B, D], L2-normalised; same_target bool [B, B]: pairs that are not each other's negatives.
+    """
+    logits = query @ target.T / temperature  # [B, B]
+    if same_target is not None:
+        others = same_target & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(others, float("-inf"))
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_same_target):
+    """Both InfoNCE terms of the global batch, with the gradient for this process's own embeddings only.
+
+    own [b, 4, D] (query disc, query gen, target disc, target gen), requires grad; everyone [B, 4, D] the gathered ones;
+    mine: this process's rows of it; ok bool [B]: usable pairs; keys int64 [B]: targets' identities.
+    """
+    x = everyone.index_put((mine,), own)[ok]  # [B', 4, D]
+    same = (keys[:, None] == keys[None, :])[ok][:, ok] if mask_same_target else None
+    l_disc = info_nce(x[:, 0], x[:, 2], tau, same)
+    l_gen = info_nce(x[:, 1], x[:, 3], tau, same)
+    return w_disc * l_disc + w_gen * l_gen, l_disc.detach(), l_gen.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One optimiser step's loss and gradients
+
+
+def sft_step(model, pairs, args, w, rank=0, world=1):
+    """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021).
+
+    pairs: this process's pairs; w: the weights (disc, gen, ce) of this step. Gradients are left in .grad.
+    """
+    embedder = model.module if isinstance(model, DistributedDataParallel) else model
+    device, D = embedder.device, embedder.backbone.config.text_config.hidden_size
+    w_disc, w_gen, w_ce = w
+    rows = [p.query for p in pairs] + [p.target for p in pairs]  # rows 0..b-1 queries, b..2b-1 targets
+    b = len(pairs)
+    ok = torch.tensor([p.ok for p in pairs], device=device)
+    row_ok = ok.repeat(2)
+    # similar lengths together: little padding. The order does not change any sum.
+    order = sorted(range(2 * b), key=lambda n: len(rows[n].ids))
+    micro = [order[s : s + 2 * args.micro_batch] for s in range(0, 2 * b, 2 * args.micro_batch)]
+    if not args.train_vision:
+        embedder.see_rows(rows, 2 * args.micro_batch)
+
+    def read_positions(numbers, L):
+        """Flat places of <disc_emb> and of the last <gen_emb> of each row of a micro-batch, [n, 2] flattened."""
+        at = [(k * L + max(rows[n].disc_at, 0), k * L + max(rows[n].gen_at, 0)) for k, n in enumerate(numbers)]
+        return torch.tensor(at, device=device).flatten()
+
+    # 1. embeddings of all micro-batches, no graph
+    # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
+    embedding_grad = torch.zeros(2 * b, 2, D, device=device)
+    l_disc = l_gen = torch.zeros((), device=device)
+    ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
+    if w_disc or w_gen:
+        embeddings = torch.zeros(2 * b, 2, D, device=device)
+        with torch.no_grad():
+            for numbers in micro:
+                batch = pad_rows([rows[n] for n in numbers], embedder.pad_id, device)
+                read = read_positions(numbers, batch["ids"].shape[1])
+                embeddings[numbers] = embedder(batch, read=read)[0].view(-1, 2, D)
+        own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
+        mine = torch.arange(b, device=device) * world + rank
+        loss, l_disc, l_gen = contrastive_loss(
+            own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target
+        )
+        (grad,) = torch.autograd.grad(loss, own)
+        embedding_grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
+
+    # 3. every micro-batch again with its graph: embedding gradient and next-token loss; DDP averages over processes,
+    #    hence the factor `world`, and reduces after the last micro-batch only
+    answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
+    side = torch.arange(2 * b, device=device) // b  # 0 query, 1 target
+    side_tokens = all_sum(torch.stack([answer_length[side == s].sum() for s in (0, 1)])).clamp(min=1)  # [2]
+    token_weight = row_ok / side_tokens[side]  # CE of a side = mean over all its tokens of the global batch
+    ce = torch.zeros(2, device=device)
+    for k, numbers in enumerate(micro):
+        batch = pad_rows([rows[n] for n in numbers], embedder.pad_id, device)
+        L = batch["ids"].shape[1]
+        predict = labels = weight = None
+        if w_ce:
+            at = [(j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt - 1, len(rows[n].ids) - 1)]
+            predict, row_of = torch.tensor(at, device=device).T  # [M] each; token t predicts token t + 1
+            labels, weight = batch["ids"].flatten()[predict + 1], token_weight[row_of]
+        last = k == len(micro) - 1
+        with contextlib.nullcontext() if last or model is embedder else model.no_sync():
+            embeddings, logp, _ = model(batch, read=read_positions(numbers, L), predict=predict, labels=labels)
+            loss = (embeddings * embedding_grad[numbers].flatten(0, 1)).sum()
+            if w_ce:
+                loss = loss - w_ce * (logp * weight).sum()
+                ce.index_add_(0, side[row_of], -(logp.detach() * weight))
+            (loss * world).backward()
+    ce = all_sum(ce)
+    total = w_disc * l_disc + w_gen * l_gen + w_ce * ce.sum()
+    parts = {"loss": total, "disc": l_disc, "gen": l_gen, "ce_query": ce[0], "ce_target": ce[1]}
+    return {key: float(value) for key, value in parts.items()}, int(side_tokens.sum()), int((~ok_all).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = parse_args(Settings, PRESETS)
+    rank, world, device = start_processes()
+    out = Path(args.out)
+    if rank == 0:
+        write_args(out, args)
+        if args.preset == "toy" and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
+            write_toy(Path(args.data[0]).parent, seed=0)
+    if world > 1:
+        dist.barrier()
+    torch.manual_seed(args.seed)
+
+    # model: ViT blocks frozen, merger and language model trained
+    embedder = Embedder.from_pretrained(args.model, device=device)
+    embedder.bf16 = args.bf16
+    embedder.backbone.model.visual.requires_grad_(args.train_vision)
+    embedder.backbone.model.visual.merger.requires_grad_(True)
+    if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
+        embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
+    if args.checkpointing:
+        embedder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    embedder.train()
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
+    settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "save_every", "keep", "workers")}
+    start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
+    model = embedder
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
+
+    # data
+    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w]
+    data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
+                    root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs)  # fmt: skip
+    loader = iter(step_loader(data, range(start, args.steps), args.workers))
+    n_params = sum(p.numel() for p in parameters)
+    if rank == 0:
+        print(f"{len(data.rows):,} pairs, {n_params:,} trained parameters, {world} process(es) on {device.type}")
+    log = open(out / "log.jsonl", "a" if start else "w")  # noqa: SIM115
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
+
+    for step in bar:
+        began = time.perf_counter()
+        pairs = next(loader)
+        waited = time.perf_counter() - began
+        lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
+        rise = min(1.0, (step + 1) / args.w_warmup) if args.w_warmup else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        parts, tokens, skipped = sft_step(
+            model, pairs, args, (rise * args.w_disc, rise * args.w_gen, args.w_ce), rank, world
+        )
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        speed = {"pairs_per_s": args.batch_size / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited}
+        for p in pairs:
+            if not p.ok:
+                with open(out / "skipped.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, "row": p.name, "reason": p.reason}) + "\n")
+        if rank == 0:
+            line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm, "skipped": skipped, **speed}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()} | {"pairs/s": f"{speed['pairs_per_s']:.0f}"})
+            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
+    if rank == 0:
+        embedder.save_pretrained(out)
+        print(f"saved {out}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""eval.py: metrics against published answers and hand-made cases, modes on tiny vectors, the whole run on a fake."""
+
+import itertools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import eval as ev
+
+REPO = Path(__file__).resolve().parent.parent
+MINI = REPO.parent / "shared" / "mini_mmeb"
+needs_mini = pytest.mark.skipif(not MINI.is_dir(), reason="needs ../shared/mini_mmeb")
+
+
+# ---- metrics and ranking ---------------------------------------------------------------------------------------
+
+
+@needs_mini
+def test_metrics_equal_the_published_code():
+    """Every metric case has the published answer; for graded labels the one with the grades left on their labels."""
+    cases = json.loads((MINI / "metric_cases.json").read_text())["cases"]
+    assert cases
+    for case in cases:
+        want = case["scores"] | case.get("ndcg_if_rel_kept_aligned", {})
+        got = ev.ranking_metrics(case["prediction"], case["label"], case["rel_scores"])
+        assert got == pytest.approx(want, abs=1e-12), (case["id"], case["kind"])
+
+
+@needs_mini
+def test_ties_keep_the_candidates_order():
+    """The published tie cases, ranked from one-dimensional embeddings, give the stable order and its scores."""
+    cases = [c for c in json.loads((MINI / "metric_cases.json").read_text())["cases"] if "similarities" in c]
+    assert cases
+    for case in cases:
+        candidates = np.array(case["similarities"], np.float32)[:, None]
+        ok = np.ones(len(candidates), bool)
+        ranked = ev.rank_candidates(np.ones((1, 1), np.float32), candidates, ok[:1], ok, depth=len(ok))[0]
+        assert ranked == case["order_stable"]
+        got = ev.ranking_metrics([case["candidates"][i] for i in ranked], case["label"], case["rel_scores"])
+        assert got == pytest.approx(case["scores_if_stable"], abs=1e-12)
+
+
+@needs_mini
+def test_aggregation_case():
+    """Means of groups, modalities and of the 78 tasks of a published model."""
+    case = json.loads((MINI / "aggregation_case.json").read_text())
+    tasks = {name: {**t, "gen": {t["main_metric"]: t["score"]}} for name, t in case["tasks"].items()}
+    got = ev.aggregate(tasks)
+    assert {g: row["gen"] for g, row in got["groups"].items()} == pytest.approx(case["groups"])
+    assert {m: row["gen"] for m, row in got["modalities"].items()} == pytest.approx(case["modalities"])
+    assert got["overall"]["gen"] == pytest.approx(case["overall"])
+
+
+def test_four_by_four_with_ties():
+    """Four queries, four candidates, by hand: b and c have one embedding, so b stands before c wherever they tie."""
+    e = np.eye(3, dtype=np.float32)
+    candidates = np.stack([e[0], e[1], e[1], e[2]])  # a b c d
+    queries = np.stack([e[0], e[1], (e[1] + e[2]) / 2, e[0] + e[1] + e[2]])
+    ok = np.ones(4, bool)
+    ranked = ev.rank_candidates(queries, candidates, ok, ok)
+    assert ["".join("abcd"[i] for i in row) for row in ranked] == ["abcd", "bcad", "bcda", "abcd"]
+    m = ev.ranking_metrics(list("bcad"), ["c", "d"], grades=[1, 3])
+    dcg, ideal = 1 / math.log2(3), 3 + 1 / math.log2(3)
+    assert m["hit@1"] == 0 and m["hit@5"] == 1
+    assert m["ndcg_linear@1"] == 0
+    assert m["ndcg_linear@5"] == pytest.approx((dcg + 3 / math.log2(5)) / ideal)
+    assert m["ndcg_exponential@5"] == pytest.approx((dcg + 7 / math.log2(5)) / (7 + 1 / math.log2(3)))
+    assert m["precision@5"] == pytest.approx(2 / 5) and m["recall@5"] == 1
+    assert m["f1@5"] == pytest.approx(4 / 7)
+    assert m["map@5"] == pytest.approx((1 / 2 + 2 / 4) / 2) and m["mrr@10"] == 1 / 2
+
+
+def test_equal_candidates_tie_whatever_their_column():
+    """Copies of one embedding, spread over 300 columns, never swap: the matrix product's rounding cannot order them."""
+    rng = np.random.default_rng(0)
+    distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
+    queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
+    for ranked in ev.rank_candidates(queries, distinct[copies], ok[:20], ok, depth=300):
+        for which in range(7):
+            assert [i for i in ranked if copies[i] == which] == np.flatnonzero(copies == which).tolist()
+
+
+def test_invalid_generations_are_misses():
+    """An invalid query ranks nothing, an invalid candidate is not ranked, even if all are; lists keep their repeats."""
+    x, ok, no = np.eye(3, dtype=np.float32), np.ones(3, bool), np.zeros(3, bool)
+    assert ev.rank_candidates(x, x, np.array([True, False, True]), np.array([False, True, True])) == [
+        [1, 2], [], [2, 1]]  # fmt: skip
+    assert ev.rank_candidates(x, x, ok, no) == [[], [], []]
+    lists = [np.array([2, 0, 0]), np.array([2]), np.array([1, 0])]
+    assert ev.rank_candidates(x, x, ok, ok, lists) == [[0, 0, 2], [2], [1, 0]]
+
+
+def test_labels_and_grades():
+    """A grade too many is an error; a label given twice counts once, with its higher grade; a bare key is one label."""
+    with pytest.raises(ValueError, match="2 grades for 1 labels"):
+        ev.ranking_metrics(["a"], ["a"], [1, 2])
+    assert ev.ranking_metrics(["b", "a"], ["a", "a", "b"], [1, 3, 2]) == ev.ranking_metrics(
+        ["b", "a"], ["b", "a"], [2, 3])  # fmt: skip
+    assert ev.ranking_metrics([7, 8], 8) == ev.ranking_metrics(["7", "8"], "8")
+    assert list(ev.ranking_metrics([], ["a"])) == ev.METRICS
+
+
+@pytest.mark.parametrize("n,c,k", [(4, 0, 2), (4, 1, 1), (4, 1, 2), (5, 2, 2), (6, 3, 4), (6, 5, 2), (4, 4, 4)])
+def test_pass_at_k_equals_enumeration(n, c, k):
+    """The share of all k-subsets of n samples that contain one of the first c."""
+    subsets = list(itertools.combinations(range(n), k))
+    assert ev.pass_at_k(n, c, k) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets))
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------
+
+
+def two_query_task(**changes):
+    query = {"input": {"text": ""}, "grades": None, "candidates": None}
+    fields = dict(name="t", modality="image", group="G", eval_type="global", main_metric="hit@1",
+                  queries=[query | {"labels": ["a"]}, query | {"labels": ["b"]}],
+                  candidates={"a": {}, "b": {}})  # fmt: skip
+    return ev.Task(**(fields | changes))
+
+
+def arrays(gen, disc=None, valid=None):
+    gen = np.array(gen, np.float32)  # [N, S, D]
+    out = {"gen": gen, "valid": np.ones(gen.shape[:2], bool) if valid is None else np.array(valid)}
+    return out if disc is None else out | {"disc": np.array(disc, np.float32)}
+
+
+def test_modes_by_hand():
+    """Query 0 is right in gen only, query 1 in disc only: each scores 1/2, the oracle 1; mixed modes swap the axes."""
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    queries = arrays([[x], [x]], disc=[y, y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
+    candidates = arrays([[x], [y]], disc=[x, y])
+    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    assert [entry[m]["hit@1"] for m in ("disc", "gen", "oracle")] == [0.5, 0.5, 1.0]
+    assert columns["gen"] == [1, 0] and columns["disc"] == [0, 1] and columns["oracle"] == [1, 1]
+    assert "mean" not in entry and "pass@k" not in entry
+    swapped = arrays([[x], [y]], disc=[y, x])  # disc candidates the wrong way round
+    entry, columns = ev.score_task(two_query_task(), queries, swapped)
+    assert columns["gen_disc"] == [0, 1]  # gen queries say x, which is now candidate b
+    assert columns["disc_gen"] == [0, 1]  # disc queries say y, which is gen candidate b
+
+
+def test_samples_by_hand():
+    """Four samples with 1 and 2 hits, one of them invalid: pass@k from the counts, mean from the valid ones."""
+    x, y, z = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
+    queries, candidates = arrays([[x], [y]], disc=[x, y]), arrays([[x], [y]], disc=[x, y])
+    valid = [[True] * 4, [True, True, True, False]]
+    sampled = arrays([[x, y, y, y], [y, y, x, z]], valid=valid)
+    entry, columns = ev.score_task(two_query_task(), queries, candidates, sampled)
+    assert list(entry["pass@k"]) == ["1", "2", "4"]
+    assert entry["pass@k"]["1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    assert entry["pass@k"]["2"] == pytest.approx((3 / 6 + 5 / 6) / 2)
+    assert entry["pass@k"]["4"] == 1.0
+    assert columns["mean"] == [0, 1]
+    mean = ev.mean_embedding(sampled["gen"], sampled["valid"])
+    assert np.allclose(mean, [[1 / 10**0.5, 3 / 10**0.5], [1 / 5**0.5, 2 / 5**0.5]])
+    assert (ev.mean_embedding(sampled["gen"], np.zeros((2, 4), bool)) == 0).all()
+
+
+def test_invalid_query_and_candidate_in_a_task():
+    """No gen embedding of query 1 and candidate a: gen misses both, disc does not care, the oracle takes disc."""
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    queries = arrays([[x], [y]], disc=[x, y], valid=[[True], [False]])
+    candidates = arrays([[x], [y]], disc=[x, y], valid=[[False], [True]])
+    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == [1, 1]
+    assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
+    assert entry["gen"]["recall@10"] == 0
+
+
+def test_local_task_ranks_its_own_list():
+    """A query of a local task sees its own candidates only; a label outside of the list is a miss."""
+    task = two_query_task(eval_type="local")
+    task.queries[0]["candidates"], task.queries[1]["candidates"] = ["b"], ["b", "a"]
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    both = arrays([[x], [y]], disc=[x, y])
+    assert ev.score_task(task, both, both)[1]["disc"] == [0, 1]
+
+
+def test_paired_change():
+    """Two tasks by hand: mean of the tasks' means, standard error from the spread of the paired differences."""
+    first = {"a": [0, 0, 1, 1], "b": [0, 1]}
+    last = {"a": [1, 0, 1, 1], "b": [1, 1]}
+    change, error = ev.paired_change(first, last)
+    assert change == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert error == pytest.approx(math.sqrt((1 / 4) / 4 + (1 / 2) / 2) / 2)
+    assert math.isnan(ev.paired_change({"a": [0]}, {"a": [1]})[1])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def write_tasks(root):
+    """Two tasks of one tiny world; cls is global, local_t is local, they share inputs."""
+    words = ["red star", "blue ring", "green moon", "white sun"]
+    candidates = {word: {"text": word} for word in words}
+    candidates["red star again"] = {"text": "red star"}  # the same content under two keys
+    rows = [{"input": {"text": f"find {w}", "images": ["images/x.png"]}, "labels": [w], "grades": None,
+             "candidates": None} for w in words]  # fmt: skip
+    local = [row | {"candidates": words} for row in rows[:2]] + [
+        rows[2] | {"labels": ["not there"], "candidates": words[:2]}]  # fmt: skip
+    base = {"modality": "image", "group": "I-CLS", "main_metric": "hit@1", "candidates": candidates}
+    (root / "tasks" / "test").mkdir(parents=True)
+    for name, kind, queries in (("test/cls", "global", rows), ("test/local_t", "local", local)):
+        task = base | {"name": name, "eval_type": kind, "queries": queries}
+        (root / "tasks" / f"{name}.json").write_text(json.dumps(task))
+
+
+def test_load_task(tmp_path):
+    """Media paths are joined to the root, labels that are no candidates are kept, missing keys become empty."""
+    write_tasks(tmp_path)
+    task = ev.load_task("test/local_t", str(tmp_path))
+    assert (task.name, task.modality, task.eval_type, task.main_metric) == ("test/local_t", "image", "local", "hit@1")
+    assert task.queries[0]["input"]["images"] == [str(tmp_path / "images/x.png")]
+    assert task.queries[2]["labels"] == ["not there"] and len(task.queries[0]["candidates"]) == 4
+    assert task.candidates["red star"] == {"text": "red star", "images": [], "video": []}
+
+
+def test_load_task_errors(tmp_path):
+    """An unknown task names the known ones; a broken file says which file, which query and what is wrong."""
+    write_tasks(tmp_path)
+    with pytest.raises(FileNotFoundError, match="'cls'.*test/cls, test/local_t"):
+        ev.load_task("cls", tmp_path)
+    with pytest.raises(FileNotFoundError, match="is --root right"):
+        ev.load_task("test/cls", tmp_path / "nowhere")
+    path = tmp_path / "tasks" / "test" / "cls.json"
+    good = json.loads(path.read_text())
+    query = good["queries"][0]
+    for change, message in [
+        ({"eval_type": "globe"}, "globe"),
+        ({"main_metric": "hit"}, "main_metric 'hit'"),
+        ({"queries": []}, "no queries"),
+        ({"eval_type": "local"}, "query 0 of a local task"),
+        ({"eval_type": "local", "queries": [query | {"candidates": ["x"]}]}, "query 0 ranks keys .*'x'"),
+        ({"queries": [query, query | {"grades": [1, 2]}]}, "query 1 has not one grade"),
+    ]:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message) as error:
+            ev.load_task("test/cls", tmp_path)
+        assert "cls.json" in str(error.value)
+    path.write_text(json.dumps({k: v for k, v in good.items() if k != "group"}))
+    with pytest.raises(ValueError, match=r"lacks \['group'\]"):
+        ev.load_task("test/cls", tmp_path)
+
+
+def test_model_names():
+    """The folder's name where it is enough, with parents where two models would write to one place."""
+    assert ev.model_names(["runs/toy/sft", "runs/toy/rl/"]) == ["sft", "rl"]
+    assert ev.model_names(["a/x/rl", "b/x/rl"]) == ["a-x-rl", "b-x-rl"]
+    with pytest.raises(SystemExit, match="twice"):
+        ev.model_names(["a/rl", "a/rl/"])
+
+
+# ---- the whole run, on a fake model ----------------------------------------------------------------------------
+
+
+class FakeEmbedder:
+    """embed() from a hash of the text: queries "find w" lie near w, samples scatter, "moon" never ends with <gen_emb>."""
+
+    calls = []
+
+    @classmethod
+    def from_pretrained(cls, name, *, device=None, dtype=None):
+        assert Path(name).is_dir()
+        fake = cls()
+        fake.noise = 0.2 if name.endswith("rl") else 1.0
+        return fake
+
+    def embed(self, inputs, *, mode="both", samples=1, temperature=0.0, seed=0, max_new_tokens=512, traces=None,
+              batch_size=8, blank_image=True, progress=False):  # fmt: skip
+        FakeEmbedder.calls.append((mode, [x["text"] for x in inputs]))
+        words = [x["text"].removeprefix("find ") for x in inputs]
+        at = np.array([np.random.default_rng(list(w.encode())).standard_normal(16) for w in words])[:, None]
+        noise = np.random.default_rng([seed, 1]).standard_normal((len(inputs), samples, 16)) * self.noise
+        gen = torch.tensor(at + noise * temperature, dtype=torch.float32)
+        valid = torch.tensor(["moon" not in w for w in words])[:, None].expand(-1, samples).clone()
+        gen = torch.nn.functional.normalize(gen, dim=-1) * valid[..., None]
+        disc = torch.nn.functional.normalize(torch.tensor(at[:, 0], dtype=torch.float32), dim=-1)
+        texts = [[f"<think>{w}</think>"] * samples for w in words]
+        return SimpleNamespace(disc=None if mode == "gen" else disc, gen=gen, texts=texts, valid=valid,
+                               num_tokens=torch.full((len(inputs), samples), 7))  # fmt: skip
+
+
+def run_fake(tmp_path, out):
+    for model in ("sft", "rl"):
+        (tmp_path / model).mkdir(exist_ok=True)
+    ev.Embedder = FakeEmbedder
+    ev.main(["--model", str(tmp_path / "sft"), str(tmp_path / "rl"), "--root", str(tmp_path), "--out", str(out),
+             "--samples", "4", "--batch_size", "1"])  # fmt: skip
+
+
+def test_whole_run(tmp_path, monkeypatch, capsys):
+    """Files with the promised keys, inputs embedded once over tasks and keys, misses for "moon", both tables printed."""
+    monkeypatch.setattr(ev, "Embedder", FakeEmbedder)  # undone behind the test; run_fake sets it again
+    FakeEmbedder.calls.clear()
+    write_tasks(tmp_path)
+    run_fake(tmp_path, tmp_path / "out")
+    greedy = [text for mode, texts in FakeEmbedder.calls if mode == "both" for text in texts]
+    assert len(greedy) == 2 * 8  # two models, 4 + 4 distinct inputs
+    assert sum(len(texts) for mode, texts in FakeEmbedder.calls if mode == "gen") == 2 * 4
+    scores = json.loads((tmp_path / "out" / "rl" / "scores.json").read_text())
+    assert list(scores) == ["model", "args", "tasks", "groups", "modalities", "overall"]
+    assert scores["model"] == "rl" and scores["args"]["samples"] == 4
+    cls = scores["tasks"]["test/cls"]
+    assert set(cls) == {"modality", "group", "main_metric", "num_queries", "num_candidates", *ev.MODES, "pass@k",
+                        "invalid", "tokens_per_input", "seconds"}  # fmt: skip
+    assert list(cls["gen"]) == ev.METRICS and list(cls["pass@k"]) == ["1", "2", "4"]
+    assert (cls["num_queries"], cls["num_candidates"], cls["invalid"], cls["tokens_per_input"]) == (4, 5, 2, 7)
+    assert cls["disc"]["hit@1"] == 1 and cls["gen"]["hit@1"] == 0.75 and cls["oracle"]["hit@1"] == 1
+    assert cls["disc"]["ndcg_linear@5"] == 1  # "red star" stands before its copy
+    assert scores["tasks"]["test/local_t"]["disc"]["hit@1"] == pytest.approx(2 / 3)
+    assert scores["overall"]["disc"] == pytest.approx((1 + 2 / 3) / 2)
+    per_query = json.loads((tmp_path / "out" / "sft" / "per_query.json").read_text())
+    assert per_query["test/cls"]["gen"] == [1, 1, 0, 1] and len(per_query["test/cls"]["texts"]) == 4
+    printed = capsys.readouterr().out
+    assert "test/local_t" in printed and "sft -> rl: change" in printed and "two gen samples" in printed
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Under torchrun with two processes the scores and every per-query value are those of one process."""
+    write_tasks(tmp_path)
+    results = []
+    for world in (1, 2):
+        out = tmp_path / f"out{world}"
+        code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import test_eval; "
+                "test_eval.run_fake(pathlib.Path(sys.argv[3]), sys.argv[4])")  # fmt: skip
+        command = [sys.executable, "-c", code, str(REPO), str(REPO / "tests"), str(tmp_path), str(out)]
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started = [subprocess.Popen(command, env=env | ({"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}
+                                    if world == 2 else {})) for r in range(world)]  # fmt: skip
+        assert [process.wait(timeout=120) for process in started] == [0] * world
+        found = [json.loads((out / m / f"{f}.json").read_text())
+                 for m in ("sft", "rl") for f in ("scores", "per_query")]  # fmt: skip
+        for content in found[::2]:
+            del content["args"]
+            for entry in content["tasks"].values():
+                del entry["seconds"]
+        results.append(found)
+    assert results[0] == results[1]
+
+
+def test_errors_of_the_command_line(tmp_path):
+    """No tasks, no model folder and samples at temperature 0 each stop with a sentence that says what to do."""
+    with pytest.raises(SystemExit, match="data.py toy"):
+        ev.main(["--root", str(tmp_path)])
+    write_tasks(tmp_path)
+    with pytest.raises(SystemExit, match="no model folder"):
+        ev.main(["--root", str(tmp_path), "--model", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="temperature"):
+        ev.main(["--root", str(tmp_path), "--temperature", "0"])
+    assert ev.parse_args(ev.Settings, ev.PRESETS, ["--preset", "2b"]).samples == 0
