@@ -2,7 +2,7 @@
 
 What a row becomes (paper section 3, DESIGN 3): one string in Qwen2-VL's chat format,
 
-    <|im_start|>system ... user  [media] TEXT \\n <disc_emb> \\n INSTRUCTION <|im_end|>  assistant  <think>..<gen_emb><|im_end|>
+    <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
 its token ids, their three-axis rotary positions and the picture patches. Everything here runs on the CPU, in loader
 workers, on numpy arrays (torch tensors would cost a file descriptor each on their way out of a worker).
@@ -21,10 +21,8 @@ Commands
     python data.py base [--out runs/toy_base] [--seed 0]     # what its base model is trained on (assets/toy_base)
 """
 
-import argparse
 import hashlib
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -63,7 +61,8 @@ class Skip(ValueError):
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # the normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic
-BYTE_TO_FLOAT = ((np.arange(256)[:, None] * (1 / 255)).astype(np.float32) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+BYTE_TO_FLOAT = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
+BYTE_TO_FLOAT = (BYTE_TO_FLOAT - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
 
 
 def patchify(frames, *, min_pixels, max_pixels):
@@ -187,7 +186,7 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", 
         if mark == IMAGE_MARK:
             frames, (low, high) = [open_picture(next(images), root)], pixels["image"]
         else:
-            keep = np.linspace(0, len(video) - 1, NUM_FRAMES).astype(int) if len(video) > NUM_FRAMES else range(len(video))
+            keep = np.linspace(0, len(video) - 1, min(len(video), NUM_FRAMES)).astype(int)
             frames, (low, high) = [open_picture(video[i], root) for i in keep], pixels["video"]
         x, grid = patchify(frames, min_pixels=low, max_pixels=high)
         pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
@@ -201,7 +200,10 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", 
         ids = ids + tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
     ids, grids = np.array(ids), np.array(grids, dtype=np.int64).reshape(-1, 3)
     gen_id, disc_id, *media_ids = tokenizer.convert_tokens_to_ids([GEN, DISC, "<|image_pad|>", "<|video_pad|>"])
-    last = lambda token, lo, hi: max((int(i) + lo for i in np.flatnonzero(ids[lo:hi] == token)), default=-1)  # noqa: E731
+
+    def last(token, start, end):
+        return max((start + int(i) for i in np.flatnonzero(ids[start:end] == token)), default=-1)
+
     return Row(
         ids=ids,
         positions=mrope_positions(ids, grids, media_ids),
@@ -236,20 +238,20 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 def read_rows(path):
     """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give --data the SFT or RL file")
     text = path.read_text(encoding="utf-8")
+    one_list = text.lstrip().startswith("[")
+    rows, line = [], 0
     try:
-        if text.lstrip().startswith("["):
+        if one_list:
             rows = json.loads(text)
         else:
-            lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-            rows = []
-            for n, line in lines:
-                rows.append(json.loads(line))
+            for line, content in enumerate(text.splitlines(), 1):  # noqa: B007 (the message below needs it)
+                if content.strip():
+                    rows.append(json.loads(content))
     except json.JSONDecodeError as error:
-        where = f"line {n}" if not text.lstrip().startswith("[") else f"line {error.lineno}"
-        raise ValueError(f"{path}, {where}: not valid JSON ({error.msg})") from error
+        raise ValueError(f"{path}, line {error.lineno if one_list else line}: not valid JSON ({error.msg})") from error
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
@@ -279,7 +281,11 @@ def rl_side(row, side, name):
     missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
         raise ValueError(f"{name}: the row lacks {', '.join(missing)}")
-    return {"text": row[f"{side}_text"], "images": as_list(row[f"{side}_image"]), "video": as_list(row[f"{side}_video"])}
+    return {
+        "text": row[f"{side}_text"],
+        "images": as_list(row[f"{side}_image"]),
+        "video": as_list(row[f"{side}_video"]),
+    }
 
 
 def content_key(text, images, video):
@@ -351,7 +357,9 @@ class PairData(Dataset):
         for token, at in ((DISC, row.disc_at), (GEN, row.gen_at)):
             if token in self.needs and at < 0:
                 place = "user's" if token == DISC else "assistant's"
-                raise ValueError(f"{row.name}: no {token} in the {place} text, so it has no such embedding; mend the row")
+                raise ValueError(
+                    f"{row.name}: no {token} in the {place} text, so it has no such embedding; mend the row"
+                )
         if len(row.ids) > self.max_length:
             raise Skip(f"{row.name}: {len(row.ids)} tokens, above --max_length {self.max_length}")
 
@@ -413,4 +421,6 @@ def step_loader(data, steps, workers):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
     return DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator(),
                       prefetch_factor=2 if workers else None)  # fmt: skip
+
+
 from toy_part import toy_model, write_toy, write_base  # noqa

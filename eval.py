@@ -71,7 +71,7 @@ PRESETS = {
 @dataclass
 class Settings:
     preset: Literal["toy", "2b", "7b"] = field(default="toy", metadata={"help": "read first, sets the defaults"})
-    model: list[str] = field(default_factory=list, metadata={"help": "model folders or hub ids, in the order to compare"})
+    model: list[str] = field(default_factory=list, metadata={"help": "model folders or hub ids, compared in order"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "task names; none: all of ROOT/tasks/test"})
     root: str = field(default="", metadata={"help": "folder of the data: tasks/NAME.json, and where media paths start"})
     out: str = field(default="", metadata={"help": "results go to OUT/<model name>/"})
@@ -191,7 +191,7 @@ def embed_all(embedder, inputs, settings, *, samples=0, results=None, title=""):
 # Ranking and metrics
 
 
-def rank_candidates(queries, candidates, query_ok, candidate_ok, lists=None, depth=max(KS)):
+def rank_candidates(queries, candidates, query_ok, candidate_ok, lists=None, depth=KS[-1]):
     """The best `depth` candidates of each query, as indices; none for a query that is not ok.
 
     queries [Q, D], candidates [C, D], bool [Q] and [C]; lists: the indices each query ranks (repeats stay), None:
@@ -448,6 +448,10 @@ def main(argv=None):
     rank, world, device = start_processes()
     # Results travel as main memory, over gloo; a process that is done may wait hours for the slowest one.
     results = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
+    if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
+        for name in names:
+            (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
+        write_args(settings.out, settings)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     every = []  # per model {task: {column: [x of each query]}}
     for model, name in zip(settings.model, names):
@@ -456,9 +460,7 @@ def main(argv=None):
         if rank > 0:
             continue
         scores, per_query = result
-        write_args(settings.out, settings)
         folder = Path(settings.out) / name
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "scores.json", scores)
         write_json(folder / "per_query.json", per_query)
         print(score_table(scores), flush=True)

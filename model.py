@@ -1,4 +1,4 @@
-"""The embedder: Qwen2-VL that also gives two embeddings, `disc` read at <disc_emb> and `gen` read at the last <gen_emb>.
+"""The embedder: Qwen2-VL with two embeddings, `disc` read at <disc_emb> and `gen` read at the last <gen_emb>.
 
 Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (paper
 section 3; released models). Shapes: B rows, L tokens, D hidden size, V vocabulary, G rollouts per prompt, N any count.
@@ -90,7 +90,9 @@ class Embedder(nn.Module):
         never = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC]
         banned = {*tokenizer.convert_tokens_to_ids(never), *self.media_ids, self.pad_id}
         rows = backbone.get_input_embeddings().weight.shape[0]  # more rows than tokens: they have no text
-        self.register_buffer("banned", torch.tensor(sorted(banned | set(range(len(tokenizer), rows)))), persistent=False)
+        self.register_buffer(
+            "banned", torch.tensor(sorted(banned | set(range(len(tokenizer), rows)))), persistent=False
+        )
 
     # ---- loading and saving -------------------------------------------------------------------------------------
 
@@ -100,7 +102,9 @@ class Embedder(nn.Module):
         if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
             raise FileNotFoundError(f"{name_or_path}: no config.json; is it the output folder of a finished stage?")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        backbone = Qwen2VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+        backbone = Qwen2VLForConditionalGeneration.from_pretrained(
+            name_or_path, dtype=dtype, attn_implementation="sdpa"
+        )
         add_embedding_tokens(backbone, tokenizer)
         return cls(backbone, tokenizer).to(device)
 
@@ -141,7 +145,9 @@ class Embedder(nn.Module):
         if len(vit):
             is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
             return x.masked_scatter(is_media[..., None], merger(vit).to(x.dtype))
-        if torch.is_grad_enabled():  # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
+        if (
+            torch.is_grad_enabled()
+        ):  # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
             blank = self.see(torch.zeros(4, 1176, device=x.device), torch.tensor([[1, 2, 2]], device=x.device))
             x = x + 0 * merger(blank).sum().to(x.dtype)
         return x
@@ -150,7 +156,7 @@ class Embedder(nn.Module):
         """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
 
         batch: from pad_rows(). read int [N], predict int [M] index the flattened [B * L]; labels int [M].
-        Returns (embeddings [N, D] fp32 normalised or None, logp [M] fp32 or None, entropy [M] without gradient or None).
+        Returns fp32 embeddings [N, D], normalised; logp [M]; entropy [M], without gradient; None where not asked for.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
@@ -174,7 +180,7 @@ class Embedder(nn.Module):
         return logits / temperature
 
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
-        """log softmax(head(hidden))[labels] and the entropy, [M] each; chunks of HEAD_CHUNK tokens, recomputed in backward."""
+        """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
 
         def chunk(h, y):
             logp = self.logits(h, temperature, ban).log_softmax(-1)  # [chunk, V]
@@ -182,7 +188,9 @@ class Embedder(nn.Module):
             return logp.gather(-1, y[:, None])[:, 0], entropy
 
         parts = [
-            torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+            torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else chunk(h, y)
             for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK))
         ]
         if not parts or not len(labels):
@@ -295,7 +303,9 @@ class Embedder(nn.Module):
         return self.backbone.model.language_model(
             inputs_embeds=self.backbone.get_input_embeddings()(token)[:, None],  # [A, 1, D]
             position_ids=position.expand(3, -1)[..., None],  # [3, A, 1]
-            attention_mask={"full_attention": (torch.arange(longest, device=self.device) <= at[:, None])[:, None, None]},
+            attention_mask={
+                "full_attention": (torch.arange(longest, device=self.device) <= at[:, None])[:, None, None]
+            },
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, 0]
@@ -319,10 +329,15 @@ class Embedder(nn.Module):
         gen, valid = torch.zeros(N, samples, width), torch.zeros(N, samples, dtype=torch.bool)
         num_tokens = torch.zeros(N, samples, dtype=torch.long)
         # similar lengths side by side, the longest first (it shows at once whether it fits into memory)
-        cost = [len(x.get("text") or "") + 1000 * len(x.get("images") or []) + 1000 * len(x.get("video") or []) for x in inputs]
+        cost = [
+            len(x.get("text") or "") + 1000 * len(x.get("images") or []) + 1000 * len(x.get("video") or [])
+            for x in inputs
+        ]
         order = sorted(range(N), key=lambda n: -cost[n])
         encoded = (
-            encode_input(self.tokenizer, inputs[n], traces[n] if traces else None, blank_image=blank_image, name=f"input {n}")
+            encode_input(
+                self.tokenizer, inputs[n], traces[n] if traces else None, blank_image=blank_image, name=f"input {n}"
+            )
             for n in order
         )
         bar = tqdm(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
@@ -473,7 +488,7 @@ class SlotCache:
 
 
 def sample(logits, uniforms):
-    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None for greedy -> tokens, log p (lists)."""
+    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), or None: greedy -> lists tokens, log p"""
     logp = logits.log_softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
@@ -571,34 +586,64 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
 
     resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one.
     """
-    if resume == "none":
+    known = [path for _, path in list_checkpoints(folder)]
+    if resume == "none" or (resume == "auto" and not known):
         return 0
-    if resume == "auto":
-        known = list_checkpoints(folder)
-        if not known:
-            return 0
-        path = known[-1][1]
-    else:
-        path = Path(resume)
-        if not (path / "meta.json").exists():
-            raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
+    path = known[-1] if resume == "auto" else Path(resume)
+    if not (path / "meta.json").exists():
+        raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
     meta = json.loads((path / "meta.json").read_text())
-    changed = {k for k in settings if meta["settings"].get(k) != settings[k]}
-    if changed:
-        raise ValueError(
-            f"{path} was made with other settings ({', '.join(sorted(changed))}); "
-            "use the same ones, another --out, or --resume none"
-        )
-    weights = load_file(path / "model.safetensors")
-    state = load_file(path / "optimizer.safetensors")
+    refuse_changed(meta["settings"], settings, path)
+    weights, state = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-            own = {key.rpartition("/")[2]: t for key, t in state.items() if key.rpartition("/")[0] == name}
-            if own:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
-                optimizer.state[p] = {k: t.clone() if k == "step" else t.to(p.device) for k, t in own.items()}
-    print(f"resuming {path} after step {meta['step']}", flush=True)
+            if f"{name}/step" in state:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
+                own = {key: state[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in own.items()}
+    print(f"resuming after step {meta['step']} from {path}", flush=True)
     return meta["step"]
+
+
+def refuse_changed(before, now, path):
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise SystemExit(
+            f"{path} was made with other settings ({'; '.join(changed)}). "
+            "Give the same ones, or another --out, or --resume none to start anew."
+        )
+
+
+def begin_run(args, rank):
+    """Writes args.json -> settings that a resumed run must share, or None where the run in --out is finished."""
+    out, free = Path(args.out), ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch")
+    settings = {key: value for key, value in asdict(args).items() if key not in free}
+    path = out / "args.json"
+    if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):
+        refuse_changed(before["settings"], settings, out)
+        if rank == 0:
+            print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
+        return None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_args(out, args)
+    return settings
+
+
+def open_log(out, start):
+    """log.jsonl, one line a step, open for more: what a killed run logged beyond its last checkpoint goes."""
+    path = Path(out) / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[:start] if path.exists() else []
+    path.write_text("".join(lines))
+    return path.open("a", buffering=1)
+
+
+def report_skipped(out, step, pairs):
+    """Lists this process's unusable rows in skipped.jsonl."""
+    for pair in pairs:
+        if not pair.ok:
+            with open(Path(out) / "skipped.jsonl", "a") as file:
+                file.write(json.dumps({"step": step + 1, "row": pair.name, "reason": pair.reason}) + "\n")
 
 
 def write_json(path, data):
@@ -608,14 +653,13 @@ def write_json(path, data):
     os.replace(temporary, path)
 
 
-def write_args(out, args):
+def write_args(out, args, **more):
     """args.json: settings, command line, commit and versions that made the folder."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / "args.json", {
-        "settings": asdict(args), "command": sys.argv, "commit": git.stdout.strip() or None,
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-    })  # fmt: skip
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"settings": asdict(args), "command": sys.argv, "commit": git.stdout.strip() or None, **versions, **more}
+    write_json(Path(out) / "args.json", about)
 
 
 def parse_args(settings, presets, argv=None):

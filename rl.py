@@ -17,22 +17,22 @@ Where this departs from the paper or the official code
  3. Negatives are the rollouts of all other targets of the global batch (32 prompts: 31 x 8), not of one micro-step
     (15 x 8); pairs with the same target are not each other's negatives (--mask_same_target false: the paper).
  4. The vision tower is frozen, so its features are computed once per step; the official run trains it (--train_vision).
- 5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's <gen_emb>.
- 6. A group's prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
+ 5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's own.
+ 6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
  7. Toy preset only, off in 2b and 7b: --w_anchor holds the rollouts' embeddings to those of the SFT model
     (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient does not see the embeddings, and at the toy's large
     learning rate an optimiser step can blur their alignment.
 
 Commands
     python rl.py                                                          # CPU: the toy world, after sft.py
-    python rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train --out runs/2b/rl   # 1 GPU
+    python rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train               # 1 GPU
     torchrun --nproc_per_node 8 rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train
 """
 
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +45,13 @@ from data import DISC, PairData, Row, step_loader
 from model import (
     Embedder,
     all_sum,
+    begin_run,
     gather,
     load_checkpoint,
+    open_log,
     pad_rows,
     parse_args,
+    report_skipped,
     save_checkpoint,
     stable_hash,
     start_processes,
@@ -74,7 +77,7 @@ class Settings:
     steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
-    update_batch: int = setting(1, "groups (a prompt and its G completions) per forward pass of the update; memory and time only")
+    update_batch: int = setting(1, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
     inner_steps: int = setting(1, "optimiser steps per batch of rollouts")
     max_new_tokens: int = setting(2048, "longest completion; also the constant that normalises the loss (norm)")
@@ -131,7 +134,11 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
     loss = (per_token * mask).sum(1).div(norm).mean()
     tokens = mask.sum().clamp(min=1)
     clip = ((ratio * A > clipped * A) & mask).sum() / tokens
-    return loss, {"kl": (kl.detach() * mask).sum() / tokens, "clip_share": clip, "ratio": (ratio.detach() * mask).sum() / tokens}
+    return loss, {
+        "kl": (kl.detach() * mask).sum() / tokens,
+        "clip_share": clip,
+        "ratio": (ratio.detach() * mask).sum() / tokens,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,8 +148,14 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 def rollout(embedder, rows, args, seeds):
     """G completions for each of n prompts -> list of n Rollouts, in the order of the rows."""
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
-    done = embedder.generate([rows[n] for n in order], G=args.G, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                             seeds=[seeds[n] for n in order], slots=args.micro_batch * args.G)  # fmt: skip
+    done = embedder.generate(
+        [rows[n] for n in order],
+        G=args.G,
+        temperature=args.temperature,
+        seeds=[seeds[n] for n in order],
+        max_new_tokens=args.max_new_tokens,
+        slots=args.micro_batch * args.G,
+    )
     return [r for _, r in sorted(((order[i], r) for i, r in done), key=lambda pair: pair[0])]
 
 
@@ -155,7 +168,7 @@ def rewards_of(embedder, rollouts, pairs, args):
     ok = torch.tensor([pair.ok for pair in pairs], device=device)
     gen = torch.stack([r.gen for r in rollouts]).view(2, p, args.G, -1)  # [2, p, G, D]
     valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]
-    gen, valid = gather(gen.transpose(0, 1)).transpose(0, 1), gather(valid.transpose(0, 1)).transpose(0, 1)  # [2, P, G, ..]
+    gen, valid = (gather(x.transpose(0, 1)).transpose(0, 1) for x in (gen, valid))  # [2, P, G, ..]
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))
     same = keys[:, None] == keys[None, :] if args.mask_same_target else None
     mine = torch.arange(p, device=device) * (len(keys) // p) + (dist.get_rank() if dist.is_initialized() else 0)
@@ -169,8 +182,8 @@ def rewards_of(embedder, rollouts, pairs, args):
 def pack_group(row, r):
     """A prompt and its G completions as one row [prompt | c1 | .. | cG]: every completion continues the prompt.
 
-    Returns the Row, the segment of every token (0 prompt, g + 1 completion g) and the places to read: for each completion
-    token the place that predicts it, and for each embedding its own place (disc, then each valid gen).
+    Returns the Row, the segment of every token (0 prompt, g + 1 completion g) and the places to read: for each
+    completion token the place that predicts it, and for each embedding its own place (disc, then each valid gen).
     """
     n, segments, positions = row.n_prompt, [np.zeros(row.n_prompt, int)], [row.positions[:, : row.n_prompt]]
     predict, read, start = [], [row.disc_at], n
@@ -187,7 +200,7 @@ def pack_group(row, r):
 
 
 def tree_mask(segments, device):
-    """bool [B, 1, L, L]: causal, and within the same completion or to the prompt; pads (-1) see only prompt and pads."""
+    """bool [B, 1, L, L]: causal, and within the same completion or to the prompt; pads (-1) see prompt and pads."""
     L = max(map(len, segments))
     seg = torch.full((len(segments), L), -1)
     for b, s in enumerate(segments):
@@ -198,7 +211,7 @@ def tree_mask(segments, device):
 
 
 def pack_groups(embedder, rows, rollouts):
-    """A few groups as one batch for Embedder.forward -> batch, predict, labels, read, group of each read, mask [n*G, T]."""
+    """n groups as a batch for Embedder.forward -> batch, predict, labels, read, group of each read, mask [n * G, T]."""
     device = embedder.device
     packed, segments, predict, read = zip(*(pack_group(row, r) for row, r in zip(rows, rollouts)))
     batch = pad_rows(packed, embedder.pad_id, device, mask=tree_mask(segments, device))
@@ -211,56 +224,63 @@ def pack_groups(embedder, rows, rollouts):
     return batch, flat(predict), labels, flat(read), group, mask
 
 
-def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner):
-    """Gradients of one inner step over this process's 2p groups. advantages [2p, G]; ok bool [2p].
+def padded(flat, mask):
+    """Values of the completion tokens [M] in the order of the mask -> [n * G, T] with zeros behind each completion."""
+    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
-    cache: the reference's and the sampling policy's values of each micro-batch, filled at the first inner step: no update
-    has happened yet then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
+
+def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner):
+    """Gradients of one inner step over this process's 2p groups -> figures for the log.
+
+    advantages [2p, G]; ok bool [2p]: not a skipped pair.
+
+    cache: the reference's and the sampling policy's values of each micro-batch, filled at the first inner step: no
+    update has happened by then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
     """
     embedder = model.module if isinstance(model, DistributedDataParallel) else model
+    device, world = embedder.device, dist.get_world_size() if dist.is_initialized() else 1
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids) + sum(map(len, rollouts[n].ids)))
     micro = [order[s : s + args.update_batch] for s in range(0, len(order), args.update_batch)]
-    groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    total = torch.zeros(6, device=embedder.device)
+    num_groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones
+    names = ("loss", "anchor", "tokens", "kl", "clip_share", "entropy", "logp_mismatch")
+    total = torch.zeros(len(names), device=device)
     for k, numbers in enumerate(micro):
-        batch, predict, labels, read, group, mask = pack_groups(embedder, [rows[n] for n in numbers], [rollouts[n] for n in numbers])
-        padded = lambda flat: torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)  # [n * G, T]  # noqa: E731
-        use = ok[numbers].float()  # [n]
+        chosen = [rollouts[n] for n in numbers]
+        batch, predict, labels, read, group, mask = pack_groups(embedder, [rows[n] for n in numbers], chosen)
+        asked = (read, predict, labels, args.temperature, True)
+        used = ok[numbers].float()  # [n], 0 for a skipped pair
         with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
-            embeddings, logp, entropy = model(batch, read, predict, labels, args.temperature, True)
+            embeddings, logp, entropy = model(batch, *asked)
             if inner == 0:
-                with torch.no_grad():
-                    if args.train_vision:  # the reference has its own vision tower
-                        batch = {**batch, "vit": None}
-                    ref_embeddings, ref_logp, _ = reference(batch, read, predict, labels, args.temperature, True)
+                with torch.no_grad():  # a trained vision tower is not the reference's: it looks for itself
+                    ref_embeddings, ref_logp, _ = reference(batch, *asked)
                 cache[k] = logp.detach(), ref_logp, ref_embeddings
             old_logp, ref_logp, ref_embeddings = cache[k]
-            rows_used = use.repeat_interleave(args.G)[:, None] * mask  # skipped pairs leave every sum
+            weight = mask * used.repeat_interleave(args.G)[:, None]  # [n * G, T]
             loss, stats = grpo_loss(
-                padded(logp), padded(old_logp), padded(ref_logp), args.w_grpo * advantages[numbers].flatten(), rows_used,
+                padded(logp, mask), padded(old_logp, mask), padded(ref_logp, mask),
+                args.w_grpo * advantages[numbers].flatten(), weight,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
-            loss = loss * len(numbers) / groups  # mean over all groups of all processes and both sides
+            loss = loss * len(numbers) / num_groups  # the mean over the groups of all processes and both sides
             away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
             anchor = torch.stack([away[group == b].mean() for b in range(len(numbers))])
-            anchor = (anchor * use).sum() / groups
+            anchor = (anchor * used).sum() / num_groups
             (world * (loss + args.w_anchor * anchor)).backward()
-        tokens = rows_used.sum()
-        sampled = torch.cat([torch.tensor(lp, device=mask.device) for n in numbers for lp in rollouts[n].logp])
-        mismatch = padded((sampled - old_logp).abs()) * rows_used  # rollout against update, before any update
-        sums = [loss.detach(), anchor.detach(), stats["kl"] * tokens, stats["clip_share"] * tokens,
-                (padded(entropy) * rows_used).sum(), mismatch.sum()]  # fmt: skip
-        total += torch.stack(sums)
-    tokens = all_sum(torch.tensor(float(sum(len(ids) for n in order if ok[n] for ids in rollouts[n].ids)), device=embedder.device))
-    total = all_sum(total)
-    names = ("loss", "anchor", "kl", "clip_share", "entropy", "logp_mismatch")
-    stats = {name: float(v / (1 if name in ("loss", "anchor") else tokens)) for name, v in zip(names, total)}
-    return {**stats, "loss": stats["loss"] + args.w_anchor * stats["anchor"]}
+        tokens = weight.sum()
+        sampled = torch.cat([torch.tensor(lp, device=device) for r in chosen for lp in r.logp])
+        mismatch = (padded((sampled - old_logp).abs(), mask) * weight).sum()  # decode loop against update pass
+        entropy = (padded(entropy, mask) * weight).sum()
+        kl, clip = stats["kl"] * tokens, stats["clip_share"] * tokens
+        total += torch.stack([loss.detach(), anchor.detach(), tokens, kl, clip, entropy, mismatch])
+    stats = dict(zip(names, all_sum(total).tolist()))
+    tokens = max(1.0, stats.pop("tokens"))
+    means = {name: stats[name] / tokens for name in ("kl", "clip_share", "entropy", "logp_mismatch")}
+    return {"loss": stats["loss"] + args.w_anchor * stats["anchor"], "anchor": stats["anchor"], **means}
 
 
 def summary(parts, rewards, advantages, rollouts, ok):
-    """Figures of the log for one step, means over the global batch: [query, target] parts, lengths, invalid, no spread."""
+    """Figures of the log for one step, means over the global batch: rewards and parts per side, lengths, shares."""
     n_ok = all_sum(ok.sum().float()).clamp(min=1)
     mean = lambda x: all_sum((x.float().mean(-1) * ok).sum(-1)) / n_ok  # over pairs and G; x [2, p, G]  # noqa: E731
     out = {}
@@ -280,9 +300,9 @@ def summary(parts, rewards, advantages, rollouts, ok):
 def main():
     args = parse_args(Settings, PRESETS)
     rank, world, device = start_processes()
-    out = Path(args.out)
-    if rank == 0:
-        write_args(out, args)
+    out, settings = Path(args.out), begin_run(args, rank)
+    if settings is None:
+        return
     torch.manual_seed(args.seed)
 
     # policy and frozen reference
@@ -295,7 +315,6 @@ def main():
     embedder.train()
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
-    settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "save_every", "keep", "workers")}
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
     model = embedder
     if world > 1:
@@ -307,8 +326,10 @@ def main():
                     blank_image=args.blank_image)  # fmt: skip
     loader = iter(step_loader(data, range(start, args.steps), args.workers))
     if rank == 0:
-        print(f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)")
-    log = open(out / "log.jsonl", "a" if start else "w")  # noqa: SIM115
+        print(
+            f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)"
+        )
+    log = open_log(out, start) if rank == 0 else None
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
 
     for step in bar:
@@ -344,18 +365,17 @@ def main():
         seconds = time.perf_counter() - began
         line |= {"pairs_per_s": args.batch_size / seconds, "rollout_s": rollout_seconds, "data_wait_s": waited}
         line["skipped"] = int(all_sum((~ok).sum()))
-        for pair in pairs:
-            if not pair.ok:
-                with open(out / "skipped.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step, "row": pair.name, "reason": pair.reason}) + "\n")
+        report_skipped(out, step, pairs)
         if rank == 0:
             log.write(json.dumps(line) + "\n")
-            log.flush()
-            bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.4f}", length=f"{line['length_query']:.0f}")
+            bar.set_postfix(
+                reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.4f}", length=f"{line['length_query']:.0f}"
+            )
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
     if rank == 0:
         embedder.save_pretrained(out)
+        write_args(out, args, finished=True)
         print(f"saved {out}")
     if world > 1:
         dist.barrier()

@@ -27,7 +27,7 @@ Commands
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,11 +40,14 @@ from data import DISC, GEN, PairData, step_loader, write_toy
 from model import (
     Embedder,
     all_sum,
+    begin_run,
     gather,
     load_checkpoint,
     lr_at,
+    open_log,
     pad_rows,
     parse_args,
+    report_skipped,
     save_checkpoint,
     start_processes,
     write_args,
@@ -98,7 +101,8 @@ PRESETS = {
     "toy": {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
         "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 700, "batch_size": 40, "micro_batch": 40,
-        "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_warmup": 200, "workers": 1,
+        "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_warmup": 200,
+        "workers": 1,
         "checkpointing": False, "max_length": 512,
     },
 }  # fmt: skip
@@ -192,7 +196,9 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
         L = batch["ids"].shape[1]
         predict = labels = weight = None
         if w_ce:
-            at = [(j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt - 1, len(rows[n].ids) - 1)]
+            at = [
+                (j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt - 1, len(rows[n].ids) - 1)
+            ]
             predict, row_of = torch.tensor(at, device=device).T  # [M] each; token t predicts token t + 1
             labels, weight = batch["ids"].flatten()[predict + 1], token_weight[row_of]
         last = k == len(micro) - 1
@@ -215,11 +221,11 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
 def main():
     args = parse_args(Settings, PRESETS)
     rank, world, device = start_processes()
-    out = Path(args.out)
-    if rank == 0:
-        write_args(out, args)
-        if args.preset == "toy" and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
-            write_toy(Path(args.data[0]).parent, seed=0)
+    out, settings = Path(args.out), begin_run(args, rank)
+    if settings is None:
+        return
+    if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
+        write_toy(Path(args.data[0]).parent, seed=0)
     if world > 1:
         dist.barrier()
     torch.manual_seed(args.seed)
@@ -236,7 +242,6 @@ def main():
     embedder.train()
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
-    settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "save_every", "keep", "workers")}
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
     model = embedder
     if world > 1:
@@ -251,7 +256,7 @@ def main():
     n_params = sum(p.numel() for p in parameters)
     if rank == 0:
         print(f"{len(data.rows):,} pairs, {n_params:,} trained parameters, {world} process(es) on {device.type}")
-    log = open(out / "log.jsonl", "a" if start else "w")  # noqa: SIM115
+    log = open_log(out, start) if rank == 0 else None
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
 
     for step in bar:
@@ -270,19 +275,16 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         speed = {"pairs_per_s": args.batch_size / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited}
-        for p in pairs:
-            if not p.ok:
-                with open(out / "skipped.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step, "row": p.name, "reason": p.reason}) + "\n")
+        report_skipped(out, step, pairs)
         if rank == 0:
             line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm, "skipped": skipped, **speed}
             log.write(json.dumps(line) + "\n")
-            log.flush()
             bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()} | {"pairs/s": f"{speed['pairs_per_s']:.0f}"})
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
     if rank == 0:
         embedder.save_pretrained(out)
+        write_args(out, args, finished=True)
         print(f"saved {out}")
     if world > 1:
         dist.barrier()

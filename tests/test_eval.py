@@ -263,7 +263,7 @@ def test_model_names():
 
 
 class FakeEmbedder:
-    """embed() from a hash of the text: queries "find w" lie near w, samples scatter, "moon" never ends with <gen_emb>."""
+    """embed() from a hash of the text: "find w" lies near w, samples scatter, "moon" never ends with <gen_emb>."""
 
     calls = []
 
@@ -298,7 +298,7 @@ def run_fake(tmp_path, out):
 
 
 def test_whole_run(tmp_path, monkeypatch, capsys):
-    """Files with the promised keys, inputs embedded once over tasks and keys, misses for "moon", both tables printed."""
+    """Files with the promised keys, inputs embedded once over all tasks, misses for "moon", both tables printed."""
     monkeypatch.setattr(ev, "Embedder", FakeEmbedder)  # undone behind the test; run_fake sets it again
     FakeEmbedder.calls.clear()
     write_tasks(tmp_path)
@@ -325,6 +325,7 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Under torchrun with two processes the scores and every per-query value are those of one process."""
     write_tasks(tmp_path)

@@ -98,14 +98,14 @@ def test_no_negatives():
 
 
 def test_ties_go_to_the_negatives():
-    """All embeddings equal (a collapsed model): no positive is better than a negative, so share, gap and reward are 0."""
+    """All embeddings equal (a collapsed model): no positive is better than a negative, share and gap are 0."""
     x = torch.tensor([3.0, 4.0]).expand(4, 2, 2)
     share, gap = embedding_reward_parts(x, x)
     assert (share == 0).all() and gap.abs().max() < 1e-6
 
 
 def test_scale_and_dtype():
-    """Embeddings need no normalising, bfloat16 is raised to float32, and no gradient flows from a detached input."""
+    """Embeddings need no normalising, bfloat16 is raised to float32."""
     own, other, _, _ = draw(3, 4, 8, 2)
     torch.testing.assert_close(embedding_reward(own * 7, other * 0.1), embedding_reward(own, other))
     assert embedding_reward(own.bfloat16(), other.bfloat16()).dtype == torch.float32
