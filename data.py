@@ -165,7 +165,7 @@ def chat_prompt(user):
     return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", pixels=PIXELS):
+def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
     """One side of a pair -> Row.
 
     human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
@@ -184,10 +184,10 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", 
     patches, grids, images = [], [], iter(images)
     for mark in marks:
         if mark == IMAGE_MARK:
-            frames, (low, high) = [open_picture(next(images), root)], pixels["image"]
+            frames, (low, high) = [open_picture(next(images), root)], PIXELS["image"]
         else:
             keep = np.linspace(0, len(video) - 1, min(len(video), NUM_FRAMES)).astype(int)
-            frames, (low, high) = [open_picture(video[i], root) for i in keep], pixels["video"]
+            frames, (low, high) = [open_picture(video[i], root) for i in keep], PIXELS["video"]
         x, grid = patchify(frames, min_pixels=low, max_pixels=high)
         pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
         n_tokens = int(grid.prod()) // 4
@@ -216,7 +216,7 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name="", 
     )
 
 
-def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name="", pixels=PIXELS):
+def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name=""):
     """The form of RL and evaluation: media, then the stripped text, <disc_emb> and INSTRUCTION. -> Row
 
     item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
@@ -228,7 +228,7 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
     for mark in (IMAGE_MARK, VIDEO_MARK):
         text = text.replace(mark, "")  # RL files may still carry the mark; the media come first in any case
     human = IMAGE_MARK * len(images) + VIDEO_MARK * bool(video) + f"{text.strip()}\n{DISC}\n{INSTRUCTION}"
-    return encode(tokenizer, human, images, video, answer, root=root, name=name, pixels=pixels)
+    return encode(tokenizer, human, images, video, answer, root=root, name=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,17 +309,18 @@ class Pair:
 class PairData(Dataset):
     """Pairs of one or more files; item i is the list of this process's encoded pairs of optimiser step i.
 
-    kind "sft" gives conversations with answers, "rl" gives prompts. The rows of a step are a pure function of
-    (seed, step); each process takes its share of them, so the global batch does not depend on their number.
+    kind: the files' format, "sft" or "rl". needs: the embedding tokens that a row must have. answers=False reads the
+    prompts of an SFT file only (DUME). The rows of a step are a pure function of (seed, step); each process takes its
+    share of them, so the global batch does not depend on their number.
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
-                 blank_image=True, needs=(DISC, GEN), pixels=PIXELS):  # fmt: skip
+                 blank_image=True, needs=(DISC, GEN), answers=True):  # fmt: skip
         self.rows = [(f"{file}, row {i}", row) for file in files for i, row in enumerate(read_rows(file))]
         if not self.rows:
             raise ValueError(f"{', '.join(map(str, files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
-        self.rank, self.world, self.blank_image, self.needs, self.pixels = rank, world, blank_image, needs, pixels
+        self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
         if batch_size % world:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of the {world} processes")
         self.order = BatchOrder([row.get("dataset_name", "") for _, row in self.rows], batch_size, seed)
@@ -341,11 +342,11 @@ class PairData(Dataset):
 
     def side(self, row, side, name):
         """-> Row and the identity of its content."""
-        common = dict(root=self.root, name=f"{name}, {side}", pixels=self.pixels)
+        common = dict(root=self.root, name=f"{name}, {side}")
         if self.kind == "sft":
             human, images, video, answer = sft_side(row[side], common["name"])
             key = content_key(human, images, video)
-            encoded = encode(self.tokenizer, human, images, video, answer, **common)
+            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, **common)
         else:
             item = rl_side(row, side, common["name"])
             key = content_key(item["text"], item["images"], item["video"])
@@ -365,7 +366,7 @@ class PairData(Dataset):
 
     def stand_in(self, name):
         """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
-        answer = f"<think></think><answer>{GEN}" if self.kind == "sft" else None
+        answer = f"<think></think><answer>{GEN}" if self.kind == "sft" and self.answers else None
         return encode(self.tokenizer, f"\n{DISC}\n", [], [], answer, name=name)
 
 

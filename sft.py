@@ -251,7 +251,8 @@ def main():
     # data
     needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w]
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
-                    root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs)  # fmt: skip
+                    root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs,
+                    answers=bool(args.w_gen or args.w_ce))  # fmt: skip
     loader = iter(step_loader(data, range(start, args.steps), args.workers))
     n_params = sum(p.numel() for p in parameters)
     if rank == 0:

@@ -1,0 +1,168 @@
+"""Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
+
+    python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME, RL and its controls (about an hour)
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# RL recipes that are compared; the first is the toy preset
+RECIPES = {
+    "rl": [],
+    "rl plain (paper)": ["--w_anchor", "0"],
+    "rl without GRPO": ["--w_grpo", "0"],
+}
+
+
+def run(script, *flags, threads=1):
+    """One of the six scripts as a user would start it; its output goes to a file beside --out."""
+    out = Path(flags[flags.index("--out") + 1])
+    out.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"}
+    with open(out / f"{Path(script).stem}.out", "w") as file:
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(out / f'{Path(script).stem}.out').read_text()[-2000:]}")
+
+
+def held_out_reward(model, file, root, batches=8, batch_size=24, seed=1234):
+    """Reward and its parts on held-out groups: the same pairs and the same random numbers for every model.
+
+    Returns {part: [mean over both sides and G of each pair]}.
+    """
+    import torch
+
+    import rl
+    from data import DISC, PairData
+    from model import Embedder, stable_hash
+
+    torch.set_num_threads(1)
+    embedder = Embedder.from_pretrained(model)
+    args = rl.Settings(**rl.PRESETS["toy"])
+    data = PairData([file], embedder.tokenizer, kind="rl", batch_size=batch_size, seed=0, root=root, needs=[DISC])
+    out = {name: [] for name in ("reward", "format", "share", "gap")}
+    for step in range(batches):
+        pairs = data[step]
+        rows = [p.query for p in pairs] + [p.target for p in pairs]
+        seeds = [stable_hash(seed, step, n) for n in range(len(rows))]
+        rewards, parts = rl.rewards_of(embedder, rl.rollout(embedder, rows, args, seeds), pairs, args)
+        for name, x in {"reward": rewards, **parts}.items():
+            out[name] += x.mean((0, 2)).tolist()
+    return out
+
+
+def toy(seeds, out, split, jobs, data, extra):
+    """SFT, DUME and the RL recipes for each seed, all scored on the same scenes of `split`."""
+    from data import write_toy
+
+    out, data = Path(out), Path(data)
+    if not (data / "sft.json").exists():
+        write_toy(data, seed=0)
+    tasks = [f"{split}/{path.stem}" for path in sorted((data / "tasks" / split).glob("*.json"))]
+    names = ["sft", *RECIPES]
+    place = lambda s, name: out / f"seed{s}" / name.replace(" ", "_").replace("(", "").replace(")", "")  # noqa: E731
+
+    def evaluate(s, name, *flags):
+        run("eval.py", "--root", data, "--tasks", *tasks, "--model", place(s, name), "--out", place(s, name) / "eval", *flags)
+        folder = place(s, name) / "eval" / place(s, name).name
+        return json.loads((folder / "scores.json").read_text()), json.loads((folder / "per_query.json").read_text())
+
+    def chain(s, name):
+        if name == "dume":  # its best learning rate was chosen on the dev scenes
+            run("sft.py", "--seed", s, "--out", place(s, name), "--w_gen", 0, "--w_ce", 0, *extra)
+            return evaluate(s, name, "--samples", 0, "--max_new_tokens", 1)
+        if name == "sft":
+            run("sft.py", "--seed", s, "--out", place(s, name), *extra)
+        else:
+            run("rl.py", "--seed", s, "--model", place(s, "sft"), "--out", place(s, name), *RECIPES[name])
+        scores, per_query = evaluate(s, name)
+        file = place(s, name) / "reward.json"
+        code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; "
+        code += f"r = bench.held_out_reward({str(place(s, name))!r}, {str(data / f'rl_{split}.json')!r}, {str(data)!r}); "
+        subprocess.run([sys.executable, "-c", code + f"json.dump(r, open({str(file)!r}, 'w'))"], check=True)
+        return scores, per_query, json.loads(file.read_text())
+
+    results = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for wave in (["sft", "dume"], list(RECIPES)):
+            started = {(s, name): pool.submit(chain, s, name) for s in range(seeds) for name in wave}
+            results |= {key: job.result() for key, job in started.items()}
+
+    def mean(s, name, column):
+        return results[s, name][0]["overall"][column]
+
+    columns = ["disc", "gen", "oracle", "pass@1", "pass@2", "pass@8", "pass@16", "mean", "gen_disc", "disc_gen"]
+    lines = [f"| {split} scenes, seeds 0..{seeds - 1} | {' | '.join(columns)} | reward | share | gap |"]
+    lines.append("|" + "---|" * (len(columns) + 4))
+    for name in ["dume", *names]:
+        cells = []
+        for column in columns:
+            values = [100 * mean(s, name, column) for s in range(seeds) if column in results[s, name][0]["overall"]]
+            hidden = name == "dume" and column != "disc"
+            cells.append("" if hidden or not values else f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})")
+        for part in ("reward", "share", "gap"):
+            cells.append("" if name == "dume" else f"{np.mean([np.mean(results[s, name][2][part]) for s in range(seeds)]):.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    from eval import paired_change
+
+    def change(first, last, column_first, column_last):
+        """Paired over the same queries and averaged over seeds: the error holds the queries' noise only."""
+        pairs = []
+        for s in range(seeds):
+            a, b = results[s, first][1], results[s, last][1]
+            tasks_of = {t: (a[t][column_first], b[t][column_last]) for t in a}
+            pairs.append(paired_change({t: x for t, (x, _) in tasks_of.items()}, {t: y for t, (_, y) in tasks_of.items()}))
+        gain, error = np.mean([p[0] for p in pairs]), math.sqrt(sum(p[1] ** 2 for p in pairs)) / seeds
+        each = ", ".join(f"{100 * p[0]:+.1f}" for p in pairs)
+        return f"{100 * gain:+.1f} ± {100 * error:.1f} points (seeds: {each})"
+
+    rl = names[1]
+    lines += ["", "| finding | figure |", "|---|---|"]
+    lines.append(f"| gen after RL - its own disc | {change(rl, rl, 'disc', 'gen')} |")
+    lines.append(f"| gen after RL - DUME | {change('dume', rl, 'disc', 'gen')} |")
+    lines.append(f"| oracle - gen, after RL | {change(rl, rl, 'gen', 'oracle')} |")
+    lines.append(f"| oracle - disc, after RL | {change(rl, rl, 'disc', 'oracle')} |")
+    lines.append(f"| oracle of disc and gen - oracle of two gen samples (pass@2) | {change(rl, rl, 'pass@2', 'oracle')} |")
+    lines.append(f"| pass@16 - pass@1 after SFT | {change('sft', 'sft', 'pass@1', 'pass@16')} |")
+    for name in RECIPES:
+        lines.append(f"| {name}: gen, change from SFT | {change('sft', name, 'gen', 'gen')} |")
+        before = [np.array(results[s, "sft"][2]["reward"]) for s in range(seeds)]
+        d = [np.array(results[s, name][2]["reward"]) - before[s] for s in range(seeds)]
+        error = math.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / seeds
+        each = ", ".join(f"{x.mean():+.4f}" for x in d)
+        lines.append(f"| {name}: held-out reward, change | {np.mean([x.mean() for x in d]):+.4f} ± {error:.4f} ({each}) |")
+    lines += ["", f"| gen by task | {' | '.join(['dume (disc)', 'sft disc', 'sft', *RECIPES])} |", "|---" * (len(names) + 3) + "|"]
+    for task in tasks:
+        row = [("dume", "disc"), ("sft", "disc"), *((name, "gen") for name in names)]
+        cells = [f"{100 * np.mean([results[s, n][0]['tasks'][task][m]['hit@1'] for s in range(seeds)]):.0f}" for n, m in row]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    text = "\n".join(lines)
+    print(text)
+    (out / "table.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("toy", help="findings on the toy world")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--out", default="runs/bench")
+    p.add_argument("--data", default="runs/toy/data")
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev, test is opened once")
+    p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    p.add_argument("--extra", nargs="*", default=[], help="further flags of sft.py")
+    args = parser.parse_args()
+    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.extra)
