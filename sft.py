@@ -212,7 +212,8 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     ce = all_sum(ce)
     total = w_disc * l_disc + w_gen * l_gen + w_ce * ce.sum()
     parts = {"loss": total, "disc": l_disc, "gen": l_gen, "ce_query": ce[0], "ce_target": ce[1]}
-    return {key: float(value) for key, value in parts.items()}, int(side_tokens.sum()), int((~ok_all).sum())
+    tokens_read = all_sum(torch.tensor(sum(len(row.ids) for row in rows), device=device))
+    return {key: float(value) for key, value in parts.items()}, int(tokens_read), int((~ok_all).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""Shared by the tests: a tiny random Qwen2-VL with a toy tokenizer, and pictures. No downloads."""
+"""Shared by the tests: a tiny random Qwen2-VL with a toy tokenizer, a dataset, and transformers' own forward pass."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ def picture(seed=0, width=70, height=56, mode="RGB"):
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
     """A random Qwen2-VL folder (the toy architecture) without the two embedding tokens."""
-    from data import toy_model
+    from toy_base import toy_model
 
     path = tmp_path_factory.mktemp("tiny")
     toy_model(path, seed=1)
@@ -35,3 +37,181 @@ def embedder(tiny_dir):
     from model import Embedder
 
     return Embedder.from_pretrained(tiny_dir)
+
+
+def inputs():
+    """One input of every kind: text, a picture, two pictures, a video with an odd number of frames, picture and video."""
+    return [
+        {"text": "a red star"},
+        {"text": "what is it?", "images": [picture(0)]},
+        {"text": "two", "images": [picture(1), picture(2, 90, 30)]},
+        {"text": "moving", "video": [picture(i, 84, 84) for i in range(3)]},
+        {"text": "all of it", "images": [picture(3, 30, 30)], "video": [picture(i, 60, 90) for i in range(4)]},
+    ]
+
+
+ANSWERS = [f"<think>{a}</think><answer>{b}<gen_emb>" for a, b in (("a red star", "red star"), ("so, a ring", "blue ring"))]
+
+
+@pytest.fixture(scope="session")
+def writer_dir(tiny_dir, tmp_path_factory):
+    """The tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold <gen_emb>,
+    in different places, and some do not. A random model hardly ever writes one, so it would test nothing."""
+    from data import encode_input
+    from model import Embedder, pad_rows
+
+    model = Embedder.from_pretrained(tiny_dir)
+    items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
+    rows = [encode_input(model.tokenizer, x, ANSWERS[n % 2], blank_image=False) for n, x in enumerate(items)]
+    batch = pad_rows(rows, model.pad_id, "cpu")
+    at = answer_places(rows, batch["ids"].shape[1])
+    labels = batch["ids"].flatten()[at + 1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(12):
+        (-model(batch, predict=at, labels=labels)[1].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("writer")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def writer(writer_dir):
+    from model import Embedder
+
+    return Embedder.from_pretrained(writer_dir)
+
+
+def answer_places(rows, L):
+    """Flat places in [B, L] that predict the tokens behind the prompts."""
+    return torch.tensor([b * L + t for b, r in enumerate(rows) for t in range(r.n_prompt - 1, len(r.ids) - 1)])
+
+
+# ---- the twin: transformers' own forward pass ------------------------------------------------------------------
+
+
+def processor_inputs(model, rows, left=False):
+    """What transformers' processor would hand to Qwen2VLForConditionalGeneration for these rows, and where row b begins."""
+    image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    B, L = len(rows), max(len(row.ids) for row in rows)
+    ids, mask = torch.full((B, L), model.pad_id), torch.zeros(B, L, dtype=torch.long)
+    begin = [L - len(row.ids) if left else 0 for row in rows]
+    media = {image_id: ([], []), video_id: ([], [])}  # patches, grids
+    for b, row in enumerate(rows):
+        ids[b, begin[b] : begin[b] + len(row.ids)] = torch.from_numpy(row.ids)
+        mask[b, begin[b] : begin[b] + len(row.ids)] = 1
+        token, patch = 0, 0
+        for grid in row.grids:
+            while row.ids[token] not in media:
+                token += 1
+            n = int(grid.prod())
+            media[row.ids[token]][0].append(torch.from_numpy(row.patches[patch : patch + n]))
+            media[row.ids[token]][1].append(torch.from_numpy(grid))
+            token, patch = token + n // 4, patch + n
+    out = {"input_ids": ids, "attention_mask": mask}
+    out["mm_token_type_ids"] = (ids == image_id).long() + 2 * (ids == video_id).long()
+    for kind, (x, g) in (("image", media[image_id]), ("video", media[video_id])):
+        if x:
+            out |= {"pixel_values" + "_videos" * (kind == "video"): torch.cat(x), f"{kind}_grid_thw": torch.stack(g)}
+    return out, begin
+
+
+def transformers_forward(model, rows, left=False):
+    """-> per row the last layer's states [L, D] and the logits [L, V], from transformers' own code, with gradients."""
+    batch, begin = processor_inputs(model, rows, left)
+    model.backbone.model.rope_deltas = None
+    out = model.backbone(**batch, output_hidden_states=True, use_cache=False)
+    cut = [slice(b, b + len(row.ids)) for b, row in zip(begin, rows)]
+    return [(out.hidden_states[-1][b, c], out.logits[b, c]) for b, c in enumerate(cut)]
+
+
+def with_answer(row, ids):
+    """A prompt's Row continued by token ids (the positions are left to transformers)."""
+    from dataclasses import replace
+
+    return replace(row, ids=np.concatenate([row.ids[: row.n_prompt], np.array(ids, dtype=row.ids.dtype)]))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, want, rtol=1e-4):
+    """Equal up to a share of each tensor's largest entry; a parameter without gradient equals one with zeros."""
+    assert got, "no gradients"
+    for name in got.keys() | want.keys():
+        a, b = got.get(name), want.get(name)
+        a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b
+        scale = max(float(a.abs().max()), float(b.abs().max()), 1e-6)
+        assert float((a - b).abs().max()) <= rtol * scale, (name, float((a - b).abs().max()), scale)
+
+
+# ---- a dataset on disk -----------------------------------------------------------------------------------------
+
+
+def turn_pair(human, answer, style=0):
+    keys = (("from", "human", "gpt", "value"), ("role", "user", "assistant", "content"))[style]
+    who, user, assistant, text = keys
+    return [{who: user, text: human}, {who: assistant, text: answer}]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """12 SFT and 12 RL pairs of two datasets with every kind of side; pictures, the blank one is missing."""
+    from data import DISC, INSTRUCTION
+
+    root = tmp_path_factory.mktemp("world")
+    (root / "images").mkdir()
+    for i in range(6):
+        picture(i, 40 + 8 * i, 56).save(root / f"images/{i}.png")
+    tail = f"\n{DISC}\n{INSTRUCTION}"
+    sft, rl = [], []
+    for i in range(12):
+        query = [
+            {"image": f"images/{i % 6}.png", "conversations": turn_pair(f"<image>\nwhat is it{tail}", ANSWERS[0])},
+            {"image": ["images/0.png", f"images/{i % 6}.png"],
+             "conversations": turn_pair(f"<image><image>\nboth of {i}{tail}", ANSWERS[1], 1)},
+            {"video": [f"images/{(i + k) % 6}.png" for k in range(3)],
+             "conversations": turn_pair(f"<video>\nmoving{tail}", ANSWERS[0])},
+        ][i % 3]  # fmt: skip
+        words = f"thing {i // 2}"  # each target occurs twice
+        target = [
+            {"image": "images/blank.jpg", "conversations": turn_pair(f"<image>\n{words}{tail}", ANSWERS[1])},
+            {"conversations": turn_pair(f"{words}{tail}", ANSWERS[0], 1)},
+        ][i // 2 % 2]
+        name = "one" if i < 6 else "two"
+        sft.append({"dataset_name": name, "qry": query, "pos": target})
+        rl.append({"dataset": "tiny", "dataset_name": name, "solution": "<embedding>", "qry_text": f"what {i}",
+                   "qry_image": f"images/{i % 6}.png" if i % 3 else "",
+                   "qry_video": [""] if i % 3 else ["images/1.png", "images/2.png"],
+                   "pos_text": f" {words}\n", "pos_image": "", "pos_video": [""]})  # fmt: skip
+    (root / "sft.json").write_text(json.dumps(sft))
+    (root / "sft.jsonl").write_text("\n".join(json.dumps(row) for row in sft))
+    (root / "rl.json").write_text(json.dumps(rl))
+    return root
+
+
+# ---- running the scripts ---------------------------------------------------------------------------------------
+
+
+def run_here(module, argv, monkeypatch):
+    """The script's main() in this process: no second import of torch, and the test may replace its parts."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    module.main()
+
+
+def torchrun(script, argv, processes=2):
+    """The script under torchrun, one thread a process, as on the command line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(ROOT / script), *map(str, argv)], env=env, capture_output=True, text=True,
+                          timeout=180)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def read_log(out):
+    """log.jsonl without the wall-clock figures."""
+    timing = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s")
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]

@@ -1,0 +1,554 @@
+"""data.py against transformers' picture processor and chat template, the file formats, and what bad input does."""
+
+import io
+import json
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, picture, turn_pair
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data as data_file
+from data import (
+    DISC,
+    GEN,
+    INSTRUCTION,
+    BatchOrder,
+    PairData,
+    Skip,
+    as_list,
+    blank_picture,
+    content_key,
+    encode,
+    encode_input,
+    open_picture,
+    patchify,
+    read_rows,
+    step_loader,
+)
+
+REAL = ROOT.parent / "shared" / "real_data"
+# Qwen2-VL-Instruct's published chat template
+TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content "
+    "or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture "
+    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or "
+    "'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
+    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+TAIL = f"\n{DISC}\n{INSTRUCTION}"
+ANSWER = f"<think>why</think><answer>a star{GEN}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedder):
+    return embedder.tokenizer
+
+
+def official(image, low, high):
+    """Patches and grid of one picture from transformers."""
+    out = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})([image], return_tensors="pt")
+    return out["pixel_values"], out["image_grid_thw"][0]
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+@pytest.mark.parametrize("size", [(28, 28), (57, 1999), (13, 40), (70, 56), (211, 300)])
+def test_patchify_equals_transformers(mode, size):
+    """The patches of a picture are exactly those of transformers' processor, for every mode and odd sizes."""
+    image = picture(1, *size, mode=mode)
+    x, grid = patchify([image], min_pixels=784, max_pixels=60_000)
+    want, want_grid = official(image, 784, 60_000)
+    assert torch.equal(grid, want_grid) and x.dtype == torch.float32
+    assert torch.equal(x, want)
+
+
+def test_patchify_large_downscale():
+    """A photo-sized picture scaled down to the upper bound is exact too."""
+    tiles = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(tiles.repeat(40, 0).repeat(40, 1))
+    x, grid = patchify([image], min_pixels=784, max_pixels=100_000)
+    assert torch.equal(x, official(image, 784, 100_000)[0]) and int(grid.prod()) * 196 <= 100_000
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparency_shows_white(mode):
+    """Bug story: convert("RGB") drops the alpha channel and shows whatever colour lies beneath, mostly black, where
+    transformers puts the picture on white. For alpha channels and for palettes and colours marked as transparent."""
+    image = picture(0, 60, 60)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(picture(1, 60, 60, "L"))
+        image = image.convert(mode)
+    elif mode == "P":
+        image = image.quantize(16)
+        image.info["transparency"] = 3
+    else:
+        image = image.convert(mode)
+        image.info["transparency"] = image.getpixel((5, 5))
+    want = official(image, 784, 10**6)[0]
+    assert not torch.equal(want, official(image.convert("RGB"), 784, 10**6)[0]) or mode in ("L", "RGB")
+    assert torch.equal(patchify([image], min_pixels=784, max_pixels=10**6)[0], want)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_video_layout(n):
+    """Frame by frame: patch (t, y, x) holds frames 2t and 2t + 1, each with the numbers of transformers' processor for
+    that frame alone; the first frame sets the size and an odd count repeats the last one."""
+    frames = [picture(k, 84, 56) for k in range(n)]
+    frames[-1] = picture(9, 50, 40) if n > 1 else frames[0]
+    x, grid = patchify(frames, min_pixels=784, max_pixels=25_088)
+    assert grid.tolist() == [(n + 1) // 2, 4, 6]
+    x = x.view((n + 1) // 2, 24, 3, 2, 196)
+    for k in range(2 * ((n + 1) // 2)):
+        frame = frames[min(k, n - 1)].resize((84, 56), Image.Resampling.BICUBIC)
+        want = official(frame, 784, 25_088)[0].view(24, 3, 2, 196)
+        assert torch.equal(x[k // 2, :, :, k % 2], want[:, :, 0])
+
+
+def test_extreme_aspect_is_a_skip():
+    """Sides of more than 200 to 1 cannot be resized: a Skip with the size, not an error that ends the run."""
+    assert patchify([Image.new("RGB", (28 * 200, 28))], min_pixels=784, max_pixels=10**6)[1].tolist() == [1, 2, 400]
+    with pytest.raises(Skip, match="2020 x 10"):
+        patchify([Image.new("RGB", (2020, 10))], min_pixels=784, max_pixels=10**6)
+
+
+def test_blank_picture_is_one_token(tokenizer):
+    """The stand-in for a missing picture is white and costs one token."""
+    x, grid = patchify([blank_picture()], min_pixels=784, max_pixels=2_359_296)
+    assert grid.tolist() == [1, 2, 2] and len(x.unique()) == 3
+    row = encode_input(tokenizer, {"text": "a"})
+    assert (row.ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == 1
+
+
+def test_pixel_bounds_and_frames(tokenizer):
+    """Pictures keep up to 2,359,296 pixels, frames are cut to 25,088; ten frames are thinned to eight, ends included."""
+    wide = encode(tokenizer, "<image>", [Image.new("RGB", (560, 280))], [], name="x")
+    assert wide.grids.tolist() == [[1, 20, 40]]
+    film = encode(tokenizer, "<video>", [], [Image.new("RGB", (560, 280), (k, 0, 0)) for k in range(10)], name="x")
+    assert film.grids[0, 0] == 4 and 3136 <= film.grids[0, 1:].prod() * 196 <= 25_088
+    red = film.patches.reshape(4, -1, 3, 2, 196)[:, 0, 0, :, 0].flatten() * 0.26862954 + 0.48145466
+    assert (red * 255).round().astype(int).tolist() == [0, 1, 2, 3, 5, 6, 7, 9]
+    one = encode(tokenizer, "<video>", [], [picture(0)], name="x")
+    assert one.grids[0, 0] == 1
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["saved", "published"])
+def test_prompt_equals_the_chat_template(tokenizer, template):
+    """Prompt and full conversation are the tokens of apply_chat_template, with each pad repeated once per token; both
+    for the tokenizer's own template and for Qwen2-VL's published one."""
+    chat = None if template == "saved" else TEMPLATE
+    for item in ({"text": " a star\n"}, {"text": "x", "images": [picture(0), picture(1, 30, 90)]}, {"video": [picture(2)] * 3}):
+        n_images, n_video = len(item.get("images", [])), int("video" in item)
+        parts = [{"type": "image"}] * n_images + [{"type": "video"}] * n_video
+        parts += [{"type": "text", "text": item.get("text", "").strip() + TAIL}]
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": ANSWER}]
+        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, chat_template=chat)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat).removesuffix("\n")
+        assert whole.startswith(prompt)
+        row = encode_input(tokenizer, item, ANSWER, blank_image=False)
+        for pad in ("<|image_pad|>", "<|video_pad|>"):
+            for grid in row.grids if pad in whole else []:
+                whole = whole.replace(pad, "<pad>" * (int(grid.prod()) // 4), 1)
+            whole = whole.replace("<pad>", pad)
+        assert tokenizer.decode(row.ids) == whole
+        assert row.ids.tolist() == tokenizer(whole).input_ids
+        assert tokenizer.decode(row.ids[row.n_prompt :]) == ANSWER + "<|im_end|>"
+        assert encode_input(tokenizer, item, blank_image=False).ids.tolist() == row.ids[: row.n_prompt].tolist()
+
+
+def test_the_form_of_the_files_is_kept(tokenizer):
+    """An SFT row's human text stays as it stands (a newline behind the mark, media in the middle); eval and RL text is
+    stripped and its marks go."""
+    row = encode(tokenizer, f"<image>\nfirst <image> last {TAIL}", [picture(0, 28, 28), picture(1, 56, 28)], [], ANSWER, name="x")
+    one = "<|vision_start|><|image_pad|><|vision_end|>"
+    want = f"{one}\nfirst {one.replace('<|image_pad|>', '<|image_pad|>' * 2)} last {TAIL}"
+    assert tokenizer.decode(row.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0] == want
+    row = encode_input(tokenizer, {"text": "<image>\n a star \n", "images": [picture(0, 28, 28)]})
+    assert tokenizer.decode(row.ids).split("<|im_start|>user\n")[1] == f"{one}a star{TAIL}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_label_split(tokenizer):
+    """Checked by hand: labels begin behind "assistant\\n", hold <gen_emb> and <|im_end|>, and INSTRUCTION's literal
+    <gen_emb> is in the prompt; the places are those of the one <disc_emb> and of the last <gen_emb>."""
+    t = tokenizer.convert_tokens_to_ids
+    for answer, count in ((ANSWER, 1), (f"{GEN}<think>b{GEN}</think><answer>c{GEN} d", 3)):
+        row = encode(tokenizer, f"a red star{TAIL}", [], [], answer, name="x")
+        prompt, labels = row.ids[: row.n_prompt].tolist(), row.ids[row.n_prompt :].tolist()
+        assert tokenizer.decode(prompt[-3:]) == "<|im_start|>assistant\n"
+        assert tokenizer.decode(labels) == answer + "<|im_end|>" and labels[-1] == t("<|im_end|>")
+        assert labels.count(t(GEN)) == count and prompt.count(t(GEN)) == 1
+        assert prompt.count(t(DISC)) == 1 and row.disc_at == prompt.index(t(DISC))
+        assert row.gen_at == row.n_prompt + len(labels) - 1 - labels[::-1].index(t(GEN))
+    bare = encode(tokenizer, f"a{TAIL}", [], [], "no tag", name="x")
+    assert bare.gen_at == -1  # the prompt's <gen_emb> does not count
+    assert encode(tokenizer, "a", [], [], GEN, name="x").disc_at == -1
+
+
+@pytest.mark.parametrize(
+    "human, images, video",
+    [("<image>", 0, 1), ("<image><image>", 1, 0), ("none", 1, 0), ("<video><video>", 0, 1), ("<image><video>", 1, 0)],
+)
+def test_marks_must_equal_media(tokenizer, human, images, video):
+    """Text and media that do not fit together name the row and both counts."""
+    with pytest.raises(ValueError, match="f.json, row 7, qry.*marks for") as error:
+        encode(tokenizer, human, [picture()] * images, [picture()] * video, name="f.json, row 7, qry")
+    assert not isinstance(error.value, Skip)
+
+
+def test_marks_in_a_text_without_media_are_text(tokenizer):
+    """A row about HTML may say <image> when it has no media at all."""
+    row = encode(tokenizer, "the <image> element", [], [], name="x")
+    assert "the <image> element" in tokenizer.decode(row.ids) and len(row.grids) == 0
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>"])
+def test_control_tokens_in_the_text_are_refused(tokenizer, token):
+    """A text that holds a control token would forge turns or pictures; the message names row and token."""
+    with pytest.raises(ValueError, match="row 3.*im|row 3.*vision"):
+        encode(tokenizer, f"a{token}b", [], [], ANSWER, name="f.json, row 3")
+    with pytest.raises(ValueError, match="row 3"):
+        encode(tokenizer, "a", [], [], f"<think>{token}{GEN}", name="f.json, row 3")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def pairs_of(path, tokenizer, kind="sft", **more):
+    rows = read_rows(path)
+    one = PairData([path], tokenizer, kind=kind, batch_size=1, seed=0, root=path.parent, **more)
+    return [one.pair(i) for i in range(len(rows))]
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def sft_row(human="x", media=None, answer=ANSWER, style=0, name="a"):
+    side = {**(media or {}), "conversations": turn_pair(human + TAIL, answer, style)}
+    return {"dataset_name": name, "qry": side, "pos": {"conversations": turn_pair("y" + TAIL, ANSWER, style)}}
+
+
+def test_every_variant_of_an_sft_side(tokenizer, tmp_path):
+    """Image string, lists of one and several, video list, blank.jpg present and missing, no media, both key styles: the
+    number of pictures and their tokens are as written."""
+    for k in range(3):
+        picture(k, 56, 56).save(tmp_path / f"{k}.png")
+    (tmp_path / "there").mkdir()
+    picture(5, 84, 84).save(tmp_path / "there/blank.jpg")
+    cases = [
+        ("<image>\nx", {"image": "0.png"}, [[1, 4, 4]]),
+        ("<image>\nx", {"image": ["1.png"]}, [[1, 4, 4]]),
+        ("<image><image><image>\nx", {"image": ["0.png", "1.png", "2.png"]}, [[1, 4, 4]] * 3),
+        ("<video>\nx", {"video": ["0.png", "1.png", "2.png"]}, [[2, 4, 4]]),
+        ("<video>\nx", {"video": "2.png"}, [[1, 4, 4]]),
+        ("<image>\nx", {"image": "images/blank.jpg"}, [[1, 2, 2]]),
+        ("<image>\nx", {"image": "there/blank.jpg"}, [[1, 6, 6]]),
+        ("x", {}, []),
+        ("x", {"image": ""}, []),
+        ("x", {"image": [], "video": None}, []),
+        ("x", {"image": [""]}, []),
+    ]
+    rows = [sft_row(human, media, style=style) for human, media, _ in cases for style in (0, 1)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    a, b = pairs_of(write(tmp_path / "a.json", rows), tokenizer), pairs_of(tmp_path / "a.jsonl", tokenizer)
+    for n, (x, y) in enumerate(zip(a, b)):
+        assert x.ok and y.ok, x.reason + y.reason
+        assert x.query.grids.tolist() == cases[n // 2][2] and len(x.target.grids) == 0
+        n_pads = np.isin(x.query.ids, tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])).sum()
+        assert n_pads == x.query.grids.prod(1).sum() // 4
+        assert x.query.ids.tolist() == y.query.ids.tolist() and np.array_equal(x.query.patches, y.query.patches)
+        assert x.query.gen_at > x.query.n_prompt > x.query.disc_at > 0
+    assert len({pair.target_key for pair in a}) == 1
+    first = a[4].query.patches.reshape(3, 16, 1176)
+    assert [np.array_equal(first[k], patchify([picture(k, 56, 56)], min_pixels=784, max_pixels=10**6)[0]) for k in range(3)] == [True] * 3  # fmt: skip
+
+
+def test_every_variant_of_an_rl_side(tokenizer, tmp_path):
+    """"", [""], [], None, absent text, a path, a list: the published spellings, with the blank picture where there are
+    no media (and without it where it is turned off)."""
+    picture(0, 56, 56).save(tmp_path / "0.png")
+    empty = {"text": " t ", "image": "", "video": [""]}
+    sides = [
+        (empty, []), (empty | {"image": [""], "video": ""}, []), (empty | {"image": None, "video": None}, []),
+        (empty | {"image": [], "video": []}, []), (empty | {"image": "0.png"}, [[1, 4, 4]]),
+        (empty | {"image": ["0.png", "0.png"]}, [[1, 4, 4]] * 2), (empty | {"video": ["0.png"] * 3}, [[2, 4, 4]]),
+        (empty | {"text": "<image>\nt", "image": "0.png"}, [[1, 4, 4]]), (empty | {"text": ""}, []),
+    ]  # fmt: skip
+    rows = [{"dataset": "d", "dataset_name": "a", "solution": "<embedding>"}
+            | {f"{s}_{k}": v for s in ("qry", "pos") for k, v in side.items()} for side, _ in sides]  # fmt: skip
+    path = write(tmp_path / "rl.json", rows)
+    for blank in (True, False):
+        for pair, (side, grids) in zip(pairs_of(path, tokenizer, "rl", needs=[DISC], blank_image=blank), sides):
+            assert pair.ok, pair.reason
+            for row in (pair.query, pair.target):
+                assert row.grids.tolist() == (grids or ([[1, 2, 2]] if blank else []))
+                assert row.n_prompt == len(row.ids) and row.gen_at == -1
+                user = tokenizer.decode(row.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+                assert user.rpartition("<|vision_end|>")[2] == side["text"].replace("<image>", "").strip() + TAIL
+    assert as_list("") == as_list([""]) == as_list(None) == [] and as_list("a") == ["a"]
+
+
+def test_same_target_key():
+    """Targets are the same when stripped text and media paths are: one more character or another picture is another."""
+    key = content_key("a star", ["x.png"], [])
+    assert key == content_key(" a star\n", ["x.png"], [])
+    assert key not in {content_key("a star.", ["x.png"], []), content_key("a star", [], ["x.png"]),
+                       content_key("a star", ["y.png"], []), content_key("a star", [], [])}  # fmt: skip
+    assert -(2**63) <= key < 2**63
+
+
+def test_jsonl_with_unicode_line_separators(tokenizer, tmp_path):
+    """Bug story: text of the web holds U+2028, U+0085 and form feeds, which JSON writers leave as they are and
+    str.splitlines() takes for the end of a line; only the newline ends a line of .jsonl."""
+    rows = [sft_row(human=f"a{c}b") for c in "\u2028\u2029\x85\x0b\x0c\x1c"] + [sft_row()]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n", encoding="utf-8", newline="")
+    assert read_rows(path) == rows
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/real_data")
+@pytest.mark.parametrize("name, kind", [("sft.json", "sft"), ("sft.jsonl", "sft"), ("rl.json", "rl")])
+def test_real_files_load(tokenizer, name, kind):
+    """Every row of the small real files becomes a pair with both sides' places; .json and .jsonl are the same rows."""
+    if name == "sft.jsonl":
+        assert read_rows(REAL / name) == read_rows(REAL / "sft.json")
+        return
+    pairs = pairs_of(REAL / name, tokenizer, kind, needs=[DISC, GEN] if kind == "sft" else [DISC])
+    assert len(pairs) == {"sft": 192, "rl": 96}[kind]
+    for pair in pairs:
+        assert pair.ok, pair.reason
+        for row in (pair.query, pair.target):
+            assert row.disc_at > 0 and (row.gen_at > 0) == (kind == "sft")
+            assert len(row.patches) == row.grids.prod(1).sum() and row.positions.shape == (3, len(row.ids))
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------
+
+NAMES = ["a"] * 23 + ["b"] * 9 + ["c"] * 3 + ["a"] * 4  # a 27, b 9, c 3
+
+
+def test_batches_hold_one_dataset_and_no_row_twice():
+    """Over 200 steps every batch has rows of one dataset; where the dataset is at least as large as a batch no row is in
+    it twice."""
+    order = BatchOrder(NAMES, 4, seed=1)
+    for step in range(200):
+        batch = order[step]
+        assert len(batch) == 4 and len({NAMES[i] for i in batch}) == 1
+        if NAMES[batch[0]] != "c":
+            assert len(set(batch.tolist())) == 4
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 5, 9])
+def test_an_epoch_sees_every_row_once(batch_size):
+    """After any whole number of steps a dataset's rows differ by at most one in how often they were seen, apart from a
+    tail that waits for the next epoch: over k epochs each row comes k times, minus the carried ones."""
+    order = BatchOrder(NAMES, batch_size, seed=0)
+    batches = {name: [] for name in "abc"}
+    for epoch in range(6):
+        order[order.starts[-1]]  # builds it
+        for batch in order.epochs[epoch]:
+            batches[NAMES[batch[0]]].append(batch.tolist())
+        for name in "abc":
+            members = [i for i, other in enumerate(NAMES) if other == name]
+            seen = Counter(i for batch in batches[name] for i in batch)
+            n, k = len(members), epoch + 1
+            carried = n * k % batch_size
+            assert sum(seen.values()) == n * k - carried
+            if n > batch_size:
+                assert {seen[i] for i in members} <= {k - 1, k} and sum(seen[i] == k - 1 for i in members) == carried
+    if 27 % batch_size:
+        first = {i for batch in order.epochs[0] for i in batch.tolist()}
+        waiting = {i for i, name in enumerate(NAMES) if name == "a" and i not in first}
+        takers = [set(batch.tolist()) & waiting for batch in order.epochs[1]]
+        assert waiting and waiting in takers  # one batch of the next epoch takes all the waiting rows
+
+
+def test_order_is_a_function_of_the_seed():
+    """The same seed gives the same batches in any order of asking; another seed, and the next epoch, other ones."""
+    a, b, c = BatchOrder(NAMES, 4, 0), BatchOrder(NAMES, 4, 0), BatchOrder(NAMES, 4, 1)
+    late = [b[step].tolist() for step in (37, 5, 0, 36)]
+    assert late == [a[step].tolist() for step in (37, 5, 0, 36)]
+    assert [a[s].tolist() for s in range(9)] != [c[s].tolist() for s in range(9)]
+    assert [a[s].tolist() for s in range(9)] != [a[s].tolist() for s in range(9, 18)]
+    datasets = [NAMES[a[s][0]] for s in range(30)]
+    assert datasets != sorted(datasets)  # the datasets are mixed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, workers):
+    """Processes r of w get rows r, r + w, .. of the one global batch; background workers hand over the same pairs."""
+    args = dict(kind="sft", batch_size=4, seed=0, root=world)
+    alone = PairData([world / "sft.json"], tokenizer, **args)
+    for w in (1, 2, 4):
+        parts = [PairData([world / "sft.json"], tokenizer, rank=r, world=w, **args) for r in range(w)]
+        if workers and w > 1:
+            continue
+        loaders = [iter(step_loader(part, range(2, 4), workers)) for part in parts]
+        for step in (2, 3):
+            shares = [next(loader) for loader in loaders]
+            together = [shares[j % w][j // w] for j in range(4)]
+            for pair, i in zip(together, alone.order[step]):
+                want = alone.pair(i)
+                assert pair.name == want.name and pair.target_key == want.target_key
+                assert np.array_equal(pair.query.ids, want.query.ids)
+                assert np.array_equal(pair.query.patches, want.query.patches)
+    with pytest.raises(ValueError, match="batch_size 4.*3 processes"):
+        PairData([world / "sft.json"], tokenizer, world=3, **args)
+
+
+def test_no_dataset_fills_a_batch():
+    """A batch larger than every dataset says so with the sizes, instead of looking for a batch for ever."""
+    with pytest.raises(ValueError, match="batch of 28.*a 27.*b 9"):
+        BatchOrder(NAMES, 28, 0)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+
+def one_pair(tmp_path, tokenizer, row, **more):
+    return pairs_of(write(tmp_path / "bad.json", [row]), tokenizer, **more)[0]
+
+
+def test_unreadable_pictures_are_skipped(tokenizer, tmp_path, monkeypatch):
+    """Missing, cut off, not a picture, a folder, too large, outside --media_root: the pair is not ok, says why with the
+    path, and its stand-in rows are short and complete."""
+    root = tmp_path / "media"
+    root.mkdir()
+    picture(0, 200, 200).save(tmp_path / "outside.png")
+    picture(0, 200, 200).save(root / "big.png")
+    for kind in ("png", "jpg"):
+        picture(0, 90, 90).save(root / f"whole.{kind}")
+        content = (root / f"whole.{kind}").read_bytes()
+        (root / f"cut.{kind}").write_bytes(content[: len(content) // 2])
+    (root / "text.png").write_text("no picture")
+    (root / "empty.png").write_text("")
+    monkeypatch.setattr(data_file, "MAX_DECODED", 20_000)
+    cases = [("gone.png", "no such file"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
+             ("text.png", "cannot be read"), ("empty.png", "cannot be read"), (".", "cannot be read"), ("big.png", "200 x 200"),
+             ("../outside.png", "leaves --media_root"), (str(tmp_path / "outside.png"), "leaves --media_root")]  # fmt: skip
+    for name, reason in cases:
+        path = write(root / "bad.json", [sft_row("<image>", {"image": name}), sft_row("<image>", {"image": "whole.png"})])
+        bad, good = pairs_of(path, tokenizer)
+        assert not bad.ok and good.ok, name
+        assert reason in bad.reason and Path(root, name).name in bad.reason and "bad.json, row 0" in bad.name
+        for row in (bad.query, bad.target):
+            assert len(row.ids) < 40 and row.disc_at > 0 and row.gen_at > row.n_prompt and len(row.patches) == 0
+
+
+def test_broken_files_never_end_the_run(tmp_path):
+    """500 pictures with random bytes changed or cut off: each opens or raises Skip, no decoder's own exception."""
+    rng = np.random.default_rng(0)
+    whole = []
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
+        file = io.BytesIO()
+        picture(0, 40, 30, "P" if kind == "GIF" else "RGB").save(file, kind)
+        whole.append(file.getvalue())
+    skipped = 0
+    for k in range(500):
+        content = bytearray(whole[k % 6])
+        for at in rng.integers(0, min(len(content), 200), 4):
+            content[at] = rng.integers(256)
+        path = tmp_path / "broken.img"
+        path.write_bytes(bytes(content[: rng.integers(1, len(content) + 1)] if k % 2 else content))
+        try:
+            patchify([open_picture(path)], min_pixels=784, max_pixels=10_000)
+        except Skip:
+            skipped += 1
+    assert 50 < skipped < 500
+
+
+def test_decompression_bomb_is_a_skip(tokenizer, tmp_path):
+    """Bug story: above 179 million pixels PIL raises its own DecompressionBombError in Image.open, before our bound is
+    looked at; it is no OSError, so one such header ended the run."""
+    def chunk(tag, body):
+        return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+
+    for side in (14_000, 20_000, 60_000):  # 196 million pixels (PIL's limit), 400 million, 3.6 billion
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        body = chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+        pair = one_pair(tmp_path, tokenizer, sft_row("<image>", {"image": "bomb.png"}))
+        assert not pair.ok and "bomb.png" in pair.reason
+
+
+def test_long_rows_are_skipped_not_cut(tokenizer, tmp_path):
+    """A row above --max_length keeps its place and is not ok; cutting it would cut off <gen_emb>."""
+    length = len(one_pair(tmp_path, tokenizer, sft_row("word " * 50)).query.ids)
+    assert one_pair(tmp_path, tokenizer, sft_row("word " * 50), max_length=length).ok
+    pair = one_pair(tmp_path, tokenizer, sft_row("word " * 50), max_length=length - 1)
+    assert not pair.ok and f"{length} tokens" in pair.reason and "bad.json, row 0" in pair.reason
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"qry": sft_row()["qry"]}, 'needs "qry" and "pos"'),
+        (sft_row() | {"qry": {"image": "a.png"}}, "qry.*conversations"),
+        (sft_row() | {"qry": None}, "qry.*conversations"),
+        (sft_row() | {"pos": {"conversations": turn_pair("a", "b")[:1]}}, "pos.*conversations"),
+        (sft_row() | {"pos": {"conversations": [{"from": "human"}, {"from": "gpt"}]}}, "pos.*conversations"),
+        (sft_row(answer="<think>a</think><answer>b"), "qry.*<gen_emb>"),
+        (sft_row() | {"pos": {"conversations": turn_pair("no place", ANSWER)}}, "pos.*<disc_emb>"),
+        (sft_row("<image><image>", {"image": "images/blank.jpg"}), "marks"),
+        (sft_row("<image>", {"image": "images/blank.jpg", "video": ["images/blank.jpg"]}), "both an image and a video"),
+        (sft_row(answer=None), "row 0, qry"),
+        (sft_row() | {"pos": {"conversations": [{"value": None}, {"value": ANSWER}]}}, "row 0, pos"),
+    ],
+)  # fmt: skip
+def test_malformed_sft_rows_are_errors(tokenizer, tmp_path, row, message):
+    """A row that lacks something is a mistake in the file: the error names file, row and what is missing."""
+    with pytest.raises(ValueError, match=f"(?s)bad.json, row 0.*{message}|{message}") as error:
+        one_pair(tmp_path, tokenizer, row)
+    assert "bad.json, row 0" in str(error.value) and not isinstance(error.value, Skip)
+
+
+def test_malformed_rl_rows_are_errors(tokenizer, tmp_path):
+    """A missing key of an RL row is named with file and row; a text that is null counts as no text."""
+    row = {f"{s}_{k}": v for s in ("qry", "pos") for k, v in (("text", "t"), ("image", ""), ("video", [""]))}
+    for key in row:
+        with pytest.raises(ValueError, match=f"bad.json, row 0.*lacks {key}"):
+            one_pair(tmp_path, tokenizer, {k: v for k, v in row.items() if k != key}, kind="rl", needs=[DISC])
+    assert one_pair(tmp_path, tokenizer, row | {"pos_text": None}, kind="rl", needs=[DISC]).ok
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", '[{"a": 1},\n {"b": }]', "a.json, line 2: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n\n{"b": 2}\n{"c": \n', "a.jsonl, line 4: not valid JSON"),
+        ("a.jsonl", "hello", "a.jsonl, line 1: not valid JSON"),
+        ("a.json", "[{}, 3]", "a.json, row 1: expected an object"),
+        ("a.jsonl", "{}\n[1]", "a.jsonl, row 1: expected an object"),
+    ],
+)
+def test_files_that_are_not_json(tmp_path, name, text, message):
+    """Broken JSON names the file and the line; rows that are not objects name the row."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_missing_and_empty_files(tokenizer, tmp_path):
+    """No file, a folder and a file without rows each say which one."""
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            read_rows(path)
+    with pytest.raises(ValueError, match="empty.json.*no rows"):
+        PairData([write(tmp_path / "empty.json", [])], tokenizer, kind="sft", batch_size=1, seed=0)

@@ -1,0 +1,105 @@
+"""The stages as a user starts them: README commands with tiny sizes, and the real pictures of ../shared/real_data."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+REAL = ROOT.parent / "shared" / "real_data"
+
+
+def start(script, *flags, ok=True):
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    from data import write_toy
+
+    path = tmp_path_factory.mktemp("toy")
+    write_toy(path, pairs=16, rl_pairs=12, dev=2, test=6, candidates=12)
+    return path
+
+
+def test_readme_runs_the_three_stages():
+    """The first command of the README is what .ci/run executes; it must be the whole pipeline, the second the tests."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert re.findall(r"python (\w+\.py)", blocks[0]) == ["sft.py", "rl.py", "eval.py"]
+    assert "-m pytest" in blocks[1]
+    assert all("pip install -q -r requirements.txt" in block for block in blocks[:2])
+
+
+def test_pipeline_on_the_toy_world(toy_data, tmp_path):
+    """SFT from the shipped base model, RL from its folder, evaluation of both: the README's commands with small sizes."""
+    sft, rl, out = tmp_path / "sft", tmp_path / "rl", tmp_path / "eval"
+    common = ["--media_root", toy_data, "--batch_size", 8, "--workers", 0]
+    start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
+    start("rl.py", "--model", sft, "--data", toy_data / "rl.json", "--out", rl, "--steps", 2, *common)
+    printed = start("eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24)
+    assert "change in points" in printed and "oracle of two gen samples" in printed
+
+    for folder, steps in ((sft, 3), (rl, 2)):
+        log = read_log(folder)
+        assert [line["step"] for line in log] == [*range(1, steps + 1)]
+        assert all(math.isfinite(value) for line in log for value in line.values())
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "args.json",
+                     "preprocessor_config.json", "generation_config.json"):  # fmt: skip
+            assert (folder / name).exists(), name
+    for name in ("reward_query", "format_target", "share_query", "gap_target", "kl", "entropy", "clip_share",
+                 "logp_mismatch", "length_query", "invalid_share", "no_spread_share"):  # fmt: skip
+        assert name in read_log(rl)[0], name
+    assert read_log(rl)[0]["kl"] == 0  # fp32: the policy starts as the reference
+    scores = json.loads((out / "rl" / "scores.json").read_text())
+    assert len(scores["tasks"]) == 7
+    for task in scores["tasks"].values():
+        assert {"gen", "disc", "oracle", "gen_disc", "disc_gen", "mean", "pass@k", "invalid", "seconds"} <= task.keys()
+        assert task["oracle"]["hit@1"] >= max(task["gen"]["hit@1"], task["disc"]["hit@1"])
+
+    assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
+    refused = start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 4, *common, ok=False)
+    assert "steps 3 -> 4" in refused
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
+def test_help_names_every_flag_with_its_meaning(script):
+    """--help lists all settings, with the preset's defaults."""
+    text = start(script, "--help")
+    assert text.count("(default:") >= 10 and "--preset" in text
+
+
+def test_unknown_flag_and_preset_are_errors():
+    """A misspelt flag must not be ignored."""
+    assert "unrecognized" in start("sft.py", "--stepz", 3, ok=False) or "not used" in start("sft.py", "--stepz", 3, ok=False)
+    assert "choose one of" in start("rl.py", "--preset", "3b", ok=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
+def test_real_pictures(tmp_path):
+    """Published formats, real pictures: SFT's losses fall over 60 steps, RL runs 20 steps from there, KL starts at 0."""
+    sft, rl = tmp_path / "sft", tmp_path / "rl"
+    start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", sft, "--steps", 60, "--batch_size", 16,
+          "--w_warmup", 20)  # fmt: skip
+    log = read_log(sft)
+    for part in ("disc", "gen", "ce_query", "ce_target"):
+        first, last = (sum(line[part] for line in lines) / 10 for lines in (log[:10], log[-10:]))
+        assert last < first, (part, first, last)
+    assert all(line["skipped"] == 0 for line in log)
+    start("rl.py", "--model", sft, "--data", REAL / "rl.json", "--media_root", REAL, "--out", rl, "--steps", 20,
+          "--batch_size", 8, "--max_new_tokens", 96)  # fmt: skip
+    log = read_log(rl)
+    assert len(log) == 20 and all(math.isfinite(value) for line in log for value in line.values())
+    assert log[0]["kl"] == 0 and log[0]["logp_mismatch"] < 1e-4
