@@ -577,79 +577,71 @@ def stored(out, name, rng, side):
 
 
 def toy_side(side, files):
+    """One side of an SFT row; without reasoning it is a plain question and answer (the base model's training)."""
     kind = "video" if "video" in files else "image"
-    media = {kind: files.get("video") or files.get("images", ["images/blank.jpg"])[0]}
     human, answer = f"<{kind}>{side.text}", side.answer
-    if side.think:  # without, a plain question of the pretraining
+    if side.think:
         human, answer = f"{human}\n{DISC}\n{INSTRUCTION}", f"<think>{side.think}</think><answer>{answer}{GEN}"
-    return {**media, "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]}
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+    return {kind: files.get("video") or files.get("images", ["images/blank.jpg"])[0], "conversations": turns}
 
 
-def sft_rows(out, seed, task, count, short):
-    """A share `short` of the annotations hardly thinks: something for RL to improve on."""
-    rng, rows = np.random.default_rng([seed, zlib.crc32(task.encode())]), []
-    for i in range(count):
-        sides = example(task, rng, "train")[:2]
-        sides = [s._replace(think=" so") if rng.random() < short else s for s in sides]
-        qry, pos = (toy_side(s, stored(out, f"sft/{task}/{i}{k}", rng, s)) for k, s in zip("qp", sides))
-        rows.append({"dataset_name": task, "qry": qry, "pos": pos})
-    return rows
-
-
-def rl_rows(out, seed, task, count, split="train"):
-    rng, rows = np.random.default_rng([seed, 1, zlib.crc32(f"{split} {task}".encode())]), []
+def pair_rows(out, seed, task, name, split, count, short=0):
+    """Rows of sft.json or of an RL file. A share `short` of the annotations hardly thinks: RL can improve on them."""
+    rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
     for i in range(count):
         row = {"dataset": "toy", "dataset_name": task, "solution": "<embedding>"}
         for key, side in zip(("qry", "pos"), example(task, rng, split)):
-            has = stored(out, f"rl_{split}/{task}/{i}{key}", rng, side)
-            row |= {f"{key}_text": side.text, f"{key}_image": has.get("images", [""])[0],
-                    f"{key}_video": has.get("video", [""])}
+            side = side._replace(think=" so") if rng.random() < short else side
+            has = stored(out, f"{name}/{task}/{i}{key}", rng, side)
+            if name == "sft":
+                row[key] = toy_side(side, has)
+            else:
+                media = {"image": has.get("images", [""])[0], "video": has.get("video", [""])}
+                row |= {f"{key}_text": side.text} | {f"{key}_{kind}": value for kind, value in media.items()}
         rows.append(row)
     return rows
 
 
 def task_file(out, seed, task, split, queries, candidates):
     """A native task file. What a candidate says is its key, so no two candidates are the same thing."""
-    rng = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())])
+    rng, closed = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())]), task in ("cls", "vqa")
     asked, targets, others = [], {}, {}
-    closed = task in ("cls", "vqa")  # there every object is a candidate, and nothing else
-    if closed:
+    if closed:  # every object is a candidate, and nothing else
         targets = {f" {c} {s}": said(f"object: {c} {s}") for c in COLOURS for s in SHAPES}
     while len(asked) < queries or (not closed and len(targets | others) < candidates):
         query, target, negatives = example(task, rng, split)
         if len(asked) < queries:
-            asked.append((query, target.answer))
+            files = stored(out, f"{split}/{task}/q{len(asked)}", rng, query)
+            asked.append({"input": files, "labels": [target.answer.strip()], "grades": None, "candidates": None})
             targets.setdefault(target.answer, target)
         others |= {s.answer: s for s in [target, *negatives] if not closed}
     kept = list((targets | others | targets).items())[: max(candidates, len(targets))]
-    media = [stored(out, f"{split}/{task}/c{i}", rng, side) for i, (_, side) in enumerate(kept)]
-    return {"name": f"{split}/{task}", "modality": {"video": "video", "doc": "visdoc"}.get(task, "image"),
-            "group": "toy", "eval_type": "global", "main_metric": "hit@1",
-            "queries": [{"input": stored(out, f"{split}/{task}/q{i}", rng, query), "labels": [answer.strip()],
-                         "grades": None, "candidates": None} for i, (query, answer) in enumerate(asked)],
-            "candidates": {answer.strip(): files for (answer, _), files in zip(kept, media)}}
+    pool = {key.strip(): stored(out, f"{split}/{task}/c{i}", rng, side) for i, (key, side) in enumerate(kept)}
+    modality = {"video": "video", "doc": "visdoc"}.get(task, "image")
+    return {"name": f"{split}/{task}", "modality": modality, "group": "toy", "eval_type": "global",
+            "main_metric": "hit@1", "queries": asked, "candidates": pool}  # fmt: skip
 
 
 def in_parallel(out, jobs):
     """Runs (function, arguments) on all cores; results in order."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (28, 28), "white").save(out / "images/blank.jpg")
+    blank_picture().save(out / "images/blank.jpg")
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         return [job.result() for job in [pool.submit(function, out, *rest) for function, *rest in jobs]]
 
 
 def write_toy(out, seed=0, pairs=2000, rl_pairs=400, dev=60, test=120, candidates=200, short=0.5):
-    """The toy world as files: sft.json, rl.json, and of held-out scenes rl_dev.json, rl_test.json, tasks/dev/*.json,
-    tasks/test/*.json; sizes are per task."""
+    """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
+    tasks/dev/*.json and tasks/test/*.json are held-out ones."""
     out = Path(out)
-    files = {"sft.json": (sft_rows, pairs, short), "rl.json": (rl_rows, rl_pairs),
-             "rl_dev.json": (rl_rows, 48, "dev"), "rl_test.json": (rl_rows, 48, "test")}
-    jobs = [(function, seed, task, *rest) for function, *rest in files.values() for task in TASKS]
+    kinds = [("sft", "train", pairs, short), ("rl", "train", rl_pairs), ("rl_dev", "dev", 48), ("rl_test", "test", 48)]
+    jobs = [(pair_rows, seed, task, *kind) for kind in kinds for task in TASKS]
     for split, n in (("dev", dev), ("test", test)):
         jobs += [(task_file, seed, task, split, n, candidates) for task in TASKS]
     done = iter(in_parallel(out, jobs))
-    for name in files:
-        (out / name).write_text(json.dumps([row for _ in TASKS for row in next(done)]))
+    for name, *_ in kinds:
+        (out / f"{name}.json").write_text(json.dumps([row for _ in TASKS for row in next(done)]))
     for task in done:
         path = out / "tasks" / f"{task['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
-    python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME, RL and its controls (about an hour)
+python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME, RL and its controls (about an hour)
 """
 
 import argparse
@@ -75,7 +75,18 @@ def toy(seeds, out, split, jobs, data, extra):
     place = lambda s, name: out / f"seed{s}" / name.replace(" ", "_").replace("(", "").replace(")", "")  # noqa: E731
 
     def evaluate(s, name, *flags):
-        run("eval.py", "--root", data, "--tasks", *tasks, "--model", place(s, name), "--out", place(s, name) / "eval", *flags)
+        run(
+            "eval.py",
+            "--root",
+            data,
+            "--tasks",
+            *tasks,
+            "--model",
+            place(s, name),
+            "--out",
+            place(s, name) / "eval",
+            *flags,
+        )
         folder = place(s, name) / "eval" / place(s, name).name
         return json.loads((folder / "scores.json").read_text()), json.loads((folder / "per_query.json").read_text())
 
@@ -90,7 +101,9 @@ def toy(seeds, out, split, jobs, data, extra):
         scores, per_query = evaluate(s, name)
         file = place(s, name) / "reward.json"
         code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; "
-        code += f"r = bench.held_out_reward({str(place(s, name))!r}, {str(data / f'rl_{split}.json')!r}, {str(data)!r}); "
+        code += (
+            f"r = bench.held_out_reward({str(place(s, name))!r}, {str(data / f'rl_{split}.json')!r}, {str(data)!r}); "
+        )
         subprocess.run([sys.executable, "-c", code + f"json.dump(r, open({str(file)!r}, 'w'))"], check=True)
         return scores, per_query, json.loads(file.read_text())
 
@@ -111,9 +124,13 @@ def toy(seeds, out, split, jobs, data, extra):
         for column in columns:
             values = [100 * mean(s, name, column) for s in range(seeds) if column in results[s, name][0]["overall"]]
             hidden = name == "dume" and column != "disc"
-            cells.append("" if hidden or not values else f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})")
+            cells.append(
+                "" if hidden or not values else f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})"
+            )
         for part in ("reward", "share", "gap"):
-            cells.append("" if name == "dume" else f"{np.mean([np.mean(results[s, name][2][part]) for s in range(seeds)]):.3f}")
+            cells.append(
+                "" if name == "dume" else f"{np.mean([np.mean(results[s, name][2][part]) for s in range(seeds)]):.3f}"
+            )
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
     from eval import paired_change
@@ -124,7 +141,9 @@ def toy(seeds, out, split, jobs, data, extra):
         for s in range(seeds):
             a, b = results[s, first][1], results[s, last][1]
             tasks_of = {t: (a[t][column_first], b[t][column_last]) for t in a}
-            pairs.append(paired_change({t: x for t, (x, _) in tasks_of.items()}, {t: y for t, (_, y) in tasks_of.items()}))
+            pairs.append(
+                paired_change({t: x for t, (x, _) in tasks_of.items()}, {t: y for t, (_, y) in tasks_of.items()})
+            )
         gain, error = np.mean([p[0] for p in pairs]), math.sqrt(sum(p[1] ** 2 for p in pairs)) / seeds
         each = ", ".join(f"{100 * p[0]:+.1f}" for p in pairs)
         return f"{100 * gain:+.1f} ± {100 * error:.1f} points (seeds: {each})"
@@ -135,7 +154,9 @@ def toy(seeds, out, split, jobs, data, extra):
     lines.append(f"| gen after RL - DUME | {change('dume', rl, 'disc', 'gen')} |")
     lines.append(f"| oracle - gen, after RL | {change(rl, rl, 'gen', 'oracle')} |")
     lines.append(f"| oracle - disc, after RL | {change(rl, rl, 'disc', 'oracle')} |")
-    lines.append(f"| oracle of disc and gen - oracle of two gen samples (pass@2) | {change(rl, rl, 'pass@2', 'oracle')} |")
+    lines.append(
+        f"| oracle of disc and gen - oracle of two gen samples (pass@2) | {change(rl, rl, 'pass@2', 'oracle')} |"
+    )
     lines.append(f"| pass@16 - pass@1 after SFT | {change('sft', 'sft', 'pass@1', 'pass@16')} |")
     for name in RECIPES:
         lines.append(f"| {name}: gen, change from SFT | {change('sft', name, 'gen', 'gen')} |")
@@ -143,11 +164,19 @@ def toy(seeds, out, split, jobs, data, extra):
         d = [np.array(results[s, name][2]["reward"]) - before[s] for s in range(seeds)]
         error = math.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / seeds
         each = ", ".join(f"{x.mean():+.4f}" for x in d)
-        lines.append(f"| {name}: held-out reward, change | {np.mean([x.mean() for x in d]):+.4f} ± {error:.4f} ({each}) |")
-    lines += ["", f"| gen by task | {' | '.join(['dume (disc)', 'sft disc', 'sft', *RECIPES])} |", "|---" * (len(names) + 3) + "|"]
+        lines.append(
+            f"| {name}: held-out reward, change | {np.mean([x.mean() for x in d]):+.4f} ± {error:.4f} ({each}) |"
+        )
+    lines += [
+        "",
+        f"| gen by task | {' | '.join(['dume (disc)', 'sft disc', 'sft', *RECIPES])} |",
+        "|---" * (len(names) + 3) + "|",
+    ]
     for task in tasks:
         row = [("dume", "disc"), ("sft", "disc"), *((name, "gen") for name in names)]
-        cells = [f"{100 * np.mean([results[s, n][0]['tasks'][task][m]['hit@1'] for s in range(seeds)]):.0f}" for n, m in row]
+        cells = [
+            f"{100 * np.mean([results[s, n][0]['tasks'][task][m]['hit@1'] for s in range(seeds)]):.0f}" for n, m in row
+        ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     text = "\n".join(lines)
     print(text)
@@ -161,7 +190,9 @@ if __name__ == "__main__":
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--out", default="runs/bench")
     p.add_argument("--data", default="runs/toy/data")
-    p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev, test is opened once")
+    p.add_argument(
+        "--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev, test is opened once"
+    )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--extra", nargs="*", default=[], help="further flags of sft.py")
     args = parser.parse_args()

@@ -48,7 +48,9 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     common = ["--media_root", toy_data, "--batch_size", 8, "--workers", 0]
     start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
     start("rl.py", "--model", sft, "--data", toy_data / "rl.json", "--out", rl, "--steps", 2, *common)
-    printed = start("eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24)
+    printed = start(
+        "eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24
+    )
     assert "change in points" in printed and "oracle of two gen samples" in printed
 
     for folder, steps in ((sft, 3), (rl, 2)):
@@ -82,7 +84,9 @@ def test_help_names_every_flag_with_its_meaning(script):
 
 def test_unknown_flag_and_preset_are_errors():
     """A misspelt flag must not be ignored."""
-    assert "unrecognized" in start("sft.py", "--stepz", 3, ok=False) or "not used" in start("sft.py", "--stepz", 3, ok=False)
+    assert "unrecognized" in start("sft.py", "--stepz", 3, ok=False) or "not used" in start(
+        "sft.py", "--stepz", 3, ok=False
+    )
     assert "choose one of" in start("rl.py", "--preset", "3b", ok=False)
 
 
