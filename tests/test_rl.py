@@ -1,0 +1,472 @@
+"""rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes, resume."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    ROOT,
+    assert_same_gradients,
+    gradients,
+    inputs,
+    read_log,
+    run_here,
+    run_processes,
+    transformers_forward,
+    with_answer,
+)
+from safetensors.torch import load_file
+
+import rl
+from data import DISC, PairData, encode_input
+from model import Embedder
+from reward import embedding_reward, format_reward
+from rl import Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update
+
+CLOSE = dict(rtol=0, atol=1e-5)
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------
+
+
+def twin_grpo(logp, old, ref, advantages, mask, eps_low, eps_high, beta, norm):
+    """One completion and one token at a time."""
+    total, kl, clipped, ratios = 0.0, [], 0, []
+    for i in range(len(logp)):
+        for t in range(logp.shape[1]):
+            if not mask[i, t]:
+                continue
+            r, A = torch.exp(logp[i, t] - old[i, t]), advantages[i]
+            kl.append(torch.exp(ref[i, t] - logp[i, t]) - (ref[i, t] - logp[i, t]) - 1)
+            if A >= 0 and r > 1 + eps_high:
+                value, clipped = (1 + eps_high) * A, clipped + (A > 0)
+            elif A < 0 and r < 1 - eps_low:
+                value, clipped = (1 - eps_low) * A, clipped + 1
+            else:
+                value = r * A
+            total = total + (-value + beta * kl[-1]) / norm / len(logp)
+            ratios.append(r)
+    n = max(1, len(kl))
+    return total, {"kl": sum(kl) / n, "clip_share": float(clipped) / n, "ratio": sum(ratios) / n}
+
+
+def draw(B=6, T=9, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(B, T, generator=g, dtype=torch.float64)
+    logp = (old + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64)).requires_grad_()
+    ref = old + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64)
+    advantages = torch.randn(B, generator=g, dtype=torch.float64)
+    advantages[1] = 0.0
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
+    mask[2] = False
+    return logp, old, ref, advantages, mask
+
+
+@pytest.mark.parametrize("settings", [(0.2, 0.28, 0.04, 2048), (0.1, 0.5, 1.0, 7), (0.2, 0.28, 0.0, 1)])
+def test_grpo_loss_equals_the_loops(settings):
+    """Loss, figures and gradient are the loop's with ratios beyond both sides of the clip range, advantages of both signs
+    and 0, and an empty row that still counts in the mean."""
+    eps_low, eps_high, beta, norm = settings
+    for seed in range(3):
+        logp, old, ref, A, mask = draw(seed=seed)
+        ratio = torch.exp(logp - old)[mask]
+        assert (ratio > 1 + eps_high).any() and (ratio < 1 - eps_low).any()
+        got, stats = grpo_loss(logp, old, ref, A, mask.float(), eps_low=eps_low, eps_high=eps_high, beta=beta, norm=norm)
+        want, want_stats = twin_grpo(logp, old, ref, A, mask, *settings)
+        torch.testing.assert_close(got, want)
+        want_stats = {k: float(torch.as_tensor(v).detach()) for k, v in want_stats.items()}
+        assert {k: float(v) for k, v in stats.items()} == pytest.approx(want_stats)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logp)[0] for x in (got, want)))
+
+
+def test_grpo_defaults_and_signs():
+    """By hand: one token, ratio 1, advantage 2 gives -2 / 2048 with gradient -2 / 2048; a ratio of 1.5 is clipped at 1.28
+    and then has no gradient, with a negative advantage it is not clipped; the KL term is never negative."""
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    for logp, A, want, slope in ((0.0, 2.0, -2.0, -2.0), (math.log(1.5), 1.0, -1.28, 0.0), (math.log(1.5), -1.0, 1.5, 1.5),
+                                 (math.log(0.5), -1.0, 0.8, 0.0), (math.log(0.5), 1.0, -0.5, -0.5)):  # fmt: skip
+        x = torch.full((1, 1), logp, requires_grad=True)
+        loss, stats = grpo_loss(x, zero, x.detach(), torch.tensor([A]), one)
+        loss.backward()
+        assert float(loss.detach()) * 2048 == pytest.approx(want) and float(x.grad) * 2048 == pytest.approx(slope)
+        assert float(stats["kl"]) == 0
+    for logp in (-1.0, 1.0):
+        assert float(grpo_loss(torch.full((1, 1), logp), zero, zero, torch.zeros(1), one)[1]["kl"]) > 0
+
+
+@pytest.mark.parametrize("poison", [float("-inf"), float("inf"), float("nan")])
+def test_masked_places_do_not_leak(poison):
+    """-inf, inf or NaN behind a completion's end, in any of the three inputs, changes neither loss nor gradient."""
+    for which in range(3):
+        logp, old, ref, A, mask = draw()
+        want, _ = grpo_loss(logp, old, ref, A, mask)
+        (want_gradient,) = torch.autograd.grad(want, logp)
+        given = [x.detach().clone() for x in (logp, old, ref)]
+        given[which][~mask] = poison
+        given[0].requires_grad_()
+        loss, stats = grpo_loss(*given, A, mask)
+        (gradient,) = torch.autograd.grad(loss, given[0])
+        assert torch.equal(loss, want) and torch.equal(gradient, want_gradient)
+        assert all(x.isfinite() for x in stats.values())
+
+
+# ---- packed groups ---------------------------------------------------------------------------------------------
+
+
+def args(**more):
+    base = dict(G=3, max_new_tokens=20, micro_batch=4, update_batch=2, beta=0.04, temperature=1.0, w_anchor=0.0,
+                bf16=False, checkpointing=False)  # fmt: skip
+    return Settings(**(base | more))
+
+
+@pytest.fixture(scope="module")
+def sampled(writer):
+    """Prompts of every kind and three sampled completions of each."""
+    rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
+    rollouts = rollout(writer, rows, args(), seeds=range(10, 15))
+    valid = torch.stack([r.valid for r in rollouts])
+    assert valid.any() and not valid.all() and len({len(ids) for r in rollouts for ids in r.ids}) > 2
+    return rows, rollouts
+
+
+def plain_group(model, row, r, temperature=1.0):
+    """Per completion its log p [T], and the group's embeddings (disc, then each valid gen): transformers, row by row."""
+    names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
+             "<|endoftext|>", DISC]  # fmt: skip
+    V = model.backbone.lm_head.weight.shape[0]
+    banned = torch.zeros(V, dtype=torch.bool)
+    banned[model.tokenizer.convert_tokens_to_ids(names) + list(range(len(model.tokenizer), V))] = True
+    logps, embeddings = [], []
+    for ids in r.ids:
+        hidden, logits = transformers_forward(model, [with_answer(row, ids)])[0]
+        logp = (logits.masked_fill(banned, -1e30) / temperature).log_softmax(-1)
+        logps.append(logp[torch.arange(row.n_prompt - 1, row.n_prompt - 1 + len(ids)), ids])
+        at = [t for t, token in enumerate(ids) if token == model.gen_id]
+        embeddings += [] if embeddings else [hidden[row.disc_at]]
+        embeddings += [hidden[row.n_prompt + at[-1]]] if at else []
+    return logps, F.normalize(torch.stack(embeddings), dim=-1)
+
+
+@pytest.mark.parametrize("which", [[0], [1], [2], [3], [4], [0, 1, 2, 3, 4], [3, 0]])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
+    """Log-probabilities and embeddings of [prompt | c1 | c2 | c3] are those of transformers on every prompt + completion
+    alone: text, pictures, videos, one group and several padded ones; so are the gradients of a mixture of them."""
+    rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
+    batch, predict, labels, read, group, mask = pack_groups(writer, rows, rollouts)
+    embeddings, logp, entropy = writer(batch, read, predict, labels, temperature, True)
+    plain = [plain_group(writer, row, r, temperature) for row, r in zip(rows, rollouts)]
+    want, want_embeddings = torch.cat([x for p in plain for x in p[0]]), torch.cat([p[1] for p in plain])
+    torch.testing.assert_close(logp, want, **CLOSE)
+    torch.testing.assert_close(embeddings, want_embeddings, **CLOSE)
+    assert entropy.isfinite().all() and (entropy > 0).all()
+    assert group.tolist() == [b for b, p in enumerate(plain) for _ in p[1]]
+    assert mask.sum(1).tolist() == [len(ids) for r in rollouts for ids in r.ids]
+    lengths = [len(ids) for r in rollouts for ids in r.ids]
+    for line, part in zip(padded(logp, mask), want.split(lengths)):
+        torch.testing.assert_close(line[: len(part)], part, **CLOSE)
+        assert not line[len(part) :].any()
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(len(want), generator=g), torch.randn(want_embeddings.shape, generator=g)
+    found = []
+    for x, y in ((logp, embeddings), (want, want_embeddings)):
+        writer.zero_grad()
+        ((x * a).sum() + (y * b).sum()).backward()
+        found.append(gradients(writer))
+    writer.zero_grad()
+    assert_same_gradients(*found)
+
+
+def test_tree_mask_by_hand():
+    """Prompt of two, completions of one and two tokens: who may see whom, written out; pads make no empty line."""
+    mask = tree_mask([np.array([0, 0, 1, 2, 2]), np.array([0, 1, 2])], "cpu")
+    want = ["10000", "11000", "11100", "11010", "11011"]
+    assert ["".join(str(int(x)) for x in line) for line in mask[0, 0]] == want
+    assert ["".join(str(int(x)) for x in line) for line in mask[1, 0, :3]] == ["10000", "11000", "10100"]
+    assert mask.any(-1).all()
+
+
+def test_rollout_and_update_see_the_same(writer, sampled):
+    """The embeddings and log-probabilities that the decode loop kept are those of the packed update pass."""
+    rows, rollouts = sampled
+    batch, predict, labels, read, _, _ = pack_groups(writer, rows, rollouts)
+    with torch.no_grad():
+        embeddings, logp, _ = writer(batch, read, predict, labels, 1.0, True)
+    kept = [x for r in rollouts for x in (r.disc, *r.gen[r.valid])]
+    torch.testing.assert_close(embeddings, torch.stack(kept), **CLOSE)
+    torch.testing.assert_close(logp, torch.tensor([x for r in rollouts for lp in r.logp for x in lp]), **CLOSE)
+
+
+def test_rollout_keeps_the_order_of_the_rows(writer):
+    """Rollouts come back in the order of the prompts, whatever order they were decoded in."""
+    rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
+    together = rollout(writer, rows, args(micro_batch=1), seeds=[3, 1, 4, 1, 5])
+    for row, r, seed in zip(rows, together, [3, 1, 4, 1, 5]):
+        assert rollout(writer, [row], args(), seeds=[seed])[0].ids == r.ids
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rl_pairs(writer, world):
+    data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC])
+    pairs = [data.pair(i) for i in (0, 1, 2, 5)]  # 0 and 1 have the same target; 0 and 3 of the files have videos
+    assert pairs[0].target_key == pairs[1].target_key != pairs[2].target_key
+    rollouts = rollout(writer, [p.query for p in pairs] + [p.target for p in pairs], args(G=3), seeds=range(8))
+    assert torch.stack([r.valid for r in rollouts]).any()
+    return pairs, rollouts
+
+
+@pytest.mark.parametrize("mask_same", [True, False])
+def test_rewards_of_a_batch(writer, rl_pairs, mask_same):
+    """Each rollout's reward is format plus embedding reward of reward.py on the same tensors, for both directions, with
+    equal targets left out of each other's negatives where asked for."""
+    pairs, rollouts = rl_pairs
+    rewards, parts = rewards_of(writer, rollouts, pairs, args(mask_same_target=mask_same))
+    gen, valid = torch.stack([r.gen for r in rollouts]), torch.stack([r.valid for r in rollouts])
+    q, t, vq, vt = gen[:4], gen[4:], valid[:4], valid[4:]
+    same = torch.zeros(4, 4, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = mask_same
+    form = format_reward([writer.tokenizer.decode(ids) for r in rollouts for ids in r.ids]).view(2, 4, 3)
+    torch.testing.assert_close(rewards[0], form[0] + embedding_reward(q, t, torch.stack([vq, vt]), same), **CLOSE)
+    torch.testing.assert_close(rewards[1], form[1] + embedding_reward(t, q, torch.stack([vt, vq]), same), **CLOSE)
+    torch.testing.assert_close(rewards, parts["format"] + parts["share"] * parts["gap"])
+
+
+def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
+    """With a pair marked as unusable, rewards of the others, loss, figures and gradients of the update are those of the
+    batch without it; its own rewards are 0."""
+    pairs, rollouts = rl_pairs
+    keep, found = [0, 1, 3], []
+    marked = [replace(p, ok=False) if k == 2 else p for k, p in enumerate(pairs)]
+    chosen = [rollouts[k] for k in keep] + [rollouts[4 + k] for k in keep]
+    all_rewards, _ = rewards_of(writer, rollouts, marked, args())
+    few_rewards, _ = rewards_of(writer, chosen, [pairs[k] for k in keep], args())
+    assert not all_rewards[:, 2].any()
+    torch.testing.assert_close(all_rewards[:, keep], few_rewards)
+    A = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    reference = frozen_copy(writer, 0.01)
+    for batch, r, a in ((marked, rollouts, A), ([pairs[k] for k in keep], chosen, A[:, keep])):
+        rows = [p.query for p in batch] + [p.target for p in batch]
+        ok = torch.tensor([p.ok for p in batch]).repeat(2)
+        writer.zero_grad()
+        stats = update(writer, reference, rows, r, a.flatten(0, 1), ok, args(w_anchor=2.0), {}, 0)
+        found.append((stats, gradients(writer)))
+    writer.zero_grad()
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6, rel=1e-4)
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+# ---- the update ------------------------------------------------------------------------------------------------
+
+
+def frozen_copy(model, noise=0.0):
+    other = copy.deepcopy(model).requires_grad_(False).eval()
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(7)
+        for p in other.backbone.model.language_model.parameters():
+            p.add_(noise * torch.randn(p.shape, generator=g))
+    return other
+
+
+@pytest.mark.parametrize("update_batch, w_anchor, checkpointing", [(1, 0.0, False), (2, 3.0, True), (5, 0.5, False)])
+def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor, checkpointing):
+    """Loss and gradients of an update against another reference are those of loops over single completions of
+    transformers, for any --update_batch, with the anchor and with gradient checkpointing."""
+    rows, rollouts = sampled
+    model = Embedder.from_pretrained(writer_dir)
+    model.backbone.model.visual.requires_grad_(False)
+    reference = frozen_copy(model, 0.02)
+    A = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    want, anchors, kls, entropies = 0.0, [], [], 0
+    for n, (row, r) in enumerate(zip(rows, rollouts)):
+        logps, embeddings = plain_group(model, row, r)
+        with torch.no_grad():
+            ref_logps, ref_embeddings = plain_group(reference, row, r)
+        anchors.append((1 - (embeddings * ref_embeddings).sum(-1)).mean())
+        for g in range(3):
+            logp, ref = logps[g], ref_logps[g]
+            part, stats = twin_grpo(logp[None], logp.detach()[None], ref[None], A[n, g : g + 1], torch.ones(1, len(logp)),
+                                    0.2, 0.28, 0.04, 20)  # fmt: skip
+            want = want + part / 15
+            kls += [float(stats["kl"].detach())] * len(logp)
+    anchor = sum(anchors) / 5
+    (want + w_anchor * anchor).backward()
+    want_gradients = gradients(model)
+    model.zero_grad()
+    if checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    ok = torch.ones(5, dtype=torch.bool)
+    stats = update(model, reference, rows, rollouts, A, ok, args(update_batch=update_batch, w_anchor=w_anchor), {}, 0)
+    assert stats["loss"] == pytest.approx(float((want + w_anchor * anchor).detach()), abs=1e-5)
+    assert stats["anchor"] == pytest.approx(float(anchor.detach()), abs=1e-5)
+    assert stats["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-5) and stats["kl"] > 1e-4
+    assert stats["clip_share"] == 0 and stats["logp_mismatch"] < 1e-5
+    assert_same_gradients(gradients(model), want_gradients)
+    assert not any("visual" in name for name in gradients(model))
+
+
+def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
+    """At the first inner step every ratio is exactly 1 and the KL to an equal reference exactly 0; after an optimiser step
+    the second inner step compares with the same old values: ratios differ from 1 and the KL is positive."""
+    rows, rollouts = sampled
+    model = Embedder.from_pretrained(writer_dir)
+    model.backbone.model.visual.requires_grad_(False)
+    model.see_rows(rows, 4)
+    reference, cache, seen = frozen_copy(model), {}, []
+
+    def spy(logp, old, ref, advantages, mask, **settings):
+        m = mask.bool()
+        seen.append((torch.exp(logp - old)[m].detach(), old[m].clone(), ref[m].clone()))
+        return grpo_loss(logp, old, ref, advantages, mask, **settings)
+
+    monkeypatch.setattr(rl, "grpo_loss", spy)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    A, ok = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.ones(5, dtype=torch.bool)
+    stats = []
+    for inner in (0, 1):
+        stats.append(update(model, reference, rows, rollouts, A, ok, args(inner_steps=2), cache, inner))
+        optimizer.step()
+        optimizer.zero_grad()
+    first, second = seen[:3], seen[3:]
+    assert all((ratio == 1).all() and torch.equal(old, ref) for ratio, old, ref in first)
+    assert stats[0]["kl"] == 0 and stats[0]["clip_share"] == 0
+    for (_, old, ref), (ratio, old2, ref2) in zip(first, second):
+        assert torch.equal(old, old2) and torch.equal(ref, ref2)
+        assert (ratio != 1).float().mean() > 0.9
+    assert stats[1]["kl"] > 0
+
+
+def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
+    """A few updates with advantage +1 for one completion and -1 for another make the first likelier and the second less
+    likely: the sign of the whole chain."""
+    rows, rollouts = sampled[0][:1], sampled[1][:1]
+    assert rollouts[0].ids[0] != rollouts[0].ids[1]
+    model = Embedder.from_pretrained(writer_dir)
+    reference, A = frozen_copy(model), torch.tensor([[1.0, -1.0, 0.0]])
+    before = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        update(model, reference, rows, rollouts, A, torch.ones(1, dtype=torch.bool), args(), {}, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]
+    assert after[0] - after[1] > before[0] - before[1] and after[0] > before[0]
+
+
+# ---- the script ------------------------------------------------------------------------------------------------
+
+
+def flags(writer_dir, world, out, **more):
+    given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4, micro_batch=3,
+                 update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0.0) | more  # fmt: skip
+    return [x for key, value in given.items() for x in (f"--{key}", value)]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
+    """With two processes every figure of the first step, the rewards, the loss and the gradient norm among them, is that
+    of one process to 1e-5; one pair is skipped, and the sizes of the decode and update batches differ."""
+    rows = json.loads((world / "rl.json").read_text())
+    rows[1]["qry_image"] = rows[8]["qry_image"] = "images/gone.png"
+    (world / "rl_gone.json").write_text(json.dumps(rows))
+    more = dict(data=world / "rl_gone.json", batch_size=6, steps=2, w_anchor=1.0)
+    run_here(rl, flags(writer_dir, world, tmp_path / "one", **more), monkeypatch)
+    run_processes(rl, flags(writer_dir, world, tmp_path / "two", **more) + ["--update_batch", 1, "--micro_batch", 2])
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert [line["skipped"] for line in one] == [line["skipped"] for line in two] == [1, 1]
+    assert one[0]["reward"] > 0 and one[0]["grad_norm"] > 0 and 0 < one[0]["invalid_share"] < 1
+    assert two[0] == pytest.approx(one[0], abs=1e-5, rel=1e-5)
+    assert one[0]["kl"] == 0 and one[1]["kl"] > 0 and one[0]["logp_mismatch"] < 1e-5
+    assert one[0]["share_query"] > 0 and one[0]["format_target"] > 0
+    names = sorted(json.loads(line)["row"] for line in (tmp_path / "two/skipped.jsonl").read_text().splitlines())
+    assert [name.rpartition(" ")[2] for name in names] == ["1", "8"]
+
+
+def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeypatch):
+    """--lr 0 writes the model it has read; --w_grpo 0 without KL and anchor has loss and gradient 0; with a learning rate
+    the language model changes and the vision tower does not."""
+    run_here(rl, flags(writer_dir, world, tmp_path / "zero", lr=0), monkeypatch)
+    assert same_weights(weights(tmp_path / "zero"), weights(writer_dir))
+    run_here(rl, flags(writer_dir, world, tmp_path / "control", w_grpo=0), monkeypatch)
+    (line,) = read_log(tmp_path / "control")
+    assert line["loss"] == 0 and line["grad_norm"] == 0 and line["reward"] > 0
+    assert same_weights(weights(tmp_path / "control"), weights(writer_dir))
+    run_here(rl, flags(writer_dir, world, tmp_path / "some"), monkeypatch)
+    before = weights(writer_dir)
+    for name, new in weights(tmp_path / "some").items():
+        assert torch.equal(new, before[name]) == ("visual" in name), name
+    (zero,), (some,) = read_log(tmp_path / "zero"), read_log(tmp_path / "some")
+    assert zero | {"lr": 0} == some | {"lr": 0}  # the first step's figures come before its optimiser step
+
+
+def test_trained_vision_tower(writer_dir, world, tmp_path, monkeypatch):
+    """--train_vision trains the vision tower too, and --inner_steps 2 with it runs with finite figures."""
+    argv = flags(writer_dir, world, tmp_path, steps=2, inner_steps=2, train_vision=True, save_every=1)
+    run_here(rl, argv, monkeypatch)
+    after, before = weights(tmp_path), weights(writer_dir)
+    assert any(not torch.equal(after[name], before[name]) for name in after if "visual.blocks" in name)
+    assert all(math.isfinite(x) for line in read_log(tmp_path) for x in line.values())
+    assert read_log(tmp_path)[1]["kl"] > 0
+
+
+def test_resume_is_bit_equal(writer_dir, world, tmp_path, monkeypatch):
+    """Four steps are two steps, a kill in the fourth and a resume: the same bits and the same log; the reference is the
+    SFT model again, not the checkpoint. Another run of the same seed is the same, too."""
+    more = dict(steps=4, save_every=2, beta=1.0)
+    run_here(rl, flags(writer_dir, world, tmp_path / "whole", **more), monkeypatch)
+    with monkeypatch.context() as patch:
+        calls, real = [], rl.update
+
+        def killed(*given):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        patch.setattr(rl, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(rl, flags(writer_dir, world, tmp_path / "cut", **more), patch)
+    assert len(read_log(tmp_path / "cut")) == 3
+    run_here(rl, flags(writer_dir, world, tmp_path / "cut", **more), monkeypatch)
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "cut")
+    log = read_log(tmp_path / "whole")
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[3]["kl"] > 0
+    assert [line["lr"] for line in log] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+@pytest.mark.slow
+def test_both_stages_under_torchrun(tiny_dir, world, tmp_path):
+    """The command lines of the README with two processes: sft.py writes a model that rl.py reads, and both logs start as
+    those of one process."""
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        common = ["--media_root", world, "--batch_size", 6, "--steps", 2, "--workers", 1]
+        sft = ["sft.py", "--data", world / "sft.json", "--model", tiny_dir, "--out", out / "sft", *common]
+        reinforce = ["rl.py", "--data", world / "rl.json", "--model", out / "sft", "--out", out / "rl", "--G", 2, *common]
+        for command in (sft, [*reinforce, "--max_new_tokens", 8]):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            done = subprocess.run([*torchrun, str(ROOT / command[0]), *map(str, command[1:])], env=env, cwd=tmp_path,
+                                  capture_output=True, text=True, timeout=300)  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert read_log(tmp_path / "2/sft")[0] == pytest.approx(read_log(tmp_path / "1/sft")[0], abs=1e-5, rel=1e-5)
+    assert len(read_log(tmp_path / "2/rl")) == 2 and (tmp_path / "2/rl/model.safetensors").exists()
