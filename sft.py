@@ -159,55 +159,57 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     if not args.train_vision:
         embedder.see_rows(rows, 2 * args.micro_batch)
 
-    def read_positions(numbers, L):
-        """Flat places of <disc_emb> and of the last <gen_emb> of each row of a micro-batch, [n, 2] flattened."""
-        at = [(k * L + max(rows[n].disc_at, 0), k * L + max(rows[n].gen_at, 0)) for k, n in enumerate(numbers)]
-        return torch.tensor(at, device=device).flatten()
-
-    # 1. embeddings of all micro-batches, no graph
-    # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
-    embedding_grad = torch.zeros(2 * b, 2, D, device=device)
-    l_disc = l_gen = torch.zeros((), device=device)
-    ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
-    if w_disc or w_gen:
-        embeddings = torch.zeros(2 * b, 2, D, device=device)
-        with torch.no_grad():
-            for numbers in micro:
-                batch = pad_rows([rows[n] for n in numbers], embedder.pad_id, device)
-                read = read_positions(numbers, batch["ids"].shape[1])
-                embeddings[numbers] = embedder(batch, read=read)[0].view(-1, 2, D)
-        own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-        mine = torch.arange(b, device=device) * world + rank
-        loss, l_disc, l_gen = contrastive_loss(
-            own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target
-        )
-        (grad,) = torch.autograd.grad(loss, own)
-        embedding_grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
-
-    # 3. every micro-batch again with its graph: embedding gradient and next-token loss; DDP averages over processes,
-    #    hence the factor `world`, and reduces after the last micro-batch only
     answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
     side = torch.arange(2 * b, device=device) // b  # 0 query, 1 target
     side_tokens = all_sum(torch.stack([answer_length[side == s].sum() for s in (0, 1)])).clamp(min=1)  # [2]
     token_weight = row_ok / side_tokens[side]  # CE of a side = mean over all its tokens of the global batch
-    ce = torch.zeros(2, device=device)
-    for k, numbers in enumerate(micro):
+
+    def forward(net, numbers, next_token):
+        """Embeddings [n, 2, D] (disc, gen) of n rows; next_token: the CE terms of each side too, [2], else None."""
         batch = pad_rows([rows[n] for n in numbers], embedder.pad_id, device)
         L = batch["ids"].shape[1]
-        predict = labels = weight = None
-        if w_ce:
-            at = [
-                (j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt - 1, len(rows[n].ids) - 1)
-            ]
-            predict, row_of = torch.tensor(at, device=device).T  # [M] each; token t predicts token t + 1
-            labels, weight = batch["ids"].flatten()[predict + 1], token_weight[row_of]
-        last = k == len(micro) - 1
-        with contextlib.nullcontext() if last or model is embedder else model.no_sync():
-            embeddings, logp, _ = model(batch, read=read_positions(numbers, L), predict=predict, labels=labels)
-            loss = (embeddings * embedding_grad[numbers].flatten(0, 1)).sum()
+        read = [j * L + max(at, 0) for j, n in enumerate(numbers) for at in (rows[n].disc_at, rows[n].gen_at)]
+        read = torch.tensor(read, device=device)  # flat places; a row without the token has no use for that embedding
+        if not next_token:
+            return net(batch, read=read)[0].view(-1, 2, D), None
+        places = [(j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt, len(rows[n].ids))]
+        at, row_of = torch.tensor(places, device=device).T  # [M] each: a token of an answer, the row it belongs to
+        embeddings, logp, _ = net(batch, read=read, predict=at - 1, labels=batch["ids"].flatten()[at])
+        ce = torch.zeros(2, device=device).index_add(0, side[row_of], -logp * token_weight[row_of])
+        return embeddings.view(-1, 2, D), ce
+
+    # 1. embeddings of all micro-batches, no graph (if one micro-batch is all, its graph is kept and 3. reuses it)
+    kept = [forward(model, micro[0], bool(w_ce))] if len(micro) == 1 else None
+    embeddings = torch.zeros(2 * b, 2, D, device=device)
+    if kept:
+        embeddings[micro[0]] = kept[0][0].detach()
+    elif w_disc or w_gen:
+        with torch.no_grad():
+            for numbers in micro:
+                embeddings[numbers] = forward(embedder, numbers, False)[0]
+
+    # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
+    ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
+    if not ok_all.any():
+        raise RuntimeError(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
+    own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
+    mine = torch.arange(b, device=device) * world + rank
+    loss, l_disc, l_gen = contrastive_loss(
+        own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target
+    )
+    (grad,) = torch.autograd.grad(loss, own)
+    grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
+
+    # 3. every micro-batch again with its graph: embedding gradient and next-token loss. DDP averages over processes,
+    #    hence the factor `world`, and reduces after the last micro-batch only.
+    ce = torch.zeros(2, device=device)
+    for k, numbers in enumerate(micro):
+        with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
+            embeddings, ce_part = kept[0] if kept else forward(model, numbers, bool(w_ce))
+            loss = (embeddings * grad[numbers]).sum()
             if w_ce:
-                loss = loss - w_ce * (logp * weight).sum()
-                ce.index_add_(0, side[row_of], -(logp.detach() * weight))
+                loss = loss + w_ce * ce_part.sum()
+                ce += ce_part.detach()
             (loss * world).backward()
     ce = all_sum(ce)
     total = w_disc * l_disc + w_gen * l_gen + w_ce * ce.sum()

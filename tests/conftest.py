@@ -41,7 +41,8 @@ def embedder(tiny_dir):
 
 
 def inputs():
-    """One input of every kind: text, a picture, two pictures, a video with an odd number of frames, picture and video."""
+    """One input of every kind: text, a picture, two pictures, a video with an odd number of frames, picture and
+    video."""
     return [
         {"text": "a red star"},
         {"text": "what is it?", "images": [picture(0)]},
@@ -51,13 +52,16 @@ def inputs():
     ]
 
 
-ANSWERS = [f"<think>{a}</think><answer>{b}<gen_emb>" for a, b in (("a red star", "red star"), ("so, a ring", "blue ring"))]
+ANSWERS = [
+    f"<think>{a}</think><answer>{b}<gen_emb>" for a, b in (("a red star", "red star"), ("so, a ring", "blue ring"))
+]
 
 
 @pytest.fixture(scope="session")
 def writer_dir(tiny_dir, tmp_path_factory):
-    """The tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold <gen_emb>,
-    in different places, and some do not. A random model hardly ever writes one, so it would test nothing."""
+    """The tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
+    <gen_emb>, in different places, and some do not. A random model hardly ever writes one, so it would test
+    nothing."""
     from data import encode_input
     from model import Embedder, pad_rows
 
@@ -93,7 +97,8 @@ def answer_places(rows, L):
 
 
 def processor_inputs(model, rows, left=False):
-    """What transformers' processor would hand to Qwen2VLForConditionalGeneration for these rows, and where row b begins."""
+    """What transformers' processor would hand to Qwen2VLForConditionalGeneration for these rows, and where row b
+    begins."""
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     B, L = len(rows), max(len(row.ids) for row in rows)
     ids, mask = torch.full((B, L), model.pad_id), torch.zeros(B, L, dtype=torch.long)
@@ -119,7 +124,8 @@ def processor_inputs(model, rows, left=False):
 
 
 def transformers_forward(model, rows, left=False):
-    """-> per row the last layer's states [L, D] and the logits [L, V], from transformers' own code, with gradients."""
+    """-> per row the last layer's states [L, D] and the logits [L, V], from transformers' own code, with
+    gradients."""
     batch, begin = processor_inputs(model, rows, left)
     model.backbone.model.rope_deltas = None
     out = model.backbone(**batch, output_hidden_states=True, use_cache=False)
@@ -203,7 +209,8 @@ def run_here(module, argv, monkeypatch):
 
 
 def run_processes(module, argv, processes=2):
-    """main() in several processes with the variables that torchrun sets; forked, so that nothing is imported again."""
+    """main() in several processes with the variables that torchrun sets; forked, so that nothing is imported
+    again."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

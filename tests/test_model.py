@@ -46,8 +46,8 @@ def everything(model, rows):
 
 
 def completion_twin(model, row, ids, temperature=1.0):
-    """States [L, D] normalised and log p [len(ids)] of a completion: one pass of transformers without a cache, with the
-    ban written out."""
+    """States [L, D] normalised and log p [len(ids)] of a completion: one pass of transformers without a cache, with
+    the ban written out."""
     full = with_answer(row, ids)
     with torch.no_grad():
         hidden, logits = transformers_forward(model, [full])[0]
@@ -79,7 +79,10 @@ def test_forward_equals_transformers(embedder, which, left):
 def test_positions_equal_get_rope_index(embedder, left):
     """The rotary positions, and the one that follows the row, are get_rope_index's for both paddings; a long film of
     one-token frames and pictures much wider than high are among the rows."""
-    more = [{"text": "", "video": [picture(i, 20, 20) for i in range(8)]}, {"text": "w", "images": [picture(0, 1500, 9)]}]
+    more = [
+        {"text": "", "video": [picture(i, 20, 20) for i in range(8)]},
+        {"text": "w", "images": [picture(0, 1500, 9)]},
+    ]
     rows = encoded(embedder, inputs() + more)
     batch, begin = processor_inputs(embedder, rows, left)
     want, delta = embedder.backbone.model.get_rope_index(
@@ -93,8 +96,8 @@ def test_positions_equal_get_rope_index(embedder, left):
 
 @torch.no_grad()
 def test_precomputed_vision_states(embedder):
-    """A batch with states from see_rows gives what the pictures give. Bug story: a text-only row in a micro-batch once
-    made pad_rows drop the pictures of the others, since its own states were missing."""
+    """A batch with states from see_rows gives what the pictures give. Bug story: a text-only row in a micro-batch
+    once made pad_rows drop the pictures of the others, since its own states were missing."""
     plain, seen = encoded(embedder, inputs()), encoded(embedder, inputs())
     embedder.see_rows(seen, 2)
     batch = pad_rows(seen, embedder.pad_id, "cpu")
@@ -130,7 +133,8 @@ def test_text_only_micro_batch_gives_the_merger_a_gradient(embedder):
 @pytest.mark.parametrize("chunk", [1, 3, 10_000])
 @pytest.mark.parametrize("ban", [False, True])
 def test_chunked_head_equals_plain_log_softmax(embedder, monkeypatch, chunk, ban):
-    """Log-probabilities, entropies and the gradients of states and head are those of one log_softmax, for any chunk."""
+    """Log-probabilities, entropies and the gradients of states and head are those of one log_softmax, for any
+    chunk."""
     monkeypatch.setattr(model_file, "HEAD_CHUNK", chunk)
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 128, generator=g, requires_grad=True)
@@ -179,8 +183,8 @@ def test_gradient_checkpointing_changes_nothing(tiny_dir):
 
 
 def test_cached_decode_equals_full_forward(writer):
-    """Log-probabilities and both embeddings that the decode loop reports are those of one pass of transformers over the
-    whole sequence, at temperature 0.7 and with all kinds of media."""
+    """Log-probabilities and both embeddings that the decode loop reports are those of one pass of transformers over
+    the whole sequence, at temperature 0.7 and with all kinds of media."""
     rows, seen = encoded(writer, inputs(), answered=False), set()
     done = dict(writer.generate(rows, G=3, temperature=0.7, seeds=range(5), max_new_tokens=24, slots=6))
     for i, row in enumerate(rows):
@@ -209,8 +213,8 @@ def test_greedy_takes_the_best_token(writer):
 
 
 def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
-    """Three rollouts of one prefill are three single runs with the same random numbers; the number of slots, the other
-    prompts and their order change no token."""
+    """Three rollouts of one prefill are three single runs with the same random numbers; the number of slots, the
+    other prompts and their order change no token."""
     rows = encoded(writer, inputs(), answered=False)
     together = dict(writer.generate(rows, G=3, seeds=range(5), max_new_tokens=20, slots=15))
     assert len({tuple(ids) for ids in together[0].ids + together[1].ids}) > 3
@@ -230,8 +234,8 @@ def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
 
 
 def test_last_gen_emb_wins_and_none_is_invalid(embedder):
-    """Of two <gen_emb> the last one's state is kept; a completion without one is invalid with zeros, although the prompt
-    itself holds a <gen_emb>."""
+    """Of two <gen_emb> the last one's state is kept; a completion without one is invalid with zeros, although the
+    prompt itself holds a <gen_emb>."""
     texts = ["<think>a<gen_emb> b</think><answer>blue ring<gen_emb>", "<think>none at all", "<gen_emb>", ""]
     script = [[embedder.tokenizer(t).input_ids for t in texts] for _ in range(2)]
     rows = encoded(embedder, inputs()[:2], answered=False)
@@ -249,7 +253,8 @@ def test_last_gen_emb_wins_and_none_is_invalid(embedder):
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_gen_emb_as_the_last_allowed_token(tiny_dir, limit):
-    """A <gen_emb> that is sampled as the very last of max_new_tokens tokens is still read in, so its state is there."""
+    """A <gen_emb> that is sampled as the very last of max_new_tokens tokens is still read in, so its state is
+    there."""
     model = Embedder.from_pretrained(tiny_dir)
     rows_of_table = len(model.backbone.lm_head.weight)
     model.banned = torch.tensor([n for n in range(rows_of_table) if n != model.gen_id])  # nothing else is left
@@ -269,7 +274,9 @@ def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
     names = model.tokenizer.convert_tokens_to_ids(NEVER)
     assert len(set(names)) == len(NEVER)
     loved = names + list(range(len(model.tokenizer), len(model.backbone.lm_head.weight)))
-    model.backbone.lm_head.register_forward_hook(lambda _module, _args, out: out.index_fill(-1, torch.tensor(loved), 60.0))
+    model.backbone.lm_head.register_forward_hook(
+        lambda _module, _args, out: out.index_fill(-1, torch.tensor(loved), 60.0)
+    )
     rows = encoded(model, inputs()[:4], answered=False)
     done = dict(model.generate(rows, G=4, temperature=temperature, seeds=range(4), max_new_tokens=20, slots=16))
     written = {token for r in done.values() for ids in r.ids for token in ids}
@@ -282,8 +289,8 @@ def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
 
 
 def test_sample_follows_the_distribution():
-    """10,000 evenly spaced numbers in [0, 1) pick every token as often as its probability says, to one; forbidden tokens
-    at both ends and in the middle are never picked."""
+    """10,000 evenly spaced numbers in [0, 1) pick every token as often as its probability says, to one; forbidden
+    tokens at both ends and in the middle are never picked."""
     logits = torch.tensor([-1e9, 0.3, 2.0, -1e9, -4.0, 1.0, -1e9])
     n = 10_000
     tokens, logp = sample(logits.expand(n, -1), [k / n for k in range(n)])
@@ -370,8 +377,9 @@ def test_embed_edges(embedder):
 
 @pytest.mark.parametrize("kind", ["autocast", "weights"])
 def test_bf16_is_close(writer, writer_dir, kind):
-    """bf16 autocast over fp32 weights (what GPUs run) and bf16 weights embed and generate within bf16's rounding. Bug
-    story: under autocast the rotated keys are fp32 and the cache bf16, so the first decoded token was a dtype error."""
+    """bf16 autocast over fp32 weights (what GPUs run) and bf16 weights embed and generate within bf16's rounding.
+    Bug story: under autocast the rotated keys are fp32 and the cache bf16, so the first decoded token was a dtype
+    error."""
     want = writer.embed(inputs(), traces=[ANSWERS[0]] * 5)
     model = Embedder.from_pretrained(writer_dir, dtype=torch.bfloat16 if kind == "weights" else torch.float32)
     model.bf16 = kind == "autocast"
@@ -440,15 +448,18 @@ def test_checkpoint_with_tokens_is_left_as_it_is(tiny_dir, tmp_path):
             p.add_(torch.randn_like(p) * 0.01)
     model.save_pretrained(tmp_path)
     again = Embedder.from_pretrained(tmp_path)
-    assert len(again.tokenizer) == len(model.tokenizer) and (again.gen_id, again.disc_id) == (model.gen_id, model.disc_id)
+    assert len(again.tokenizer) == len(model.tokenizer) and (again.gen_id, again.disc_id) == (
+        model.gen_id,
+        model.disc_id,
+    )
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert torch.equal(a, b), name
 
 
 @torch.no_grad()
 def test_saved_model_in_plain_transformers(writer, writer_dir):
-    """Plain transformers loads the folder and gives the same embeddings; chat template, picture and generation settings
-    are in it."""
+    """Plain transformers loads the folder and gives the same embeddings; chat template, picture and generation
+    settings are in it."""
     backbone = Qwen2VLForConditionalGeneration.from_pretrained(writer_dir)
     tokenizer = AutoTokenizer.from_pretrained(writer_dir)
     plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id)
@@ -463,7 +474,9 @@ def test_saved_model_in_plain_transformers(writer, writer_dir):
     files = {path.name for path in writer_dir.iterdir()}
     assert files >= {"config.json", "model.safetensors", "preprocessor_config.json", "generation_config.json"}
     assert "chat_template" in "".join(files) or "chat_template" in (writer_dir / "tokenizer_config.json").read_text()
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt.endswith("x<|im_end|>\n<|im_start|>assistant\n")
     assert json.loads((writer_dir / "generation_config.json").read_text())["eos_token_id"] == writer.end_id
     size = AutoImageProcessor.from_pretrained(writer_dir, backend="pil").size

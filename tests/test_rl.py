@@ -1,4 +1,5 @@
-"""rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes, resume."""
+"""rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes,
+resume."""
 
 import copy
 import json
@@ -72,14 +73,16 @@ def draw(B=6, T=9, seed=0):
 
 @pytest.mark.parametrize("settings", [(0.2, 0.28, 0.04, 2048), (0.1, 0.5, 1.0, 7), (0.2, 0.28, 0.0, 1)])
 def test_grpo_loss_equals_the_loops(settings):
-    """Loss, figures and gradient are the loop's with ratios beyond both sides of the clip range, advantages of both signs
-    and 0, and an empty row that still counts in the mean."""
+    """Loss, figures and gradient are the loop's with ratios beyond both sides of the clip range, advantages of both
+    signs and 0, and an empty row that still counts in the mean."""
     eps_low, eps_high, beta, norm = settings
     for seed in range(3):
         logp, old, ref, A, mask = draw(seed=seed)
         ratio = torch.exp(logp - old)[mask]
         assert (ratio > 1 + eps_high).any() and (ratio < 1 - eps_low).any()
-        got, stats = grpo_loss(logp, old, ref, A, mask.float(), eps_low=eps_low, eps_high=eps_high, beta=beta, norm=norm)
+        got, stats = grpo_loss(
+            logp, old, ref, A, mask.float(), eps_low=eps_low, eps_high=eps_high, beta=beta, norm=norm
+        )
         want, want_stats = twin_grpo(logp, old, ref, A, mask, *settings)
         torch.testing.assert_close(got, want)
         want_stats = {k: float(torch.as_tensor(v).detach()) for k, v in want_stats.items()}
@@ -88,10 +91,11 @@ def test_grpo_loss_equals_the_loops(settings):
 
 
 def test_grpo_defaults_and_signs():
-    """By hand: one token, ratio 1, advantage 2 gives -2 / 2048 with gradient -2 / 2048; a ratio of 1.5 is clipped at 1.28
-    and then has no gradient, with a negative advantage it is not clipped; the KL term is never negative."""
+    """By hand: one token, ratio 1, advantage 2 gives -2 / 2048 with gradient -2 / 2048; a ratio of 1.5 is clipped
+    at 1.28 and then has no gradient, with a negative advantage it is not clipped; the KL term is never negative."""
     zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-    for logp, A, want, slope in ((0.0, 2.0, -2.0, -2.0), (math.log(1.5), 1.0, -1.28, 0.0), (math.log(1.5), -1.0, 1.5, 1.5),
+    for logp, A, want, slope in ((0.0, 2.0, -2.0, -2.0), (math.log(1.5), 1.0, -1.28, 0.0),
+                                 (math.log(1.5), -1.0, 1.5, 1.5),
                                  (math.log(0.5), -1.0, 0.8, 0.0), (math.log(0.5), 1.0, -0.5, -0.5)):  # fmt: skip
         x = torch.full((1, 1), logp, requires_grad=True)
         loss, stats = grpo_loss(x, zero, x.detach(), torch.tensor([A]), one)
@@ -138,7 +142,8 @@ def sampled(writer):
 
 
 def plain_group(model, row, r, temperature=1.0):
-    """Per completion its log p [T], and the group's embeddings (disc, then each valid gen): transformers, row by row."""
+    """Per completion its log p [T], and the group's embeddings (disc, then each valid gen): transformers, row by
+    row."""
     names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
              "<|endoftext|>", DISC]  # fmt: skip
     V = model.backbone.lm_head.weight.shape[0]
@@ -158,8 +163,9 @@ def plain_group(model, row, r, temperature=1.0):
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [4], [0, 1, 2, 3, 4], [3, 0]])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
-    """Log-probabilities and embeddings of [prompt | c1 | c2 | c3] are those of transformers on every prompt + completion
-    alone: text, pictures, videos, one group and several padded ones; so are the gradients of a mixture of them."""
+    """Log-probabilities and embeddings of [prompt | c1 | c2 | c3] are those of transformers on every prompt +
+    completion alone: text, pictures, videos, one group and several padded ones; so are the gradients of a mixture
+    of them."""
     rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
     batch, predict, labels, read, group, mask = pack_groups(writer, rows, rollouts)
     embeddings, logp, entropy = writer(batch, read, predict, labels, temperature, True)
@@ -228,8 +234,8 @@ def rl_pairs(writer, world):
 
 @pytest.mark.parametrize("mask_same", [True, False])
 def test_rewards_of_a_batch(writer, rl_pairs, mask_same):
-    """Each rollout's reward is format plus embedding reward of reward.py on the same tensors, for both directions, with
-    equal targets left out of each other's negatives where asked for."""
+    """Each rollout's reward is format plus embedding reward of reward.py on the same tensors, for both directions,
+    with equal targets left out of each other's negatives where asked for."""
     pairs, rollouts = rl_pairs
     rewards, parts = rewards_of(writer, rollouts, pairs, args(mask_same_target=mask_same))
     gen, valid = torch.stack([r.gen for r in rollouts]), torch.stack([r.valid for r in rollouts])
@@ -243,8 +249,8 @@ def test_rewards_of_a_batch(writer, rl_pairs, mask_same):
 
 
 def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
-    """With a pair marked as unusable, rewards of the others, loss, figures and gradients of the update are those of the
-    batch without it; its own rewards are 0."""
+    """With a pair marked as unusable, rewards of the others, loss, figures and gradients of the update are those of
+    the batch without it; its own rewards are 0."""
     pairs, rollouts = rl_pairs
     keep, found = [0, 1, 3], []
     marked = [replace(p, ok=False) if k == 2 else p for k, p in enumerate(pairs)]
@@ -287,7 +293,7 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
     model.backbone.model.visual.requires_grad_(False)
     reference = frozen_copy(model, 0.02)
     A = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    want, anchors, kls, entropies = 0.0, [], [], 0
+    want, anchors, kls = 0.0, [], []
     for n, (row, r) in enumerate(zip(rows, rollouts)):
         logps, embeddings = plain_group(model, row, r)
         with torch.no_grad():
@@ -295,7 +301,8 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
         anchors.append((1 - (embeddings * ref_embeddings).sum(-1)).mean())
         for g in range(3):
             logp, ref = logps[g], ref_logps[g]
-            part, stats = twin_grpo(logp[None], logp.detach()[None], ref[None], A[n, g : g + 1], torch.ones(1, len(logp)),
+            every = torch.ones(1, len(logp))
+            part, stats = twin_grpo(logp[None], logp.detach()[None], ref[None], A[n, g : g + 1], every,
                                     0.2, 0.28, 0.04, 20)  # fmt: skip
             want = want + part / 15
             kls += [float(stats["kl"].detach())] * len(logp)
@@ -317,8 +324,9 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
 
 
 def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
-    """At the first inner step every ratio is exactly 1 and the KL to an equal reference exactly 0; after an optimiser step
-    the second inner step compares with the same old values: ratios differ from 1 and the KL is positive."""
+    """At the first inner step every ratio is exactly 1 and the KL to an equal reference exactly 0; after an
+    optimiser step the second inner step compares with the same old values: ratios differ from 1 and the KL is
+    positive."""
     rows, rollouts = sampled
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
@@ -348,8 +356,8 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
 
 
 def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
-    """A few updates with advantage +1 for one completion and -1 for another make the first likelier and the second less
-    likely: the sign of the whole chain."""
+    """A few updates with advantage +1 for one completion and -1 for another make the first likelier and the second
+    less likely: the sign of the whole chain."""
     rows, rollouts = sampled[0][:1], sampled[1][:1]
     assert rollouts[0].ids[0] != rollouts[0].ids[1]
     model = Embedder.from_pretrained(writer_dir)
@@ -368,8 +376,9 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
 
 
 def flags(writer_dir, world, out, **more):
-    given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4, micro_batch=3,
-                 update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0.0) | more  # fmt: skip
+    given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4)
+    given |= dict(micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0)
+    given |= more
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 
 
@@ -382,8 +391,8 @@ def same_weights(a, b):
 
 
 def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
-    """With two processes every figure of the first step, the rewards, the loss and the gradient norm among them, is that
-    of one process to 1e-5; one pair is skipped, and the sizes of the decode and update batches differ."""
+    """With two processes every figure of the first step, the rewards, the loss and the gradient norm among them, is
+    that of one process to 1e-5; one pair is skipped, and the sizes of the decode and update batches differ."""
     rows = json.loads((world / "rl.json").read_text())
     rows[1]["qry_image"] = rows[8]["qry_image"] = "images/gone.png"
     (world / "rl_gone.json").write_text(json.dumps(rows))
@@ -401,8 +410,8 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
 
 
 def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeypatch):
-    """--lr 0 writes the model it has read; --w_grpo 0 without KL and anchor has loss and gradient 0; with a learning rate
-    the language model changes and the vision tower does not."""
+    """--lr 0 writes the model it has read; --w_grpo 0 without KL and anchor has loss and gradient 0; with a
+    learning rate the language model changes and the vision tower does not."""
     run_here(rl, flags(writer_dir, world, tmp_path / "zero", lr=0), monkeypatch)
     assert same_weights(weights(tmp_path / "zero"), weights(writer_dir))
     run_here(rl, flags(writer_dir, world, tmp_path / "control", w_grpo=0), monkeypatch)
@@ -428,8 +437,8 @@ def test_trained_vision_tower(writer_dir, world, tmp_path, monkeypatch):
 
 
 def test_resume_is_bit_equal(writer_dir, world, tmp_path, monkeypatch):
-    """Four steps are two steps, a kill in the fourth and a resume: the same bits and the same log; the reference is the
-    SFT model again, not the checkpoint. Another run of the same seed is the same, too."""
+    """Four steps are two steps, a kill in the fourth and a resume: the same bits and the same log; the reference is
+    the SFT model again, not the checkpoint. Another run of the same seed is the same, too."""
     more = dict(steps=4, save_every=2, beta=1.0)
     run_here(rl, flags(writer_dir, world, tmp_path / "whole", **more), monkeypatch)
     with monkeypatch.context() as patch:
@@ -455,13 +464,24 @@ def test_resume_is_bit_equal(writer_dir, world, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_both_stages_under_torchrun(tiny_dir, world, tmp_path):
-    """The command lines of the README with two processes: sft.py writes a model that rl.py reads, and both logs start as
-    those of one process."""
+    """The command lines of the README with two processes: sft.py writes a model that rl.py reads, and both logs
+    start as those of one process."""
     for processes in (1, 2):
         out = tmp_path / str(processes)
         common = ["--media_root", world, "--batch_size", 6, "--steps", 2, "--workers", 1]
         sft = ["sft.py", "--data", world / "sft.json", "--model", tiny_dir, "--out", out / "sft", *common]
-        reinforce = ["rl.py", "--data", world / "rl.json", "--model", out / "sft", "--out", out / "rl", "--G", 2, *common]
+        reinforce = [
+            "rl.py",
+            "--data",
+            world / "rl.json",
+            "--model",
+            out / "sft",
+            "--out",
+            out / "rl",
+            "--G",
+            2,
+            *common,
+        ]
         for command in (sft, [*reinforce, "--max_new_tokens", 8]):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
