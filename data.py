@@ -83,7 +83,7 @@ def patchify(frames, *, min_pixels, max_pixels):
         H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
     except ValueError as error:
         raise Skip(f"picture of {width} x {height} pixels: {error}") from error
-    pixels = [np.asarray(f.convert("RGB").resize((W, H), Image.Resampling.BICUBIC)) for f in frames]
+    pixels = [np.asarray(on_white(f).resize((W, H), Image.Resampling.BICUBIC)) for f in frames]
     pixels = np.stack(pixels + pixels[-1:] * (len(pixels) % 2))  # [F, H, W, 3], F even
     t, h, w = len(pixels) // 2, H // 14, W // 14
     x = BYTE_TO_FLOAT[pixels, np.arange(3)]  # [F, H, W, 3]
@@ -91,12 +91,20 @@ def patchify(frames, *, min_pixels, max_pixels):
     return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, 1176)), torch.tensor([t, h, w])
 
 
+def on_white(picture):
+    """RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath."""
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def open_picture(source, root=None):
     """A path (relative to root) or a PIL picture -> PIL picture. Raises Skip with the path and the reason."""
     if isinstance(source, Image.Image):
         return source
     path = Path(root, source) if root else Path(source)
-    if root and not path.resolve().is_relative_to(Path(root).resolve()):
+    if root and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):  # links below root are fine
         raise Skip(f"{source}: the path leaves --media_root {root}")
     if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture", README step of theirs
         return blank_picture()
@@ -108,7 +116,7 @@ def open_picture(source, root=None):
         return picture
     except FileNotFoundError as error:
         raise Skip(f"{path}: no such file (is --media_root right?)") from error
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for bad files
         raise Skip(f"{path}: cannot be read as a picture ({error})") from error
 
 
@@ -251,7 +259,7 @@ def read_rows(path):
         if one_list:
             rows = json.loads(text)
         else:
-            for line, content in enumerate(text.splitlines(), 1):  # noqa: B007 (the message below needs it)
+            for line, content in enumerate(text.split("\n"), 1):  # noqa: B007 (the message below needs it)
                 if content.strip():
                     rows.append(json.loads(content))
     except json.JSONDecodeError as error:
@@ -272,6 +280,8 @@ def sft_side(side, name):
     try:
         turns = side["conversations"]
         human, answer = (turn["value"] if "value" in turn else turn["content"] for turn in turns[:2])
+        if not isinstance(human, str):
+            raise TypeError("the human text is no string")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{name}: needs "conversations" with a human and an assistant turn ({error!r})') from error
     images, video = as_list(side.get("image")), as_list(side.get("video"))
@@ -294,7 +304,7 @@ def rl_side(row, side, name):
 
 def content_key(text, images, video):
     """Identity of a side, an int64: equal stripped text and equal media paths."""
-    blob = json.dumps([text.strip(), [str(m) for m in images], [str(m) for m in video]]).encode()
+    blob = json.dumps([(text or "").strip(), [str(m) for m in images], [str(m) for m in video]]).encode()
     return int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "big", signed=True)
 
 

@@ -627,16 +627,20 @@ def begin_run(args, rank):
         return None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            (out / "skipped.jsonl").unlink(missing_ok=True)
         write_args(out, args)
     return settings
 
 
 def open_log(out, start):
-    """log.jsonl, one line a step, open for more: what a killed run logged beyond its last checkpoint goes."""
-    path = Path(out) / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True)[:start] if path.exists() else []
-    path.write_text("".join(lines))
-    return path.open("a", buffering=1)
+    """log.jsonl, one line a step, open for more: what a killed run wrote beyond its last checkpoint goes."""
+    for name in ("log.jsonl", "skipped.jsonl"):
+        path = Path(out) / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    return open(Path(out) / "log.jsonl", "a", buffering=1)
 
 
 def report_skipped(out, step, pairs):

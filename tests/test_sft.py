@@ -108,6 +108,9 @@ CASES = [  # micro_batch, checkpointing, skipped pair, mask_same_target, train_v
     (2, False, True, True, True, (1.0, 1.0, 1.0)),
     (2, False, False, True, False, (1.0, 0.0, 0.0)),
     (2, False, True, True, False, (0.0, 0.0, 1.0)),
+    (6, True, True, True, True, (1.0, 0.5, 2.0)),  # one micro-batch for all
+    (6, False, True, True, False, (0.5, 0.0, 0.0)),
+    (6, False, False, True, False, (0.0, 0.0, 1.0)),
 ]
 
 
@@ -149,14 +152,14 @@ def test_content_of_a_skipped_pair_does_not_matter(writer_dir, world):
     assert_same_gradients(found[0][1], found[1][1])
 
 
-def test_a_batch_of_skipped_pairs(writer_dir, world):
-    """Where no pair of a batch can be used the step has no gradient and no NaN, in the log either (NaN is not
-    JSON)."""
+@pytest.mark.parametrize("micro_batch", [2, 6])
+def test_a_batch_of_skipped_pairs(writer_dir, world, micro_batch):
+    """A batch without one usable pair (a wrong --media_root) stops the run with the first reason: a mean over nothing
+    would be NaN."""
     model = trainable(writer_dir)
-    pairs = [replace(pair, ok=False) for pair in some_pairs(model, world)]
-    parts, _, skipped = sft_step(model, pairs, Settings(micro_batch=2), (1.0, 1.0, 1.0))
-    assert skipped == 6 and not any(g.any() for g in gradients(model).values())
-    assert all(math.isfinite(x) for x in parts.values()), parts
+    pairs = [replace(pair, ok=False, reason="gone.png") for pair in some_pairs(model, world)]
+    with pytest.raises(RuntimeError, match="no pair.*gone.png"):
+        sft_step(model, pairs, Settings(micro_batch=micro_batch), (1.0, 1.0, 1.0))
 
 
 def test_lr_at():
@@ -184,13 +187,14 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_processes_equal_one(tiny_dir, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("micro_batch", [1, 3])  # 3: one micro-batch is a process's whole share
+def test_two_processes_equal_one(tiny_dir, world, tmp_path, monkeypatch, micro_batch):
     """With two processes the loss parts and the gradient norm of the first step are those of one process
     to 1e-5, and the final weights agree; a skipped pair and a text-only micro-batch are in the data."""
     rows = json.loads((world / "sft.json").read_text())
     rows[7]["qry"] = rows[7]["qry"] | {"image": ["images/0.png", "images/gone.png"]}
     (world / "sft_gone.json").write_text(json.dumps(rows))
-    more = dict(data=world / "sft_gone.json", batch_size=6, micro_batch=1, lr=1e-4)
+    more = dict(data=world / "sft_gone.json", batch_size=6, micro_batch=micro_batch, lr=1e-4)
     run_here(sft, flags(tiny_dir, world, tmp_path / "one", **more), monkeypatch)
     run_processes(sft, flags(tiny_dir, world, tmp_path / "two", **more))
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
