@@ -489,7 +489,7 @@ class SlotCache:
 
 
 def sample(logits, uniforms):
-    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), or None: greedy -> lists tokens, log p"""
+    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy -> lists tokens, log p"""
     logp = logits.log_softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)

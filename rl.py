@@ -311,7 +311,7 @@ def main():
     embedder.bf16 = reference.bf16 = args.bf16
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     if args.checkpointing:
-        embedder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)

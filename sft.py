@@ -241,7 +241,7 @@ def main():
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
     if args.checkpointing:
-        embedder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)

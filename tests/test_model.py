@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_dir):
     at = answer_places(rows, batch["ids"].shape[1])
     for checkpointing in (False, True):
         if checkpointing:
-            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            model.backbone.activation_checkpointing_enable({"use_reentrant": False})
             assert model.backbone.model.language_model.layers[0].gradient_checkpointing
         model.zero_grad()
         embeddings, logp, _ = model(batch, at, at, batch["ids"].flatten()[at + 1])

@@ -43,7 +43,7 @@ def test_readme_runs_the_three_stages():
 
 
 def test_pipeline_on_the_toy_world(toy_data, tmp_path):
-    """SFT from the shipped base model, RL from its folder, evaluation of both: the README's commands with small sizes."""
+    """SFT from the shipped base, RL from its folder, evaluation of both: the README's commands with small sizes."""
     sft, rl, out = tmp_path / "sft", tmp_path / "rl", tmp_path / "eval"
     common = ["--media_root", toy_data, "--batch_size", 8, "--workers", 0]
     start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
@@ -93,7 +93,7 @@ def test_unknown_flag_and_preset_are_errors():
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
 def test_real_pictures(tmp_path):
-    """Published formats, real pictures: SFT's losses fall over 60 steps, RL runs 20 steps from there, KL starts at 0."""
+    """Published formats, real pictures: SFT's losses fall in 60 steps, RL runs 20 steps from there, KL starts at 0."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", sft, "--steps", 60, "--batch_size", 16,
           "--w_warmup", 20)  # fmt: skip

@@ -311,7 +311,7 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
     want_gradients = gradients(model)
     model.zero_grad()
     if checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     ok = torch.ones(5, dtype=torch.bool)
     stats = update(model, reference, rows, rollouts, A, ok, args(update_batch=update_batch, w_anchor=w_anchor), {}, 0)

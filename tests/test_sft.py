@@ -125,7 +125,7 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
     want_gradients = gradients(model)
     model.zero_grad()
     if checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     args = Settings(micro_batch=micro_batch, tau=0.1, mask_same_target=mask, train_vision=vision)
     parts, _, skipped = sft_step(model, pairs, args, w)
     assert skipped == skip
