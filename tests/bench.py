@@ -17,6 +17,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# the disc-only baseline: no reasoning, contrastive loss at full weight; its learning rate was chosen on the dev scenes
+DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0", "--w_warmup", "0", "--lr", "1e-3"]
 # RL recipes that are compared; the first is the toy preset
 RECIPES = {
     "rl": [],
@@ -63,7 +65,7 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     return out
 
 
-def toy(seeds, out, split, jobs, data, extra):
+def toy(seeds, out, split, jobs, data, recipes):
     """SFT, DUME and the RL recipes for each seed, all scored on the same scenes of `split`."""
     from data import write_toy
 
@@ -71,7 +73,7 @@ def toy(seeds, out, split, jobs, data, extra):
     if not (data / "sft.json").exists():
         write_toy(data, seed=0)
     tasks = [f"{split}/{path.stem}" for path in sorted((data / "tasks" / split).glob("*.json"))]
-    names = ["sft", *RECIPES]
+    names = ["sft", *recipes]
     place = lambda s, name: out / f"seed{s}" / name.replace(" ", "_").replace("(", "").replace(")", "")  # noqa: E731
 
     def evaluate(s, name, *flags):
@@ -92,10 +94,10 @@ def toy(seeds, out, split, jobs, data, extra):
 
     def chain(s, name):
         if name == "dume":  # its best learning rate was chosen on the dev scenes
-            run("sft.py", "--seed", s, "--out", place(s, name), "--w_gen", 0, "--w_ce", 0, *extra)
+            run("sft.py", "--seed", s, "--out", place(s, name), *DUME)
             return evaluate(s, name, "--samples", 0, "--max_new_tokens", 1)
         if name == "sft":
-            run("sft.py", "--seed", s, "--out", place(s, name), *extra)
+            run("sft.py", "--seed", s, "--out", place(s, name))
         else:
             run("rl.py", "--seed", s, "--model", place(s, "sft"), "--out", place(s, name), *RECIPES[name])
         scores, per_query = evaluate(s, name)
@@ -109,7 +111,7 @@ def toy(seeds, out, split, jobs, data, extra):
 
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for wave in (["sft", "dume"], list(RECIPES)):
+        for wave in (["sft", "dume"], recipes):
             started = {(s, name): pool.submit(chain, s, name) for s in range(seeds) for name in wave}
             results |= {key: job.result() for key, job in started.items()}
 
@@ -158,7 +160,7 @@ def toy(seeds, out, split, jobs, data, extra):
         f"| oracle of disc and gen - oracle of two gen samples (pass@2) | {change(rl, rl, 'pass@2', 'oracle')} |"
     )
     lines.append(f"| pass@16 - pass@1 after SFT | {change('sft', 'sft', 'pass@1', 'pass@16')} |")
-    for name in RECIPES:
+    for name in recipes:
         lines.append(f"| {name}: gen, change from SFT | {change('sft', name, 'gen', 'gen')} |")
         before = [np.array(results[s, "sft"][2]["reward"]) for s in range(seeds)]
         d = [np.array(results[s, name][2]["reward"]) - before[s] for s in range(seeds)]
@@ -169,7 +171,7 @@ def toy(seeds, out, split, jobs, data, extra):
         )
     lines += [
         "",
-        f"| gen by task | {' | '.join(['dume (disc)', 'sft disc', 'sft', *RECIPES])} |",
+        f"| gen by task | {' | '.join(['dume (disc)', 'sft disc', 'sft', *recipes])} |",
         "|---" * (len(names) + 3) + "|",
     ]
     for task in tasks:
@@ -194,6 +196,6 @@ if __name__ == "__main__":
         "--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev, test is opened once"
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    p.add_argument("--extra", nargs="*", default=[], help="further flags of sft.py")
+    p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
     args = parser.parse_args()
-    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.extra)
+    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)

@@ -3,7 +3,8 @@
     python tests/toy_base.py --out runs/toy_base
 
 A random Qwen2-VL of a million parameters learns to list, copy and find things (next-token loss only) with the real
-sft.py, on files in the published format, easy to hard: single cells, strips, whole scenes.
+sft.py, on files in the published format, easy to hard: single cells, strips, whole scenes; then to follow the
+paper's instruction (think, then answer), as an instruction-tuned model does.
 """
 
 import argparse
@@ -127,19 +128,26 @@ def toy_model(path, seed=0, theta=30.0):
 
 
 def base_rows(out, seed, level, part, count):
+    """Level 3 asks as level 2 does, with the paper's instruction behind the question: think, then answer (the same)."""
     rng, rows = np.random.default_rng([seed, 3, level, part]), []
     for i in range(count):
-        qry, pos = (toy_side(s, stored(out, f"base{level}/{part}/{i}{k}", rng, s))
-                    for k, s in (("q", base_example(rng, level)), ("p", base_example(rng, level))))
-        rows.append({"dataset_name": "base", "qry": qry, "pos": pos})
+        row = {"dataset_name": "base"}
+        for key in ("qry", "pos"):
+            side = base_example(rng, min(level, 2))
+            row[key] = toy_side(side, stored(out, f"base{level}/{part}/{i}{key}", rng, side))
+            human, answer = row[key]["conversations"]
+            if level == 3:
+                human["value"] += f"\n{INSTRUCTION}"
+                answer["value"] = f"<think>{side.answer}</think><answer>{side.answer}"
+        rows.append(row)
     return rows
 
 
-def write_base(out, seed=0, pairs=(3200, 3200, 16000), parts=4):
-    """The pretraining of the stand-in for Qwen2-VL, easy to hard: base_0.json, base_1.json, base_2.json."""
+def write_base(out, seed=0, pairs=(3200, 3200, 16000, 5600), parts=4):
+    """The pretraining of the stand-in for Qwen2-VL, easy to hard: base_0.json .. base_3.json."""
     out = Path(out)
-    done = in_parallel(out, [(base_rows, seed, level, part, n // parts)
-                             for level, n in enumerate(pairs) for part in range(parts)])
+    jobs = [(base_rows, seed, level, part, n // parts) for level, n in enumerate(pairs) for part in range(parts)]
+    done = in_parallel(out, jobs)
     for level in range(len(pairs)):
         rows = sum(done[parts * level : parts * (level + 1)], [])
         (out / f"base_{level}.json").write_text(json.dumps(rows))
@@ -150,11 +158,11 @@ def train(out, seed):
     out = Path(out)
     write_base(out, seed)
     toy_model(out / "random", seed)
-    flags = "--w_disc 0 --w_gen 0 --train_vision true --micro_batch 16 --batch_size 16 --lr 2e-3 --warmup 0.1 --seed"
+    flags = "--w_disc 0 --w_gen 0 --train_vision true --micro_batch 16 --batch_size 16 --warmup 0.1 --seed"
     before = out / "random"
-    for level, steps in enumerate((400, 400, 1600)):
+    for level, steps in enumerate((400, 400, 1600, 350)):
         command = f"{sys.executable} sft.py {flags} {seed} --steps {steps} --model {before} --out {out}/level{level} "
-        command += f"--data {out}/base_{level}.json --media_root {out}"
+        command += f"--data {out}/base_{level}.json --media_root {out} --lr {1e-3 if level == 3 else 2e-3}"
         subprocess.run(command.split(), cwd=ROOT, check=True)
         before = out / f"level{level}"
     Qwen2VLForConditionalGeneration.from_pretrained(before, dtype=torch.float16).save_pretrained(out / "toy_base")
