@@ -15,8 +15,8 @@ Where this departs from the paper or the official code
     paper.
  3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).
  4. fp32 master weights with bf16 autocast; the official run is bf16 with fp32 optimiser states under ZeRO-3.
- 5. Toy preset only: w_disc and w_gen rise to their values over --w_warmup steps, since the tau = 0.02 gradients of an
-    untrained contrast would wipe out what the tiny base model knows; AdamW's second beta is 0.98.
+ 5. Toy preset only: w_disc = w_gen = 0.3, rising from 0 over --w_warmup steps, since the tau = 0.02 gradients of an
+    untrained contrast wipe out what the tiny base model knows; AdamW's second beta is 0.98.
 
 Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
@@ -100,10 +100,9 @@ PRESETS = {
     "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2},
     "toy": {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
-        "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 700, "batch_size": 40, "micro_batch": 40,
-        "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_warmup": 200,
-        "workers": 1,
-        "checkpointing": False, "max_length": 512,
+        "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
+        "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_disc": 0.3,
+        "w_gen": 0.3, "w_warmup": 100, "workers": 1, "checkpointing": False, "max_length": 512,
     },
 }  # fmt: skip
 
