@@ -597,8 +597,10 @@ def toy_side(side, files):
 
 
 def pair_rows(out, seed, task, name, split, count, short=0):
-    """Rows of sft.json or of an RL file. A share `short` of the annotations hardly thinks: RL can improve on them."""
+    """Rows of sft.json or of an RL file. In the three tasks with steps to walk or to see, a share `short` of the
+    annotations does not think: annotations of mixed quality, on which RL can improve."""
     rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
+    short *= task in ("vqa", "ground", "video")
     for i in range(count):
         row = {"dataset": "toy", "dataset_name": task, "solution": "<embedding>"}
         for key, side in zip(("qry", "pos"), example(task, rng, split)):
