@@ -294,7 +294,8 @@ def test_discriminative_baseline(tiny_dir, world, tmp_path, monkeypatch):
     """DUME, --w_gen 0 --w_ce 0, trains on rows whose answers have no <gen_emb>, and only its loss is in the sum."""
     rows = json.loads((world / "sft.json").read_text().replace("<answer>red star<gen_emb>", "x"))
     (world / "dume.json").write_text(json.dumps(rows))
-    run_here(sft, flags(tiny_dir, world, tmp_path, data=world / "dume.json", w_disc=1, w_warmup=0, w_gen=0, w_ce=0), monkeypatch)
+    weights = {"w_disc": 1, "w_warmup": 0, "w_gen": 0, "w_ce": 0}
+    run_here(sft, flags(tiny_dir, world, tmp_path, data=world / "dume.json", **weights), monkeypatch)
     for line in read_log(tmp_path):
         assert line["loss"] == pytest.approx(line["disc"]) and line["loss"] > 0 and line["grad_norm"] > 0
     with pytest.raises(ValueError, match="<gen_emb>"):
