@@ -162,7 +162,7 @@ def mrope_positions(ids, grids, media_ids):
             t, h, w = (int(n) for n in next(grids))
             block = np.indices((t, h // 2, w // 2)).reshape(3, -1)  # 2 x 2 patches are one token
             positions.append(block + start)
-            start += max(h, w) // 2  # time never exceeds this in transformers' rule, so it is not in the maximum
+            start += max(h, w) // 2  # transformers counts height and width only
         else:
             n = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
             block = np.broadcast_to(np.arange(n), (3, n))
@@ -431,11 +431,35 @@ class BatchOrder:
         return self.epochs[epoch][step - self.starts[epoch]]
 
 
+@dataclass
+class Pairs(Dataset):
+    """The pairs of a PairData one by one, for the loader's workers."""
+
+    data: PairData
+
+    def __getitem__(self, i):
+        return self.data.pair(i)
+
+
 def step_loader(data, steps, workers):
-    """Iterates data[step] for the given steps, prepared ahead by background workers (0: in this process)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
-    return DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator(),
-                      prefetch_factor=2 if workers else None)  # fmt: skip
+    """Yields data[step] for the given steps, prepared ahead by background workers (0: in this process).
+
+    A worker's item is one pair, not one step: a step of 1,024 pairs with pictures is gigabytes of patches.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks: they share the rows
+    batches = [data.order[step][data.rank :: data.world].tolist() for step in steps]
+    loader = DataLoader(
+        Pairs(data),
+        batch_size=None,
+        sampler=[i for batch in batches for i in batch],
+        num_workers=workers,
+        generator=torch.Generator(),  # its own: the global one must not depend on the loader
+        prefetch_factor=16 if workers else None,
+        multiprocessing_context="fork" if workers else None,
+    )
+    pairs = iter(loader)
+    for batch in batches:
+        yield [next(pairs) for _ in batch]
 
 
 # ------------------------------------------------------------------------------------------- the toy world
@@ -652,12 +676,13 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=400, dev=60, test=120, candidate
     for split, n in (("dev", dev), ("test", test)):
         jobs += [(task_file, seed, task, split, n, candidates) for task in TASKS]
     done = iter(in_parallel(out, jobs))
-    for name, *_ in kinds:
-        (out / f"{name}.json").write_text(json.dumps([row for _ in TASKS for row in next(done)]))
+    rows = {name: [row for _ in TASKS for row in next(done)] for name, *_ in kinds}
     for task in done:
         path = out / "tasks" / f"{task['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(task))
+    for name in reversed(rows):  # sft.json last: where it is, the world is complete
+        (out / f"{name}.json").write_text(json.dumps(rows[name]))
 
 
 if __name__ == "__main__":

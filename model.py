@@ -99,7 +99,10 @@ class Embedder(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
+        path = Path(name_or_path)
+        if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):  # no folder, and no hub id either
+            raise SystemExit(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+        if path.is_dir() and not (Path(name_or_path) / "config.json").exists():
             raise FileNotFoundError(f"{name_or_path}: no config.json; is it the output folder of a finished stage?")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         backbone = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -530,8 +533,9 @@ def gather(x):
     """All processes' x [n, ...] in the order of a step's rows (process r holds rows r, r + world, ...). No gradient."""
     if not dist.is_initialized():
         return x.detach()
+    x = x.detach().contiguous()  # before empty_like: the receiving buffers must have its layout
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x)
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
@@ -569,9 +573,11 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # a resumed run comes by again; the old one is moved, not deleted, until the new one is there
+        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
+        os.replace(final, final.with_suffix(".old"))
     os.replace(temporary, final)
+    shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
     for _, old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -579,7 +585,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
 def list_checkpoints(folder):
     """Complete checkpoints, oldest first, as (step, path)."""
     found = Path(folder).glob("checkpoints/step-*/meta.json")
-    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found if p.parent.suffix != ".tmp")
+    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found if not p.parent.suffix)
 
 
 def load_checkpoint(resume, folder, model, optimizer, settings):
@@ -602,7 +608,8 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
             if f"{name}/step" in state:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
                 own = {key: state[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in own.items()}
-    print(f"resuming after step {meta['step']} from {path}", flush=True)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"resuming after step {meta['step']} from {path}", flush=True)
     return meta["step"]
 
 
@@ -617,7 +624,7 @@ def refuse_changed(before, now, path):
 
 def begin_run(args, rank):
     """Writes args.json -> settings that a resumed run must share, or None where the run in --out is finished."""
-    out, free = Path(args.out), ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch")
+    out, free = Path(args.out), ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out")
     settings = {key: value for key, value in asdict(args).items() if key not in free}
     path = out / "args.json"
     if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):

@@ -31,6 +31,7 @@ Commands
 
 import contextlib
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,7 +291,8 @@ def summary(parts, rewards, advantages, rollouts, ok):
     length = torch.tensor([[len(ids) for ids in r.ids] for r in rollouts], device=ok.device).view(2, p, -1)
     valid = torch.stack([r.valid for r in rollouts]).view(2, p, -1).to(ok.device)
     out |= {"length_query": mean(length[0]), "length_target": mean(length[1])}
-    out |= {"invalid_share": mean((~valid).float().mean(0)), "no_spread_share": mean((advantages == 0).float().mean(0))}
+    flat = (advantages == 0).all(-1, keepdim=True)  # [2, p, 1] groups without spread
+    out |= {"invalid_share": mean((~valid).float().mean(0)), "no_spread_share": mean(flat.float().mean(0))}
     return {"reward": float(out["reward_query"] + out["reward_target"]) / 2} | {k: float(v) for k, v in out.items()}
 
 
@@ -299,6 +301,8 @@ def summary(parts, rewards, advantages, rollouts, ok):
 
 def main():
     args = parse_args(Settings, PRESETS)
+    if not args.data:
+        raise SystemExit("--data: name the RL file or files")
     rank, world, device = start_processes()
     out, settings = Path(args.out), begin_run(args, rank)
     if settings is None:
@@ -357,6 +361,9 @@ def main():
         for inner in range(args.inner_steps):
             stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache, inner)
             stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+            if not math.isfinite(stats["grad_norm"]):  # the same on all processes: all stop before the update
+                names = ", ".join(pair.name for pair in pairs)
+                raise RuntimeError(f"step {step + 1}: the gradient norm is not finite; rows {names}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.append(stats)

@@ -26,6 +26,7 @@ Commands
 
 import contextlib
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +223,8 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
 
 def main():
     args = parse_args(Settings, PRESETS)
+    if not args.data:
+        raise SystemExit("--data: name the SFT file or files")
     rank, world, device = start_processes()
     out, settings = Path(args.out), begin_run(args, rank)
     if settings is None:
@@ -274,6 +277,8 @@ def main():
             model, pairs, args, (rise * args.w_disc, rise * args.w_gen, args.w_ce), rank, world
         )
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+        if not math.isfinite(norm):  # the same on all processes: all stop before the update
+            raise RuntimeError(f"step {step + 1}: gradient norm {norm}; rows {', '.join(p.name for p in pairs)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began

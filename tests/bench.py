@@ -1,6 +1,6 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
-python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME, RL and its controls (about an hour)
+python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
 """
 
 import argparse
