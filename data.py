@@ -454,7 +454,7 @@ def step_loader(data, steps, workers):
         sampler=[i for batch in batches for i in batch],
         num_workers=workers,
         generator=torch.Generator(),  # its own: the global one must not depend on the loader
-        prefetch_factor=max(2, -(-data.order.batch_size // data.world // workers)) if workers else None,  # one step ahead
+        prefetch_factor=max(2, -(-len(batches[0]) // workers)) if workers and batches else None,  # one step ahead
         multiprocessing_context="fork" if workers else None,
     )
     pairs = iter(loader)
