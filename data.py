@@ -106,7 +106,7 @@ def open_picture(source, root=None):
     path = Path(root, source) if root else Path(source)
     if root and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):  # links below root are fine
         raise Skip(f"{source}: the path leaves --media_root {root}")
-    if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture", README step of theirs
+    if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture"
         return blank_picture()
     try:
         picture = Image.open(path)
@@ -388,7 +388,8 @@ class BatchOrder:
     """order[step] -> row numbers of the global batch of that step: one dataset each, shuffled, a function of the seed.
 
     Every dataset is an endless row of permutations, one per epoch, cut into batches; a tail shorter than a batch goes
-    into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row twice.
+    into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row
+    twice (unless the dataset is smaller than a batch).
     An epoch's batches over all datasets are shuffled together.
     """
 

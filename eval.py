@@ -48,7 +48,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import content_key
-from model import Embedder, parse_args, stable_hash, start_processes, write_args, write_json
+from model import Embedder, check_model, parse_args, setting, stable_hash, start_processes, write_args, write_json
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -70,17 +70,17 @@ PRESETS = {
 
 @dataclass
 class Settings:
-    preset: Literal["toy", "2b", "7b"] = field(default="toy", metadata={"help": "read first, sets the defaults"})
+    preset: Literal["toy", "2b", "7b"] = setting("toy", "read first, sets the defaults")
     model: list[str] = field(default_factory=list, metadata={"help": "model folders or hub ids, compared in order"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "task names; none: all of ROOT/tasks/test"})
-    root: str = field(default="", metadata={"help": "folder of the data: tasks/NAME.json, and where media paths start"})
-    out: str = field(default="", metadata={"help": "results go to OUT/<model name>/"})
-    samples: int = field(default=0, metadata={"help": "samples per query for mean and pass@k; 0 leaves them out"})
-    temperature: float = field(default=1.0, metadata={"help": "of the samples (unknown in the paper; RL samples at 1)"})
-    max_new_tokens: int = field(default=512, metadata={"help": "longest reasoning; one cut off here counts as invalid"})
-    batch_size: int = field(default=8, metadata={"help": "generations at once in one process: speed and memory only"})
-    seed: int = field(default=0, metadata={"help": "of the samples"})
-    blank_image: bool = field(default=True, metadata={"help": "put a blank picture on inputs without media"})
+    root: str = setting("", "folder of the data: tasks/NAME.json, and where media paths start")
+    out: str = setting("", "results go to OUT/<model name>/")
+    samples: int = setting(0, "samples per query for mean and pass@k; 0 leaves them out")
+    temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
+    max_new_tokens: int = setting(512, "longest reasoning; one cut off here counts as invalid")
+    batch_size: int = setting(8, "generations at once in one process: speed and memory only")
+    seed: int = setting(0, "of the samples")
+    blank_image: bool = setting(True, "put a blank picture on inputs without media")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -440,9 +440,8 @@ def main(argv=None):
     if not task_names:
         raise SystemExit(f"no task files in {settings.root}/tasks/test; the toy world is made by: python data.py toy")
     tasks = [load_task(name, settings.root) for name in dict.fromkeys(task_names)]
-    for model in settings.model:  # a folder that is not there would be looked up as a hub id
-        if not Path(model).is_dir() and (model.count("/") != 1 or Path(model).parent.is_dir()):
-            raise SystemExit(f"no model folder {model}; sft.py and rl.py write runs/toy/sft and runs/toy/rl")
+    for model in settings.model:  # all of them before the first one is embedded
+        check_model(model)
     names = model_names(settings.model)
 
     rank, world, device = start_processes()

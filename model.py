@@ -99,10 +99,8 @@ class Embedder(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
-        path = Path(name_or_path)
-        if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):  # no folder, and no hub id either
-            raise SystemExit(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
-        if path.is_dir() and not (Path(name_or_path) / "config.json").exists():
+        check_model(name_or_path)
+        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
             raise FileNotFoundError(f"{name_or_path}: no config.json; is it the output folder of a finished stage?")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         backbone = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -380,6 +378,13 @@ class Embedder(nn.Module):
         )
 
 
+def check_model(name_or_path):
+    """Stops with a sentence where a path is no model folder: transformers would look it up as a hub id."""
+    path = Path(name_or_path)
+    if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
+        raise SystemExit(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+
+
 def add_embedding_tokens(backbone, tokenizer):
     """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
     sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
@@ -406,20 +411,17 @@ def pad_rows(rows, pad_id, device, mask=None):
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = row.ids
         positions[:, b, : len(row.ids)] = row.positions
-    patches, grids, vit = np.concatenate([r.patches for r in rows]), np.concatenate([r.grids for r in rows]), None
-    if not len(patches):
-        vit = torch.zeros(0)  # text only
-    elif all(row.vit is not None or not len(row.patches) for row in rows):
-        vit = torch.cat([row.vit for row in rows if len(row.patches)])
     to = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
-    return {
-        "ids": to(ids),
-        "positions": to(positions),
-        "mask": mask,
-        "vit": vit,
-        "patches": to(patches) if vit is None else None,
-        "grids": to(grids) if vit is None else None,
-    }
+    batch = {"ids": to(ids), "positions": to(positions), "mask": mask, "vit": None, "patches": None, "grids": None}
+    seen = [row for row in rows if len(row.patches)]
+    if not seen:
+        batch["vit"] = torch.zeros(0)  # text only
+    elif all(row.vit is not None for row in seen):
+        batch["vit"] = torch.cat([row.vit for row in seen])
+    else:
+        batch["patches"] = to(np.concatenate([row.patches for row in seen]))
+        batch["grids"] = to(np.concatenate([row.grids for row in seen]))
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -672,6 +674,11 @@ def write_args(out, args, **more):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"settings": asdict(args), "command": sys.argv, "commit": git.stdout.strip() or None, **versions, **more}
     write_json(Path(out) / "args.json", about)
+
+
+def setting(default, help):
+    """A field of a script's settings: its default and what --help says of it."""
+    return field(default=default, metadata={"help": help})
 
 
 def parse_args(settings, presets, argv=None):

@@ -19,7 +19,9 @@ Where this departs from the paper or the official code
  4. The vision tower is frozen, so its features are computed once per step; the official run trains it (--train_vision).
  5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's own.
  6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
- 7. Toy preset only, off in 2b and 7b: --w_anchor holds the rollouts' embeddings to those of the SFT model
+ 7. Batches hold one dataset each, in shuffled order; bad rows are masked out and listed (data.py, 1. and 2.).
+ 8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper), AdamW's second beta 0.98.
+ 9. Toy preset only, off in 2b and 7b: --w_anchor holds the rollouts' embeddings to those of the SFT model
     (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient does not see the embeddings, and at the toy's large
     learning rate an optimiser step can blur their alignment.
 
@@ -54,6 +56,7 @@ from model import (
     parse_args,
     report_skipped,
     save_checkpoint,
+    setting,
     stable_hash,
     start_processes,
     write_args,
@@ -62,10 +65,6 @@ from reward import embedding_reward_parts, format_reward, group_advantages
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
-
-
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -106,7 +105,8 @@ class Settings:
 
 PRESETS = {
     "2b": {},
-    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl"},  # the paper gives no values for 7B: these are the 2B ones
+    # the paper gives no values for 7B: these are the 2B ones. Not sharded yet: about 130 GB a GPU, not for 80 GB
+    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl"},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
         "steps": 80, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 1e-4,
@@ -243,7 +243,7 @@ def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids) + sum(map(len, rollouts[n].ids)))
     micro = [order[s : s + args.update_batch] for s in range(0, len(order), args.update_batch)]
     num_groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones
-    names = ("loss", "anchor", "tokens", "kl", "clip_share", "entropy", "logp_mismatch")
+    names = ("loss", "anchor", "tokens", "kl", "clip_share", "ratio", "entropy", "logp_mismatch")
     total = torch.zeros(len(names), device=device)
     for k, numbers in enumerate(micro):
         chosen = [rollouts[n] for n in numbers]
@@ -272,11 +272,11 @@ def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner)
         sampled = torch.cat([torch.tensor(lp, device=device) for r in chosen for lp in r.logp])
         mismatch = (padded((sampled - old_logp).abs(), mask) * weight).sum()  # decode loop against update pass
         entropy = (padded(entropy, mask) * weight).sum()
-        kl, clip = stats["kl"] * tokens, stats["clip_share"] * tokens
-        total += torch.stack([loss.detach(), anchor.detach(), tokens, kl, clip, entropy, mismatch])
+        kl, clip, ratio = (stats[name] * tokens for name in ("kl", "clip_share", "ratio"))
+        total += torch.stack([loss.detach(), anchor.detach(), tokens, kl, clip, ratio, entropy, mismatch])
     stats = dict(zip(names, all_sum(total).tolist()))
     tokens = max(1.0, stats.pop("tokens"))
-    means = {name: stats[name] / tokens for name in ("kl", "clip_share", "entropy", "logp_mismatch")}
+    means = {name: stats[name] / tokens for name in names[3:]}
     return {"loss": stats["loss"] + args.w_anchor * stats["anchor"], "anchor": stats["anchor"], **means}
 
 
@@ -328,7 +328,7 @@ def main():
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=[DISC],
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
                     blank_image=args.blank_image)  # fmt: skip
-    loader = iter(step_loader(data, range(start, args.steps), args.workers))
+    loader = step_loader(data, range(start, args.steps), args.workers)
     if rank == 0:
         print(
             f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)"

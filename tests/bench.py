@@ -76,6 +76,9 @@ def toy(seeds, out, split, jobs, data, recipes):
     names = ["sft", *recipes]
     place = lambda s, name: out / f"seed{s}" / name.replace(" ", "_").replace("(", "").replace(")", "")  # noqa: E731
 
+    def train(kind):  # the same world that the scores are measured on
+        return "--data", data / f"{kind}.json", "--media_root", data
+
     def evaluate(s, name, *flags):
         run(
             "eval.py",
@@ -94,12 +97,12 @@ def toy(seeds, out, split, jobs, data, recipes):
 
     def chain(s, name):
         if name == "dume":  # its best learning rate was chosen on the dev scenes
-            run("sft.py", "--seed", s, "--out", place(s, name), *DUME)
+            run("sft.py", "--seed", s, "--out", place(s, name), *train("sft"), *DUME)
             return evaluate(s, name, "--samples", 0, "--max_new_tokens", 1)
         if name == "sft":
-            run("sft.py", "--seed", s, "--out", place(s, name))
+            run("sft.py", "--seed", s, "--out", place(s, name), *train("sft"))
         else:
-            run("rl.py", "--seed", s, "--model", place(s, "sft"), "--out", place(s, name), *RECIPES[name])
+            run("rl.py", "--seed", s, "--model", place(s, "sft"), "--out", place(s, name), *train("rl"), *RECIPES[name])
         scores, per_query = evaluate(s, name)
         file = place(s, name) / "reward.json"
         code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; "
@@ -198,4 +201,5 @@ if __name__ == "__main__":
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
     args = parser.parse_args()
+    os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)

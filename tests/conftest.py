@@ -208,6 +208,22 @@ def run_here(module, argv, monkeypatch):
     module.main()
 
 
+def run_killed(module, step_function, call, argv, monkeypatch):
+    """run_here, interrupted as the named function of the module is called for the `call`-th time."""
+    with monkeypatch.context() as patch:
+        calls, real = [], getattr(module, step_function)
+
+        def killed(*given):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        patch.setattr(module, step_function, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(module, argv, patch)
+
+
 def run_processes(module, argv, processes=2):
     """main() in several processes with the variables that torchrun sets; forked, so that nothing is imported
     again."""

@@ -20,6 +20,7 @@ from conftest import (
     inputs,
     read_log,
     run_here,
+    run_killed,
     run_processes,
     transformers_forward,
     with_answer,
@@ -441,18 +442,7 @@ def test_resume_is_bit_equal(writer_dir, world, tmp_path, monkeypatch):
     the SFT model again, not the checkpoint. Another run of the same seed is the same, too."""
     more = dict(steps=4, save_every=2, beta=1.0)
     run_here(rl, flags(writer_dir, world, tmp_path / "whole", **more), monkeypatch)
-    with monkeypatch.context() as patch:
-        calls, real = [], rl.update
-
-        def killed(*given):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return real(*given)
-
-        patch.setattr(rl, "update", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_here(rl, flags(writer_dir, world, tmp_path / "cut", **more), patch)
+    run_killed(rl, "update", 4, flags(writer_dir, world, tmp_path / "cut", **more), monkeypatch)
     assert len(read_log(tmp_path / "cut")) == 3
     run_here(rl, flags(writer_dir, world, tmp_path / "cut", **more), monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_gradients, gradients, read_log, run_here, run_processes, transformers_forward
+from conftest import (
+    assert_same_gradients,
+    gradients,
+    read_log,
+    run_here,
+    run_killed,
+    run_processes,
+    transformers_forward,
+)
 from safetensors.torch import load_file
 
 import model as model_file
@@ -251,18 +259,7 @@ def test_resume_is_bit_equal(tiny_dir, world, tmp_path, monkeypatch):
     step once, and what the killed run had logged beyond its checkpoint is gone."""
     run_here(sft, flags(tiny_dir, world, tmp_path / "whole", steps=6, save_every=3), monkeypatch)
     argv = flags(tiny_dir, world, tmp_path / "cut", steps=6, save_every=3)
-    with monkeypatch.context() as patch:
-        calls, real = [], sft.sft_step
-
-        def killed(*given):
-            calls.append(1)
-            if len(calls) == 5:
-                raise KeyboardInterrupt
-            return real(*given)
-
-        patch.setattr(sft, "sft_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_here(sft, argv, patch)
+    run_killed(sft, "sft_step", 5, argv, monkeypatch)
     assert not (tmp_path / "cut/model.safetensors").exists() and len(read_log(tmp_path / "cut")) == 4
     run_here(sft, argv + ["--resume", "auto"], monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
