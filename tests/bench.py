@@ -114,8 +114,8 @@ def toy(seeds, out, split, jobs, data, recipes):
 
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for wave in (["sft", "dume"], recipes):
-            started = {(s, name): pool.submit(chain, s, name) for s in range(seeds) for name in wave}
+        for wave in (["sft"], [recipes[0], "dume", *recipes[1:]]):
+            started = {(s, name): pool.submit(chain, s, name) for name in wave for s in range(seeds)}
             results |= {key: job.result() for key, job in started.items()}
 
     def mean(s, name, column):
