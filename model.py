@@ -654,26 +654,28 @@ class Guard:
         return False
 
     def skipped(self, step, pairs):
-        """Lists the unusable rows of all processes in skipped.jsonl -> their number; too large a share ends the run."""
-        found = [(pair.name, pair.reason) for pair in pairs]
+        """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
         ok = gather(torch.tensor([pair.ok for pair in pairs]))
         self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
         if ok.all():
             return 0
-        found = gather_list(found)
+        found = gather_list([(pair.name, pair.reason) for pair in pairs])
+        self.last_reason = [reason for _, reason in found if reason][-1]
         if processes()[0] == 0:
             with open(self.out / "skipped.jsonl", "a") as file:
                 for (name, reason), good in zip(found, ok.tolist()):
                     if not good:
                         file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
-        # of what was seen, but not of a first batch alone: a dataset within the bound must never stop
+        return int((~ok).sum())
+
+    def check_share(self):
+        """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
+        stops, even where its bad rows come first."""
         if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
-            reason = next(reason for _, reason in found if reason)
             raise Stopped(
                 f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
-                f"{self.out / 'skipped.jsonl'} lists them; one of them: {reason}"
+                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
             )
-        return int((~ok).sum())
 
 
 def speed_figures(began, waited, done, steps, pairs, tokens, device):
