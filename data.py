@@ -609,8 +609,13 @@ def tie_to_parent(_worker):
     moment longer than it (those of a killed one would wait for ever, each for the other, with full pipes)."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal_with_parent(signal.SIGKILL)
+
+
+def signal_with_parent(number):
+    """Linux sends this process the signal when the one that started it is gone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: sent when the parent is gone
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 # ------------------------------------------------------------------------------------------- the toy world

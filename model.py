@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, GEN, PIXELS, Row, encode_input
+from data import DISC, GEN, PIXELS, Row, encode_input, signal_with_parent
 
 HEAD_CHUNK = 1024  # tokens whose logits exist at once: 1024 x 152 k x 4 B = 0.6 GB
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
@@ -541,6 +541,8 @@ def start_processes():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
+        signal_with_parent(signal.SIGTERM)
     if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device

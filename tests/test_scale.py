@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_log, run_here, run_processes
+from conftest import ROOT, assert_same_gradients, gradients, read_log, run_here, run_processes
 from safetensors.torch import load_file
 from test_rl import flags as rl_flags
-from test_sft import flags, same_weights, small, train, weights
+from test_sft import flags, plain_step, same_weights, small, some_pairs, train, trainable, weights
 
 import data as data_file
 import model as model_file
@@ -23,6 +24,36 @@ import rl
 import sft
 from data import BatchOrder, Rows, index_rows, read_rows, scan_rows
 from model import Embedder, list_checkpoints, load_checkpoint, save_checkpoint
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch, checkpointing", [(1, False), (2, True), (3, False), (3, True)])
+def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, checkpointing):
+    """Loss and all gradients of two processes, in micro-batches of one pair, of two and of a process's whole share, are
+    those of one plain pass over the whole batch to 1e-5; one pair is skipped."""
+    model = trainable(writer_dir)
+    pairs = some_pairs(model, world, skip=True)
+    pairs = [pairs[i] for i in (0, 3, 1, 2, 4, 5)]  # the skipped one is in process 1
+    want = plain_step(model, pairs, 0.1, (1.0, 0.5, 2.0), True)
+    want_gradients = gradients(model)
+
+    def main():
+        rank, world_size, _ = model_file.start_processes()
+        model = trainable(writer_dir)
+        if checkpointing:
+            model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        args = sft.Settings(micro_batch=micro_batch, tau=0.1)
+        parts, _ = sft.sft_step(replica, pairs[rank::2], args, (1.0, 0.5, 2.0), rank, world_size)
+        torch.save((parts, gradients(model)), tmp_path / f"{rank}.pt")
+
+    run_processes(SimpleNamespace(__name__="step", main=main), [])
+    for rank in (0, 1):
+        parts, got = torch.load(tmp_path / f"{rank}.pt")
+        assert parts == pytest.approx(want, abs=1e-5, rel=1e-5)
+        assert_same_gradients(got, want_gradients, rtol=1e-5)
+
 
 # ---- sharding --------------------------------------------------------------------------------------------------
 
@@ -399,6 +430,18 @@ def start(world, script, processes, *argv):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
+def wait_for(condition, seconds=60):
+    began = time.time()
+    while not condition():
+        assert time.time() - began < seconds
+        time.sleep(0.05)
+
+
+def has_ended(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or ") Z" in stat.read_text()  # a zombie that nobody has asked for yet
+
+
 def wait_for_steps(out, n, process):
     began = time.time()
     while not (Path(out) / "log.jsonl").exists() or len((Path(out) / "log.jsonl").read_text().splitlines()) < n:
@@ -406,30 +449,42 @@ def wait_for_steps(out, n, process):
         time.sleep(0.05)
 
 
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
-    """Started by torchrun or alone, killed with -9 five times in the middle, then stopped by SIGTERM, then ended: the
-    bits of a run in one piece."""
-    argv = flags(tiny_dir, world, tmp_path / "cut", steps=40, save_every=1, workers=1)
+    """Alone or under torchrun, killed with -9 in the middle three times, then stopped by SIGTERM, then ended: the bits
+    of a run in one piece. Bug story: torchrun alone killed with -9 left its processes training on, into the folder of
+    the next start; now they save and end."""
+    cut = tmp_path / "cut"
+    argv = flags(tiny_dir, world, cut, steps=40, save_every=1, workers=1)
     rng = random.Random(processes)
-    for k in range(5):
+    for k in range(3):
         process = start(world, "sft.py", processes, *argv)
-        wait_for_steps(tmp_path / "cut", 5 * k + 3, process)
+        wait_for_steps(cut, 7 * k + 3, process)
         time.sleep(rng.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        started = children(process) if processes > 1 else []  # torchrun gives each a group of its own
+        for pid in [process.pid, *(started if k else [])]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()  # returns when nobody holds its output any more
+        for pid in started:
+            wait_for(lambda pid=pid: has_ended(pid))
+        if processes > 1 and k == 0:
+            assert list_checkpoints(cut)[-1][0] == json.loads((cut / "log.jsonl").read_text().splitlines()[-1])["step"]
     process = start(world, "sft.py", processes, *argv)
-    wait_for_steps(tmp_path / "cut", 30, process)
+    wait_for_steps(cut, 30, process)
     began = time.time()
     os.kill(process.pid, signal.SIGTERM)  # torchrun hands it on
     printed = process.communicate()[0].decode()
     assert process.returncode != 0 and time.time() - began < 30 and "SIGTERM" in printed, printed[-3000:]
-    saved = list_checkpoints(tmp_path / "cut")[-1][0]
+    saved = list_checkpoints(cut)[-1][0]
     assert f"saved after step {saved}" in printed and saved >= 30
     for name in ("cut", "whole"):
         process = start(world, "sft.py", processes, *argv, "--out", tmp_path / name)
         printed = process.communicate()[0].decode()
         assert process.returncode == 0, printed[-3000:]
-    assert same_weights(load_file(tmp_path / "cut/model.safetensors"), load_file(tmp_path / "whole/model.safetensors"))
-    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+    assert same_weights(load_file(cut / "model.safetensors"), load_file(tmp_path / "whole/model.safetensors"))
+    assert read_log(cut) == read_log(tmp_path / "whole")

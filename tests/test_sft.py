@@ -139,7 +139,7 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
             continue  # not computed, 0 in the log
         assert parts[name] == pytest.approx(want[name], abs=1e-5), name
     got = gradients(model)
-    assert_same_gradients(got, want_gradients)
+    assert_same_gradients(got, want_gradients, rtol=1e-5)
     seen = {name for name in got if "visual.blocks" in name or "patch_embed" in name}
     assert bool(seen) == vision and any("merger" in name for name in got)
 
