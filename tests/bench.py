@@ -1,6 +1,8 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
+python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
+python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
 """
 
 import argparse
@@ -200,6 +202,12 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    commands.add_parser("memory", help="memory plan of the real sizes")
+    commands.add_parser("sft", help="SFT step against the official recipe")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
+    if args.command in ("memory", "sft"):
+        import bench_scale
+
+        sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
