@@ -17,20 +17,20 @@ Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>; the official code reads the token behind it.
 2. Greedy decoding; there the checkpoint's generation_config decides (Qwen2-VL's samples at low temperature).
 3. A generation without <gen_emb> is a miss: such a query has 0 in every metric and such a candidate is left out of
-   the ranking, and so is an input whose picture cannot be read, in all modes. The official code reads another token
+   the ranking; so is an input with a picture that cannot be read, in all modes. The official code reads another token
    in its place, or drops the picture.
 4. Scores are float64 dot products in a stable order (float32 and an unstable sort there): candidates with equal
    embeddings keep the order of the list, so a model that sees no difference ranks the first one first.
 5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
    scores.json has that value beside ours, as "published_ndcg".
 6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
-7. Frames of at most 25,088 pixels, as in training; the official evaluation sets no bound: --video_max_pixels.
+7. Frames of at most 25,088 pixels, as in training; the official evaluation sets no bound (--video_max_pixels).
    MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
 
-Results wait in OUT/<model name>/cache, and a killed run goes on from there. A result is found again under a hash of
-the weights, tokenizer, configuration, settings, versions and the text of model.py and data.py, and a hash of the
-input's text and of the bytes of its media, so that none is ever stale. Hashing reads all media once per start (about
-50 GB for MMEB-V2); size and time of a file would be quicker, but do not see every change.
+Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
+tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
+and its media's bytes: none is ever stale. All media are read for it at every start (about 50 GB for MMEB-V2); size
+and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
@@ -66,7 +66,7 @@ import transformers
 from huggingface_hub import metadata_load
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows
@@ -215,17 +215,14 @@ def annotation_files(folder, config, split):
     """The files of one config and split: as the dataset card's configs say, else by their names."""
     card = metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None
     configs = {entry["config_name"]: entry["data_files"] for entry in (card or {}).get("configs", [])}
-    parts = configs.get(config or "default", next(iter(configs.values())) if len(configs) == 1 and not config else [])
-    patterns = [p for part in parts if part["split"] == split for p in as_labels(part["path"])]
-    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-    def named(path):
-        mine = config is None or config in path.parts or path.stem.endswith(config)
-        return mine and (split in path.stem or bool(config) and path.stem.endswith(config))
-
-    tables = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
-              if path.suffix in (".parquet", ".json", ".jsonl") and ".cache" not in path.parts]  # fmt: skip
-    files = files or [folder / path for path in tables if named(path)]
+    only = next(iter(configs.values())) if len(configs) == 1 and not config else []
+    parts = [part for part in configs.get(config or "default", only) if part["split"] == split]
+    files = [file for part in parts for p in as_labels(part["path"]) for file in sorted(folder.glob(p))]
+    for path in [] if files else sorted(folder.rglob("*")):
+        words, stem = path.relative_to(folder).parts, path.stem
+        mine = config is None or config in words or stem.endswith(config)
+        if mine and (split in stem or stem.endswith(str(config))) and path.suffix in (".parquet", ".json", ".jsonl"):
+            files.append(path)
     if not files:
         raise FileNotFoundError(f"{folder} has no files of config {config or 'default'}, split {split}")
     return files
@@ -233,15 +230,12 @@ def annotation_files(folder, config, split):
 
 def read_table(path, columns):
     """Rows of a parquet, json or jsonl file as dicts."""
-    if path.suffix == ".parquet":
-        file = pq.ParquetFile(path)
-        lacking = set(columns) - set(file.schema_arrow.names)
-    else:
-        rows = read_rows(path)
-        lacking = {column for column in columns for row in rows if column not in row}
-    if lacking:
+    file = pq.ParquetFile(path) if path.suffix == ".parquet" else None
+    rows = [] if file else read_rows(path)
+    there = set(file.schema_arrow.names) if file else set.intersection(*map(set, rows)) if rows else set(columns)
+    if lacking := set(columns) - there:
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
-    return file.read(columns).to_pylist() if path.suffix == ".parquet" else rows
+    return file.read(columns).to_pylist() if file else rows
 
 
 def mmeb_input(text, images=(), video=()):
@@ -331,34 +325,26 @@ def video_row(about, row, media, root):
     return query, right + wrong, [key for key, _ in right], None
 
 
+YES_NO = [("yes", "yes"), ("no", "no")]
+
+
 def video_question(kind, row):
     """-> folder of the frames, text of the question, [(key, text) of the options], key of the right one."""
-
-    def lettered(options):
-        return [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
-
-    def bare(options):  # "A. Apples." -> "Apples", as the published code cuts it, right or wrong
-        return [(option, option[option.find(". ") :].strip(". ")) for option in options]
-
-    if kind == "mvbench":
-        options = lettered(row["candidates"])
-        at = max((i for i, option in enumerate(row["candidates"]) if option == row["answer"]), default=-1)
-        text = "\n".join([row["question"], "Options:", *options]).rstrip()
-        return f"{row['subset']}/{row['video']}", text, list(zip(options, options)), f"({chr(65 + at)}) {row['answer']}"
-    if kind == "nextqa":
-        options = [row[f"a{i}"] for i in range(5)]
-        text = "\n".join([row["question"], "Options:", *lettered(options)]).rstrip()
-        return str(row["video"]), text, list(zip(options, options)), options[int(row["answer"])]
+    if kind == "activitynetqa":
+        return f"v_{row['video_name']}", f"{row['question']}? (A) yes; (B) no.", YES_NO, row["answer"]
+    if kind in ("mvbench", "nextqa"):
+        plain = row["candidates"] if kind == "mvbench" else [row[f"a{i}"] for i in range(5)]
+        lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(plain)]
+        text = "\n".join([row["question"], "Options:", *lettered]).rstrip()
+        if kind == "nextqa":
+            return row["video"], text, [(x, x) for x in plain], plain[int(row["answer"])]
+        at = max((i for i, option in enumerate(plain) if option == row["answer"]), default=-1)  # "(@) .." if nowhere
+        return f"{row['subset']}/{row['video']}", text, [(x, x) for x in lettered], f"({chr(65 + at)}) {row['answer']}"
+    options = row["options"] if kind == "videomme" else row["option"]
+    bare = [(x, x[x.find(". ") :].strip(". ")) for x in options]  # "A. Apples." -> "Apples", published, right or wrong
     if kind == "videomme":
-        text = "\n".join([row["question"], *row["options"]])
-        return row["videoID"], text, bare(row["options"]), row["options"]["ABCD".index(row["answer"])]
-    if kind == "egoschema":
-        return row["video_idx"], row["question"] + " ".join(row["option"]), bare(row["option"]), row["option"][
-            int(row["answer"])]  # fmt: skip
-    if row["answer"] not in ("yes", "no"):
-        raise ValueError(f"ActivityNetQA: the answer {row['answer']!r} is neither yes nor no")
-    options = [("yes", "yes"), ("no", "no")]
-    return f"v_{row['video_name']}", f"{row['question']}? (A) yes; (B) no.", options, row["answer"]
+        return row["videoID"], "\n".join([row["question"], *options]), bare, options["ABCD".index(row["answer"])]
+    return row["video_idx"], row["question"] + " ".join(options), bare, options[int(row["answer"])]
 
 
 def visdoc_rows(about, folder, media, with_instruction):
@@ -367,9 +353,8 @@ def visdoc_rows(about, folder, media, with_instruction):
     Pages lie as files in the media folder; those that do not are written there from the corpus table, which holds
     their bytes (as the official loader does).
     """
-    ask, target = (about[f"{side}_instruction"] for side in ("query", "target"))
-    if about["parser"] == "vidore" and not with_instruction:
-        ask = target = ""
+    ask, target = (about[f"{side}_instruction"] * (with_instruction or about["parser"] == "visrag")
+                   for side in ("query", "target"))  # fmt: skip
 
     def table(config, *columns):
         return [row for path in annotation_files(folder, config, about["split"]) for row in read_table(path, columns)]
@@ -406,6 +391,10 @@ def visdoc_rows(about, folder, media, with_instruction):
 # Embedding, and the cache on disk
 
 
+def processes():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def write_file(path, write):
     """Calls write(temporary path), then renames: whatever kills us, path is complete or absent."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -417,60 +406,39 @@ def media_of(item):
     return item["images"] + item["video"]
 
 
-def hash_media(paths, group=None):
-    """{path: hash of the file's bytes}, zeros where there is no such file; the processes share the work."""
+def inputs_of(task):
+    return [query["input"] for query in task.queries] + list(task.candidates.values())
+
+
+def hash_media(paths):
+    """{path: hash of the file's bytes}, "" where there is no such file."""
 
     def digest(path):
-        try:
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return bytes(16)
+        if not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = torch.zeros(len(paths), 16, dtype=torch.uint8)
     with ThreadPoolExecutor(16) as pool:
-        for i, x in enumerate(pool.map(digest, paths[rank::world])):
-            found[rank + i * world] = torch.frombuffer(bytearray(x), dtype=torch.uint8)
-    if world > 1:
-        dist.all_reduce(found, group=group)
-    return {path: x.tobytes() for path, x in zip(paths, found.numpy())}
+        return dict(zip(paths, pool.map(digest, paths)))
 
 
 def input_key(item, digests):
     """What the model sees of an input. A file that is not there counts as its path, until it is there."""
-    media = [[digests[p].hex() if any(digests[p]) else p for p in item[kind]] for kind in ("images", "video")]
+    media = [[digests[path] or path for path in item[kind]] for kind in ("images", "video")]
     return hashlib.blake2b(json.dumps([item["text"].strip(), *media]).encode(), digest_size=16).hexdigest()
 
 
 def hash_model(embedder):
     """Everything that decides an embedding, but for the input and the settings."""
-    here = Path(__file__).parent
-    config, tokenizer = embedder.backbone.config, embedder.tokenizer
-    about = [config.to_json_string(), torch.__version__, transformers.__version__, str(embedder.device.type)]
-    found = hashlib.blake2b(repr(about).encode() + tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
-    for part in [here / "model.py", here / "data.py"]:
-        found.update(part.read_bytes())
+    about = [embedder.backbone.config.to_json_string(), embedder.tokenizer.backend_tokenizer.to_str()]
+    about += [Path(__file__).with_name(name).read_text() for name in ("model.py", "data.py")]
+    about += [torch.__version__, transformers.__version__, embedder.device.type]
+    found = hashlib.blake2b(repr(about).encode(), digest_size=16)
     for name, p in embedder.named_parameters():
         found.update(f"{name} {p.dtype}".encode())
         found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-class Encoded(Dataset):
-    """Inputs one by one as Rows, for the loader's workers; the reason where one cannot be read."""
-
-    def __init__(self, tokenizer, inputs, blank_image):
-        self.tokenizer, self.inputs, self.blank_image = tokenizer, inputs, blank_image
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, i):
-        try:
-            return encode_input(self.tokenizer, self.inputs[i], blank_image=self.blank_image, name=f"input {i}")
-        except Skip as error:
-            return str(error)
 
 
 def generated(embedder, inputs, keys, settings, samples):
@@ -479,10 +447,16 @@ def generated(embedder, inputs, keys, settings, samples):
     One stream of inputs: a finished generation leaves its place to the next input, whatever its task. The seed of an
     input is its own, so it does not matter what runs beside it.
     """
+
+    def read(batch):  # in a background worker: an input as a Row, or why it cannot be one
+        try:
+            return encode_input(embedder.tokenizer, batch[0], blank_image=settings.blank_image, name="input")
+        except Skip as error:
+            return str(error)
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
     workers = min(settings.workers, len(inputs))
-    loader = DataLoader(Encoded(embedder.tokenizer, inputs, settings.blank_image), batch_size=None,
-                        num_workers=workers, generator=torch.Generator(),
+    loader = DataLoader(inputs, batch_size=1, collate_fn=read, num_workers=workers, generator=torch.Generator(),
                         multiprocessing_context="fork" if workers else None)  # fmt: skip
     at, seeds, failed = [], [], []
 
@@ -502,7 +476,7 @@ def generated(embedder, inputs, keys, settings, samples):
         yield (at[i], "", r.disc.float().cpu().numpy(), r.gen.float().cpu().numpy(), r.valid.numpy(),
                [len(x) for x in r.ids], embedder.tokenizer.batch_decode(ids))  # fmt: skip
     for key, reason in failed:
-        yield key, reason, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S
+        yield key, reason, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S  # a miss
 
 
 def reread(embedder, inputs, keys, settings, traces):
@@ -528,7 +502,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
     samples 0: both embeddings, greedy; samples k: k gen embeddings of each. Each process writes shards of its own,
     early enough that no more than --save_every of its inputs are begun and not saved (but one batch).
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     folder.mkdir(parents=True, exist_ok=True)
     done = {key for rows, _ in shards(folder) for key, *_ in rows}
     if world > 1:  # nobody writes before all have looked: all share out the same list
@@ -731,22 +705,23 @@ def summary(entry):
     return row
 
 
+def mean_summary(entries):
+    rows = [summary(entry) for entry in entries]
+    return {column: fmean(row[column] for row in rows) for column in rows[0]}
+
+
 def aggregate(tasks):
     """Plain means over tasks of their summaries, in groups, in modalities and overall (the paper's "All").
 
     A part of the 78 has no overall: the number would look like the published ones and be another one.
     """
 
-    def mean(entries):
-        rows = [summary(entry) for entry in entries]
-        return {column: fmean(row[column] for row in rows) for column in rows[0]}
-
     def means_by(key):
         values = dict.fromkeys(entry[key] for entry in tasks.values())
-        return {value: mean([entry for entry in tasks.values() if entry[key] == value]) for value in values}
+        return {value: mean_summary(entry for entry in tasks.values() if entry[key] == value) for value in values}
 
     part = tasks.keys() & MMEB.keys() and MMEB.keys() - tasks.keys()
-    overall = None if part else mean(tasks.values())
+    overall = None if part else mean_summary(tasks.values())
     return {"groups": means_by("group"), "modalities": means_by("modality"), "overall": overall}
 
 
@@ -771,30 +746,30 @@ def score_table(scores):
     tasks, rows = scores["tasks"], {}
     for name, entry in tasks.items():
         rows[name] = summary(entry)
-        if entry["main_metric"] != "hit@1":
+        if entry["modality"] == "visdoc":
             rows[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in MODES if mode in entry}
     for kind in ("groups", "modalities"):
-        if len(scores[kind]) > 1 or scores[kind].keys() & {"visdoc"}:
+        if len(scores[kind]) > 1:
             rows |= {f"= {name}": row for name, row in scores[kind].items()}
-    pages = {name: entry | {"main_metric": "hit@1"} for name, entry in tasks.items() if entry["modality"] == "visdoc"}
-    if pages:
-        rows["= visdoc hit@1"] = aggregate(pages)["modalities"]["visdoc"]
-    if scores["overall"]:
-        rows["= mean"] = scores["overall"]
-    columns = list(next(iter(rows.values())))
-    cells = [[name, *(f"{row[c] * (1 if c in ('tokens', 'seconds', 'inputs/s') else 100):.1f}" if c in row else ""
-                      for c in columns)] for name, row in rows.items()]  # fmt: skip
-    text = (f"\n{scores['model']}: main metric and invalid generations in %, generated tokens per input, "
-            f"seconds of one process and inputs per second\n{text_table([['task', *columns], *cells])}")  # fmt: skip
+    rows["= mean" if scores["overall"] else "= mean of these"] = mean = mean_summary(tasks.values())
+    rest = ("tokens", "seconds", "inputs/s")  # no shares
+    cells = [[name, *(f"{row[c] * (1 if c in rest else 100):.1f}" if c in row else "" for c in mean)]
+             for name, row in rows.items()]  # fmt: skip
+    text = (f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, "
+            f"seconds of one process\n{text_table([['task', *mean], *cells])}")  # fmt: skip
     for name, entry in tasks.items():
-        for metric, x in entry.get("published_ndcg", {}).get("gen", {}).items():
-            if metric == entry["main_metric"]:
-                text += (f"\n{name}: {metric} of gen {100 * entry['gen'][metric]:.1f}, "
-                         f"with the published tables' order of grades {100 * x:.1f}")  # fmt: skip
-    if "pass@2" in columns and scores["overall"]:
-        mean = scores["overall"]
+        if "published_ndcg" in entry:
+            x, y = (part["gen"][entry["main_metric"]] for part in (entry, entry["published_ndcg"]))
+            text += f"\n{name}, {entry['main_metric']} of gen: {100 * x:.1f}, as in published tables {100 * y:.1f}"
+    if "pass@2" in mean:
         text += (f"\noracle of disc and gen {100 * mean['oracle']:.1f}, "
                  f"oracle of two gen samples (pass@2) {100 * mean['pass@2']:.1f}")  # fmt: skip
+    if "ablate" in next(iter(tasks.values())):
+        for kind in ("removed", "swapped"):
+            changes = [entry["ablate"][kind]["gen"][entry["main_metric"]] for entry in tasks.values()]
+            cosines = [x for entry in tasks.values() if (x := entry["ablate"][kind]["cosine"]) is not None]
+            text += (f"\nreasoning {kind}: gen {100 * (fmean(changes) - mean['gen']):+.1f}, "
+                     f"cosine to the original {fmean(cosines or [math.nan]):.3f}")  # fmt: skip
     return text
 
 
@@ -874,110 +849,105 @@ def choose_tasks(settings):
 def check_files(names, settings):
     """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there"""
     rows = [["task", "queries", "known", "candidates", "files", "missing", "broken", "first problem"]]
-    seen, lacking = {}, {}
+    seen, lacking = {}, {}  # path -> problem; what to get -> tasks
 
-    def problem(path):
+    def problem(path):  # all pictures are decoded, as a run would
         try:
             open_picture(path)
         except Skip as error:
-            return ("missing: " if not os.path.isfile(path) else "broken: ") + str(error)
+            return ("broken: " if os.path.isfile(path) else "missing: ") + str(error)
         return ""
 
     for name in tqdm(names, desc="check", unit="task"):
-        about = MMEB.get(name)
-        known = f"{about['num_queries']:,}" if about else ""
+        about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
+        known = f"{about['num_queries']}"
         try:
             task = load_task(name, settings.root, settings.vidore_instruction)
         except (FileNotFoundError, ValueError) as error:
             rows.append([name, "", known, "", "", "", "", str(error)])
-            lacking.setdefault(about and about["repo"], []).append(name)
+            lacking.setdefault(about["repo"], []).append(name)
             continue
-        items = [query["input"] for query in task.queries] + list(task.candidates.values())
-        paths = list(dict.fromkeys(path for item in items for path in media_of(item)))
+        paths = list(dict.fromkeys(path for item in inputs_of(task) for path in media_of(item)))
         new = [path for path in paths if path not in seen]
-        with ThreadPoolExecutor(16) as pool:  # all pictures are decoded, as a run would
+        with ThreadPoolExecutor(16) as pool:
             seen.update(zip(new, pool.map(problem, new)))
         wrong = [seen[path] for path in paths if seen[path]]
         missing = sum(text.startswith("missing") for text in wrong)
         if wrong:
-            lacking.setdefault(about and about["archive"], []).append(name)
-        rows.append([name, f"{len(task.queries):,}", known, f"{len(task.candidates):,}", f"{len(paths):,}",
-                     f"{missing:,}", f"{len(wrong) - missing:,}", (wrong or [""])[0]])  # fmt: skip
-    whole = len(names) - len({name for part in lacking.values() for name in part})
-    other = sum(row[2] not in ("", row[1]) for row in rows[1:])
+            lacking.setdefault(about["archive"], []).append(name)
+        counts = (len(task.candidates), len(paths), missing, len(wrong) - missing)
+        rows.append([name, str(len(task.queries)), known, *map(str, counts), (wrong or [""])[0]])
+    other, whole = sum(row[2] not in ("", row[1]) for row in rows[1:]), len(names) - sum(map(len, lacking.values()))
     print(text_table(rows))
     print(f"{whole} of {len(names)} tasks are complete; {other} have not the known number of queries")
     for what, tasks in lacking.items():
         hub = f"hf download --repo-type dataset {what} --local-dir ROOT/annotations/{what}"
-        get = ASSET["archives"].get(what, [hub])
-        lines = "\n".join(f"    {line}".replace("ROOT", settings.root) for line in get if what)
-        print(f"\nmissing for {', '.join(tasks)}:\n{lines}")
+        get = [line.replace("ROOT", settings.root) for line in ASSET["archives"].get(what, [hub] if what else [])]
+        print(*[f"\nmissing for {', '.join(tasks)}:", *get], sep="\n    ")
     return not lacking
 
 
 def ablate_trace(texts):
-    """{kind: texts} without the reasoning, and with the reasoning of the next input that has another one."""
+    """{kind: texts} with the reasoning removed, and with the reasoning of the next input that has another one."""
     parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
-    thoughts = [part[2] for part in parts if part]
-    without, swapped, k = [], [], 0
+    thoughts = [(n, part[2]) for n, part in enumerate(parts) if part]
+    out, k = {"removed": [], "swapped": []}, 0
     for text, part in zip(texts, parts):
-        k += bool(part)  # the next input that has a reasoning at all stands at k
-        others = thoughts[k:] + thoughts[:k] if part else []
-        other = next((thought for thought in others if thought != part[2]), None) if part else None
-        without.append(part[1] + part[3] if part else text)
-        swapped.append(text if other is None else part[1] + other + part[3])
-    return {"removed": without, "swapped": swapped}
+        k += bool(part)  # thoughts[k] is the next one
+        other = next((x for _, x in thoughts[k:] + thoughts[:k] if part and x != part[2]), None)
+        out["removed"].append(part[1] + part[3] if part else text)
+        out["swapped"].append(text if other is None else part[1] + other + part[3])
+    return out
 
 
 def evaluate(embedder, tasks, settings, name, results=None):
     """(content of scores.json, content of per_query.json) on process 0, None on the others."""
-    items = [[query["input"] for query in task.queries] for task in tasks]  # queries come first
-    items += [list(task.candidates.values()) for task in tasks]
-    digests = hash_media(sorted({path for part in items for item in part for path in media_of(item)}), results)
-    refuse_without_media(tasks * 2, items, digests)
+    digests = hash_media({path for task in tasks for item in inputs_of(task) for path in media_of(item)})
     where, inputs = {}, []  # key of the content -> row of inputs
 
-    def row_of(item):
-        key = input_key(item, digests)
-        if where.setdefault(key, len(inputs)) == len(inputs):
-            inputs.append(item)
-        return where[key]
+    def rows_of(items):
+        for item in items:
+            if where.setdefault(input_key(item, digests), len(inputs)) == len(inputs):
+                inputs.append(item)
+        return np.array([where[input_key(item, digests)] for item in items])
 
-    rows = [np.array([row_of(item) for item in part]) for part in items]
-    query_rows, candidate_rows = rows[: len(tasks)], rows[len(tasks) :]
-    Q, keys = 1 + max(int(part.max()) for part in query_rows), list(where)
-    how = [hash_model(embedder), settings.max_new_tokens, settings.blank_image, PIXELS]
-    cache = Path(settings.out) / name / "cache"
+    for task in tasks:  # stops before hours of work; single files that are missing count as misses
+        paths = {path for item in inputs_of(task) for path in media_of(item)}
+        absent = sorted(path for path in paths if not digests[path])
+        if len(absent) > len(paths) / 2:
+            raise SystemExit(f"{task.name}: {len(absent)} of {len(paths)} media files do not exist, e.g. {absent[0]}; "
+                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
+    query_rows = [rows_of([query["input"] for query in task.queries]) for task in tasks]
+    Q = len(inputs)  # queries come first
+    candidate_rows = [rows_of(task.candidates.values()) for task in tasks]
+    keys, how = list(where), [hash_model(embedder), settings.max_new_tokens, settings.blank_image, PIXELS]
+    rank, encoded = processes()[0], {}
 
-    def embed(keys, inputs, title, *more, **kwargs):
-        """-> the arrays, and how many inputs had to be embedded for them"""
-        folder = cache / f"{title.split()[0]}-{hashlib.blake2b(repr([how, more]).encode(), digest_size=8).hexdigest()}"
-        new = encode_missing(embedder, inputs, keys, folder, settings, group=results, title=f"{name} {title}", **kwargs)
+    def embed(kind, keys, inputs, *more, **kwargs):
+        folder = hashlib.blake2b(repr([how, more]).encode(), digest_size=8).hexdigest()
+        folder = Path(settings.out) / name / "cache" / f"{kind}-{folder}"
+        title = f"{name} {kind}"
+        encoded[kind] = encode_missing(embedder, inputs, keys, folder, settings, group=results, title=title, **kwargs)
         if rank == 0:
-            print(f"{name} {title}: {new:,} inputs embedded, {len(keys) - new:,} from {folder}", flush=True)
-        return collect(folder, keys) if rank == 0 or settings.ablate == "trace" else None, new
+            print(f"{title}: {encoded[kind]:,} of {len(keys):,} inputs embedded, the others from {folder}", flush=True)
+        return collect(folder, keys) if rank == 0 or settings.ablate == "trace" else None
 
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    greedy, new = embed(keys, inputs, "greedy")
-    encoded, sampled = {"greedy": new}, None
+    greedy, sampled, ablated = embed("greedy", keys, inputs), None, {}
     if settings.samples:
-        more = settings.samples, settings.temperature, settings.seed
-        sampled, new = embed(keys[:Q], inputs[:Q], f"samples x {settings.samples}", *more, samples=settings.samples)
-        encoded["samples"] = new
-    ablated = {}
+        sampled = embed("samples", keys[:Q], inputs[:Q], settings.samples, settings.temperature, settings.seed,
+                        samples=settings.samples)  # fmt: skip
     if settings.ablate == "trace":
-        for kind, traces in ablate_trace([x[0] for x in greedy["texts"]]).items():
-            traces = [trace if ok else "" for trace, ok in zip(traces, greedy["problem"] == "")]
-            new_keys = [stable_hash(key, trace) for key, trace in zip(keys, traces)]
-            some = [n for n, ok in enumerate(greedy["problem"] == "") if ok]
-            ablated[kind] = embed([f"{new_keys[n]:x}" for n in some], [inputs[n] for n in some], kind,
-                                  traces=[traces[n] for n in some])[0]  # fmt: skip
-            ablated[kind] = {k: scatter(greedy[k], some, x) for k, x in ablated[kind].items() if k in ("gen", "valid")}
+        some = np.flatnonzero(greedy["valid"][:, 0])
+        for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items():
+            traced = [f"{keys[n]}-{stable_hash(trace):x}" for n, trace in zip(some, traces)]
+            x = embed(kind, traced, [inputs[n] for n in some], traces=traces)
+            ablated[kind] = greedy | {"gen": greedy["gen"].copy()}  # a generation without <gen_emb> stays a miss
+            ablated[kind]["gen"][some] = x["gen"]
     if rank > 0:
         return None
 
     def take(arrays, rows):
-        return arrays and {key: arrays[key][rows] for key in ("disc", "gen", "valid", "problem") if key in arrays}
+        return arrays and {key: arrays[key][rows] for key in ("disc", "gen", "valid", "problem")}
 
     scores, per_query = {}, {}
     for task, q, c in zip(tasks, query_rows, candidate_rows):
@@ -992,45 +962,17 @@ def evaluate(embedder, tasks, settings, name, results=None):
             "seconds": float(greedy["seconds"][np.unique(both)].sum()),  # of one process, greedy, each input once
         }  # fmt: skip
         for kind, other in ablated.items():
-            swapped = [take(greedy | other, part) for part in (q, c)]
-            x, ok = score_task(task, *swapped)[0]["gen"], greedy["valid"][both, 0] & other["valid"][both, 0]
-            cosine = (greedy["gen"][both, 0] * other["gen"][both, 0]).sum(-1)[ok]
-            scores[task.name].setdefault("ablate", {})[kind] = {"gen": x, "cosine": float(cosine.mean())}
+            ok = both[greedy["valid"][both, 0]]
+            cosine = (greedy["gen"][ok, 0] * other["gen"][ok, 0]).sum(-1)
+            scores[task.name].setdefault("ablate", {})[kind] = {
+                "gen": score_task(task, take(other, q), take(other, c))[0]["gen"],
+                "cosine": float(cosine.mean()) if len(ok) else None}  # fmt: skip
         per_query[task.name] = columns | {"texts": [greedy["texts"][n][0] for n in q]}
     problems = [problem for problem in greedy["problem"] if problem]
     if problems:
         print(f"{len(problems)} inputs cannot be read and count as misses; the first: {problems[0]}", flush=True)
-    scores = {"model": name, "args": asdict(settings), "tasks": scores, **aggregate(scores), "encoded": encoded}
-    return scores, per_query
-
-
-def scatter(like, rows, values):
-    """values in the given rows, zeros in the others"""
-    out = np.zeros_like(like)
-    out[rows] = values
-    return out
-
-
-def refuse_without_media(tasks, items, digests):
-    """Stops before hours of work where most of a task's media are not there; single ones count as misses."""
-    for task, part in zip(tasks, items):
-        paths = {path for item in part for path in media_of(item)}
-        absent = sorted(path for path in paths if not any(digests[path]))
-        if len(absent) > len(paths) / 2:
-            raise SystemExit(f"{task.name}: {len(absent)} of {len(paths)} media files do not exist, e.g. {absent[0]}; "
-                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
-
-
-def ablation_table(scores):
-    rows = [["reasoning", "gen", "change", "cosine"]]
-    tasks = scores["tasks"].values()
-    base = fmean(entry["gen"][entry["main_metric"]] for entry in tasks)
-    for kind in ("removed", "swapped"):
-        x = fmean(entry["ablate"][kind]["gen"][entry["main_metric"]] for entry in tasks)
-        cosine = fmean(entry["ablate"][kind]["cosine"] for entry in tasks)
-        rows.append([kind, f"{100 * x:.1f}", f"{100 * (x - base):+.1f}", f"{cosine:.3f}"])
-    return (f"\n{scores['model']}: gen embedded again with the reasoning removed, and with another input's; mean over "
-            f"{len(tasks)} tasks, cosine to the original\n{text_table(rows)}")  # fmt: skip
+    about = {"model": name, "args": asdict(settings)}
+    return about | {"tasks": scores, **aggregate(scores), "encoded": encoded}, per_query
 
 
 def main(argv=None):
@@ -1078,8 +1020,6 @@ def main(argv=None):
                 content = leaderboard(scores, mode, size, embedder.backbone.config.text_config.hidden_size)
                 write_json(folder / f"leaderboard_{mode}.json", content)
             print(paper_table(scores), flush=True)
-        if settings.ablate == "trace":
-            print(ablation_table(scores), flush=True)
         every.append({task: {c: x for c, x in row.items() if c != "texts"} for task, row in per_query.items()})
     if len(every) > 1:
         print(change_table(model_dirs, every[0], every[-1]), flush=True)
