@@ -224,7 +224,8 @@ def annotation_files(folder, config, split):
         if mine and (split in stem or stem.endswith(str(config))) and path.suffix in (".parquet", ".json", ".jsonl"):
             files.append(path)
     if not files:
-        raise FileNotFoundError(f"{folder} has no files of config {config or 'default'}, split {split}")
+        raise FileNotFoundError(f"{folder} has no files of config {config or 'default'}, split {split}; "
+                                "how to get them: python eval.py --check --root ROOT")  # fmt: skip
     return files
 
 
@@ -395,6 +396,11 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_all(group):
+    if dist.is_initialized():
+        dist.barrier(group=group)
+
+
 def write_file(path, write):
     """Calls write(temporary path), then renames: whatever kills us, path is complete or absent."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -410,8 +416,8 @@ def inputs_of(task):
     return [query["input"] for query in task.queries] + list(task.candidates.values())
 
 
-def hash_media(paths):
-    """{path: hash of the file's bytes}, "" where there is no such file."""
+def hash_media(tasks):
+    """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there."""
 
     def digest(path):
         if not os.path.isfile(path):
@@ -419,8 +425,16 @@ def hash_media(paths):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
+    paths = {task.name: {path for item in inputs_of(task) for path in media_of(item)} for task in tasks}
+    every = sorted(set().union(*paths.values()))
     with ThreadPoolExecutor(16) as pool:
-        return dict(zip(paths, pool.map(digest, paths)))
+        found = dict(zip(every, pool.map(digest, every)))
+    for name, mine in paths.items():  # before hours of work; single files that are missing count as misses
+        absent = sorted(path for path in mine if not found[path])
+        if len(absent) > len(mine) / 2:
+            raise SystemExit(f"{name}: {len(absent)} of {len(mine)} media files do not exist, e.g. {absent[0]}; "
+                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
+    return found
 
 
 def input_key(item, digests):
@@ -504,9 +518,10 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
     """
     rank, world = processes()
     folder.mkdir(parents=True, exist_ok=True)
-    done = {key for rows, _ in shards(folder) for key, *_ in rows}
-    if world > 1:  # nobody writes before all have looked: all share out the same list
-        dist.barrier(group=group)
+    done = {key for rows, _ in shards(folder) for key, problem, _ in rows if not problem}  # those are tried again
+    for path in folder.glob("*.tmp") if rank == 0 else []:  # of a killed run
+        path.unlink()
+    wait_for_all(group)  # nobody writes before all have looked: all share out the same list
 
     def cost(n):  # frames, bytes of the pictures, text: long beside long, and what does not fit into memory shows first
         sizes = [os.path.getsize(path) for path in inputs[n]["images"] if os.path.exists(path)]
@@ -535,8 +550,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
             save()
     if waiting:
         save()
-    if world > 1:  # a process that is done may wait hours for the slowest one
-        dist.barrier(group=group)
+    wait_for_all(group)
     return len(todo)
 
 
@@ -651,7 +665,7 @@ def score_task(task, queries, candidates, sampled=None):
     q_disc, q_gen, q_ok = queries["disc"], queries["gen"][:, 0], queries["valid"][:, 0]
     c_disc, c_gen, c_ok = candidates["disc"], candidates["gen"][:, 0], candidates["valid"][:, 0]
     every_q, every_c = queries["problem"] == "", candidates["problem"] == ""  # disc: all that could be read
-    graded = any(len(set(query["grades"] or [])) > 1 for query in task.queries)
+    graded = task.name in MMEB and any(len(set(query["grades"] or [])) > 1 for query in task.queries)
     quirk = {}  # what the published tables have, per mode
 
     def measure(q, c, q_ok, c_ok, mode):
@@ -792,7 +806,7 @@ def paper_table(scores):
     return text
 
 
-def leaderboard(scores, mode, size, dimension):
+def leaderboard(scores, mode, backbone):
     """The file that the MMEB leaderboard takes; fill in the dates and the url before you submit it."""
     S = {"image": {}, "video": {}, "visdoc": {}}
     for name, task in MMEB.items():
@@ -800,9 +814,11 @@ def leaderboard(scores, mode, size, dimension):
         counts = {"num_pred": entry["num_queries"], "num_data": entry["num_queries"]} if entry else {}
         S[task["modality"]][name + "-fixed" * fixed] = entry[mode] | counts if entry else "FILE_N/A"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    metadata = {"model_name": scores["model"], "model_backbone": "qwen2_vl", "model_size": f"{size / 1e9:.2f}B",
-                "embedding_dimension": dimension, "max_length_tokens": None, "model_release_date": now[:10],
-                "data_source": "Self-Reported", "url": "", "report_generated_date": now}  # fmt: skip
+    metadata = {"model_name": scores["model"], "model_backbone": backbone.config.model_type,
+                "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+                "embedding_dimension": backbone.config.text_config.hidden_size, "max_length_tokens": None,
+                "model_release_date": now[:10], "data_source": "Self-Reported", "url": "",
+                "report_generated_date": now}  # fmt: skip
     return {"metadata": metadata, "metrics": S}
 
 
@@ -848,41 +864,34 @@ def choose_tasks(settings):
 
 def check_files(names, settings):
     """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there"""
-    rows = [["task", "queries", "known", "candidates", "files", "missing", "broken", "first problem"]]
-    seen, lacking = {}, {}  # path -> problem; what to get -> tasks
+    rows, lacking = [["task", "queries", "known", "candidates", "files", "unusable", "first problem"]], {}
 
-    def problem(path):  # all pictures are decoded, as a run would
+    def problem(path):  # every picture is decoded, as a run would
         try:
             open_picture(path)
         except Skip as error:
-            return ("broken: " if os.path.isfile(path) else "missing: ") + str(error)
+            return str(error)
         return ""
 
     for name in tqdm(names, desc="check", unit="task"):
         about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
-        known = f"{about['num_queries']}"
         try:
             task = load_task(name, settings.root, settings.vidore_instruction)
+            paths, need = sorted({path for item in inputs_of(task) for path in media_of(item)}), about["archive"]
+            with ThreadPoolExecutor(16) as pool:
+                wrong = [text for text in pool.map(problem, paths) if text]
+            counts = [len(task.queries), about["num_queries"], len(task.candidates), len(paths), len(wrong)]
         except (FileNotFoundError, ValueError) as error:
-            rows.append([name, "", known, "", "", "", "", str(error)])
-            lacking.setdefault(about["repo"], []).append(name)
-            continue
-        paths = list(dict.fromkeys(path for item in inputs_of(task) for path in media_of(item)))
-        new = [path for path in paths if path not in seen]
-        with ThreadPoolExecutor(16) as pool:
-            seen.update(zip(new, pool.map(problem, new)))
-        wrong = [seen[path] for path in paths if seen[path]]
-        missing = sum(text.startswith("missing") for text in wrong)
+            wrong, need, counts = [str(error)], about["repo"], ["", about["num_queries"], "", "", ""]
         if wrong:
-            lacking.setdefault(about["archive"], []).append(name)
-        counts = (len(task.candidates), len(paths), missing, len(wrong) - missing)
-        rows.append([name, str(len(task.queries)), known, *map(str, counts), (wrong or [""])[0]])
-    other, whole = sum(row[2] not in ("", row[1]) for row in rows[1:]), len(names) - sum(map(len, lacking.values()))
+            lacking.setdefault(need, []).append(name)
+        rows.append([name, *map(str, counts), (wrong or [""])[0]])
+    whole, other = len(names) - sum(map(len, lacking.values())), sum(row[1] != row[2] != "" for row in rows[1:])
     print(text_table(rows))
     print(f"{whole} of {len(names)} tasks are complete; {other} have not the known number of queries")
     for what, tasks in lacking.items():
-        hub = f"hf download --repo-type dataset {what} --local-dir ROOT/annotations/{what}"
-        get = [line.replace("ROOT", settings.root) for line in ASSET["archives"].get(what, [hub] if what else [])]
+        hub = [f"hf download --repo-type dataset {what} --local-dir ROOT/annotations/{what}"] * bool(what)
+        get = [line.replace("ROOT", settings.root) for line in ASSET["archives"].get(what, hub)]
         print(*[f"\nmissing for {', '.join(tasks)}:", *get], sep="\n    ")
     return not lacking
 
@@ -900,26 +909,20 @@ def ablate_trace(texts):
     return out
 
 
-def evaluate(embedder, tasks, settings, name, results=None):
+def evaluate(embedder, tasks, digests, settings, name, group=None):
     """(content of scores.json, content of per_query.json) on process 0, None on the others."""
-    digests = hash_media({path for task in tasks for item in inputs_of(task) for path in media_of(item)})
     where, inputs = {}, []  # key of the content -> row of inputs
 
     def rows_of(items):
-        for item in items:
-            if where.setdefault(input_key(item, digests), len(inputs)) == len(inputs):
+        keys = [input_key(item, digests) for item in items]
+        for key, item in zip(keys, items):
+            if where.setdefault(key, len(inputs)) == len(inputs):
                 inputs.append(item)
-        return np.array([where[input_key(item, digests)] for item in items])
+        return np.array([where[key] for key in keys])
 
-    for task in tasks:  # stops before hours of work; single files that are missing count as misses
-        paths = {path for item in inputs_of(task) for path in media_of(item)}
-        absent = sorted(path for path in paths if not digests[path])
-        if len(absent) > len(paths) / 2:
-            raise SystemExit(f"{task.name}: {len(absent)} of {len(paths)} media files do not exist, e.g. {absent[0]}; "
-                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
     query_rows = [rows_of([query["input"] for query in task.queries]) for task in tasks]
     Q = len(inputs)  # queries come first
-    candidate_rows = [rows_of(task.candidates.values()) for task in tasks]
+    candidate_rows = [rows_of(list(task.candidates.values())) for task in tasks]
     keys, how = list(where), [hash_model(embedder), settings.max_new_tokens, settings.blank_image, PIXELS]
     rank, encoded = processes()[0], {}
 
@@ -927,7 +930,7 @@ def evaluate(embedder, tasks, settings, name, results=None):
         folder = hashlib.blake2b(repr([how, more]).encode(), digest_size=8).hexdigest()
         folder = Path(settings.out) / name / "cache" / f"{kind}-{folder}"
         title = f"{name} {kind}"
-        encoded[kind] = encode_missing(embedder, inputs, keys, folder, settings, group=results, title=title, **kwargs)
+        encoded[kind] = encode_missing(embedder, inputs, keys, folder, settings, group=group, title=title, **kwargs)
         if rank == 0:
             print(f"{title}: {encoded[kind]:,} of {len(keys):,} inputs embedded, the others from {folder}", flush=True)
         return collect(folder, keys) if rank == 0 or settings.ablate == "trace" else None
@@ -992,13 +995,13 @@ def main(argv=None):
 
     rank, world, device = start_processes()
     # A process that is done may wait hours for the slowest one.
-    results = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
-    if rank > 0:  # process 0 goes first: it may have to write pages
-        dist.barrier(group=results)
-    tasks = [load_task(name, settings.root, settings.vidore_instruction) for name in names]
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
+    for turn in range(2):  # process 0 goes first: it may have to write pages
+        if (rank > 0) == turn:
+            tasks = [load_task(name, settings.root, settings.vidore_instruction) for name in names]
+        wait_for_all(group)
+    digests = hash_media(tasks)
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
-        if world > 1:
-            dist.barrier(group=results)
         for name in model_dirs:
             (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
         write_args(settings.out, settings)
@@ -1006,7 +1009,7 @@ def main(argv=None):
     every = []  # per model {task: {column: [x of each query]}}
     for model, name in zip(settings.model, model_dirs):
         embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
-        result = evaluate(embedder, tasks, settings, name, results)
+        result = evaluate(embedder, tasks, digests, settings, name, group)
         if rank > 0:
             continue
         scores, per_query = result
@@ -1015,10 +1018,8 @@ def main(argv=None):
         write_json(folder / "per_query.json", per_query)
         print(score_table(scores), flush=True)
         if scores["tasks"].keys() & MMEB.keys():
-            size = sum(p.numel() for p in embedder.parameters())
             for mode in [mode for mode in MODES if mode != "mean" or settings.samples]:
-                content = leaderboard(scores, mode, size, embedder.backbone.config.text_config.hidden_size)
-                write_json(folder / f"leaderboard_{mode}.json", content)
+                write_json(folder / f"leaderboard_{mode}.json", leaderboard(scores, mode, embedder.backbone))
             print(paper_table(scores), flush=True)
         every.append({task: {c: x for c, x in row.items() if c != "texts"} for task, row in per_query.items()})
     if len(every) > 1:

@@ -189,7 +189,7 @@ def test_unreadable_input_is_a_miss_in_every_mode():
 
 def test_graded_task_has_the_published_value_beside_ours():
     """Labels 9 and 8 go through a set, which gives 8 first; the grades 3 and 1 do not: 8 gets the 3."""
-    task = two_query_task(main_metric="ndcg_linear@5", candidates={9: {}, 8: {}})
+    task = two_query_task(name="ViDoSeek-doc", main_metric="ndcg_linear@5", candidates={9: {}, 8: {}})
     for query in task.queries:
         query |= {"labels": [9, 8], "grades": [3, 1]}
     both = arrays([[[1.0, 0.0]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
