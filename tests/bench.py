@@ -1,6 +1,7 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
+python tests/bench.py eval              # encoding for evaluation beside the official way (bench_eval.py)
 """
 
 import argparse
@@ -200,6 +201,12 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
+    p.add_argument("--inputs", type=int, default=32)
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
+    if args.command == "eval":
+        from bench_eval import bench_eval
+
+        raise SystemExit(bench_eval(args.inputs))
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
