@@ -54,6 +54,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -195,16 +196,16 @@ def load_mmeb(about, root, vidore_instruction):
                 for row in read_table(path, about["columns"])]  # fmt: skip
         parse = image_row if about["modality"] == "image" else video_row
         parsed = (parse(about, row, media, root) for row in rows[: about.get("first_rows")])
-        corpus = [(label, mmeb_input(label)) for label in about.get("labels", [])]
+        corpus = [(label, partial(mmeb_input, label)) for label in about.get("labels", [])]
     queries, pool = [], {}
     for item, candidates, labels, grades in parsed:
-        for key, candidate in candidates:
-            pool.setdefault(key, candidate)
+        for key, build in candidates:
+            if key not in pool:
+                pool[key] = build()
         # interned: a thousand names a query would else be a thousand new strings
         own = [sys.intern(key) for key, _ in candidates] if about["eval_type"] == "local" else None
         queries.append({"input": item, "labels": as_labels(labels), "grades": grades, "candidates": own})
-    for key, candidate in corpus:
-        pool.setdefault(key, candidate)
+    pool |= {key: build() for key, build in corpus if key not in pool}
     if not queries:
         raise ValueError(f"{folder}: no rows for {about['name']}")
     fields = [about[key] for key in ("name", "modality", "group", "eval_type", "main_metric")]
@@ -259,7 +260,10 @@ def sample_frames(folder, n=NUM_FRAMES):
 
 
 def image_row(about, row, media, root):
-    """-> query, [(key, candidate)], labels, grades; so do the other parsers. The first candidate is the right one."""
+    """-> query, [(key, function that builds the candidate)], labels, grades; so do the other parsers.
+
+    Lists of a thousand candidates repeat from row to row; only a new key's is built.
+    """
     kind, captions, paths = about["parser"], row["tgt_text"], row["tgt_img_path"]
     instruction, target = (row[key].replace("<|image_1|>", "") for key in ("qry_inst", "tgt_inst"))
 
@@ -271,34 +275,37 @@ def image_row(about, row, media, root):
     else:
         instruction = instruction.strip() if kind in ("image_qa", "image_i2i_vg") else instruction
         text = instruction + (f" {row['qry_text']}" if row["qry_text"] else "")
-        query = mmeb_input(tidy(text), [media / row["qry_img_path"]])
+        query = mmeb_input(tidy(text), [os.path.join(media, row["qry_img_path"])])
     if kind in ("image_t2i", "image_i2i_vg"):  # a first caption that is blank says that there are none
-        texts = [tidy(f"{target} {caption}" if captions[0].strip() else target) for caption in captions]
+        def build(path, caption):
+            return mmeb_input(tidy(f"{target} {caption}" if captions[0].strip() else target), [media / path])
+
         keys = [p if kind == "image_t2i" else f"{p}:" + caption.strip('"') for p, caption in zip(paths, captions)]
-        candidates = [(key, mmeb_input(text, [media / p])) for key, text, p in zip(keys, texts, paths)]
+        candidates = [(key, partial(build, *side)) for key, *side in zip(keys, paths, captions)]
     else:
-        candidates = [(caption, mmeb_input(caption)) for caption in captions]
-    return query, candidates, candidates[0][0], None
+        candidates = [(caption, partial(mmeb_input, caption)) for caption in captions]
+    return query, candidates, candidates[0][0], None  # the right one stands first
 
 
 def video_row(about, row, media, root):
     kind, ask, target = about["parser"], about["query_instruction"], about["target_instruction"]
 
     def clip(folder, n=NUM_FRAMES):  # a candidate video; its key is the folder's path below the root
-        return folder.relative_to(root).as_posix(), mmeb_input(target, video=sample_frames(folder, n))
+        return folder.relative_to(root).as_posix(), lambda: mmeb_input(target, video=sample_frames(folder, n))
 
     if kind in ("video_classification", "ssv2"):
         query = mmeb_input(ask, video=sample_frames(media / str(row["video_id"])))
-        return query, [(key, mmeb_input(key)) for key in as_labels(row[about["columns"][-1]])], row["pos_text"], None
+        keys = as_labels(row[about["columns"][-1]])
+        return query, [(key, partial(mmeb_input, key)) for key in keys], row["pos_text"], None
     if about["group"] == "V-QA":
         folder, text, options, label = video_question(kind, row)
         query = mmeb_input(f"{ask} {text}", video=sample_frames(media / str(folder)))
-        return query, [(key, mmeb_input(option)) for key, option in options], label, None
+        return query, [(key, partial(mmeb_input, option)) for key, option in options], label, None
     if about["group"] == "V-RET":
         name, caption = (row[column] for column in about["columns"])
         name = Path(name).stem if kind == "didemo" else name  # a file name there, a name elsewhere
-        _, candidate = clip(media / str(name))
-        return mmeb_input(f"{ask} {as_labels(caption)[0]}"), [(name, candidate)], name, None
+        query = mmeb_input(f"{ask} {as_labels(caption)[0]}")
+        return query, [(name, clip(media / str(name))[1])], name, None
     if kind == "moment_retrieval":  # the folders beside "query" are the candidates
         folder = media / Path(row["video_path"]).stem
         if not folder.is_dir():
@@ -363,10 +370,13 @@ def visdoc_rows(about, folder, media, with_instruction):
     def page(key):
         stem, ending = os.path.splitext(str(key))
         short = f"{stem[:50]}_{hashlib.md5(str(key).encode()).hexdigest()[:8]}{ending}"
-        return key, mmeb_input(target, [media / (f"{key}.png" if about["parser"] == "vidore" else short)])
+        return media / (f"{key}.png" if about["parser"] == "vidore" else short)
 
-    corpus = [page(row["corpus-id"]) for row in table("corpus", "corpus-id")]
-    absent = {key: Path(item["images"][0]) for key, item in corpus if not os.path.exists(item["images"][0])}
+    def candidate(key):
+        return key, lambda: mmeb_input(target, [page(key)])
+
+    corpus = [row["corpus-id"] for row in table("corpus", "corpus-id")]
+    absent = {key: page(key) for key in corpus if not page(key).exists()}
     for file in annotation_files(folder, "corpus", about["split"]) if absent else []:
         for batch in pq.ParquetFile(file).iter_batches(16, columns=["corpus-id", "image"]):
             for row in batch.to_pylist():
@@ -384,8 +394,8 @@ def visdoc_rows(about, folder, media, with_instruction):
         if not grades:
             raise ValueError(f"{about['repo']}: query {row['query-id']} has no relevant page in the qrels")
         query = mmeb_input(f"{ask} {row['query']}")
-        rows.append((query, [page(key) for key in grades], list(grades), list(grades.values())))
-    return rows, corpus
+        rows.append((query, [candidate(key) for key in grades], list(grades), list(grades.values())))
+    return rows, [candidate(key) for key in corpus]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -464,7 +474,8 @@ def generated(embedder, inputs, keys, settings, samples):
 
     def read(batch):  # in a background worker: an input as a Row, or why it cannot be one
         try:
-            return encode_input(embedder.tokenizer, batch[0], blank_image=settings.blank_image, name="input")
+            return encode_input(embedder.tokenizer, batch[0], blank_image=settings.blank_image,
+                                name=f"the input {batch[0]['text'][:60]!r}")  # fmt: skip
         except Skip as error:
             return str(error)
 
