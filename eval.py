@@ -813,7 +813,8 @@ def paper_table(scores):
     rows += [[name, *(f"{x:.1f}" for x in row)] for name, row in ASSET["published"].items()]
     text = f"\nMMEB-V2 beside published results (hit@1 of image and video, ndcg@5 of visdoc, in %)\n{text_table(rows)}"
     if len(tasks) < len(MMEB):
-        text += f"\n{len(tasks)} of {len(MMEB)} tasks: no overall; * some of the group's tasks are missing"
+        text += (f"\n{len(tasks)} of {len(MMEB)} tasks: no overall; * some of the group's tasks are missing, in all "
+                 f"{', '.join(name for name in MMEB if name not in tasks)}")  # fmt: skip
     return text
 
 
