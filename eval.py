@@ -215,10 +215,11 @@ def load_mmeb(about, root, vidore_instruction):
 def annotation_files(folder, config, split):
     """The files of one config and split: as the dataset card's configs say, else by their names."""
     card = metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None
-    configs = {entry["config_name"]: entry["data_files"] for entry in (card or {}).get("configs", [])}
-    only = next(iter(configs.values())) if len(configs) == 1 and not config else []
-    parts = [part for part in configs.get(config or "default", only) if part["split"] == split]
-    files = [file for part in parts for p in as_labels(part["path"]) for file in sorted(folder.glob(p))]
+    configs = {entry.get("config_name"): entry.get("data_files") for entry in (card or {}).get("configs", [])}
+    only = next(iter(configs.values())) if len(configs) == 1 and not config else None
+    parts = [part for part in configs.get(config or "default", only) or [] if isinstance(part, dict)]
+    patterns = [p for part in parts if part["split"] == split for p in as_labels(part["path"])]
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     for path in [] if files else sorted(folder.rglob("*")):
         words, stem = path.relative_to(folder).parts, path.stem
         mine = config is None or config in words or stem.endswith(config)
@@ -819,7 +820,10 @@ def paper_table(scores):
 
 
 def leaderboard(scores, mode, backbone):
-    """The file that the MMEB leaderboard takes; fill in the dates and the url before you submit it."""
+    """The file that the MMEB leaderboard takes; fill in the dates and the url before you submit it.
+
+    ndcg of the three graded tasks is the aligned one (departure 5).
+    """
     S = {"image": {}, "video": {}, "visdoc": {}}
     for name, task in MMEB.items():
         entry, fixed = scores["tasks"].get(name), name in ("ViDoSeek-page", "MMLongBench-page")

@@ -148,6 +148,10 @@ def test_cards_and_links_are_not_needed(mini, own):
         card.unlink()
     for name in ev.MMEB:
         assert as_read(ev.load_task(name, own), own) == as_read(ev.load_task(name, mini), mini), name
+    card = own / "annotations/VLM2Vec/MSVD/README.md"  # other forms of a card: a bare pattern, no config name
+    for config in ('"*_test.json"', '["*.json"]', ""):
+        card.write_text(f"---\nconfigs:\n- data_files: {config}\n---\n")
+        assert as_read(ev.load_task("MSVD", own), own) == as_read(ev.load_task("MSVD", mini), mini)
     links = [path for path in own.rglob("*") if path.is_symlink() and path.parent.name != "images"]
     assert len(links) > 30
     for link in links:
