@@ -29,8 +29,8 @@ Departures from the official evaluation:
 
 Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
 tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
-and its media's bytes: none is ever stale. All media are read for it at every start (about 50 GB for MMEB-V2); size
-and time of a file would be quicker, but do not show every change.
+and its media's bytes: none is ever stale. All media are read for it at every start (an estimated 50 GB for
+MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
@@ -334,13 +334,11 @@ def video_row(about, row, media, root):
     return query, right + wrong, [key for key, _ in right], None
 
 
-YES_NO = [("yes", "yes"), ("no", "no")]
-
-
 def video_question(kind, row):
     """-> folder of the frames, text of the question, [(key, text) of the options], key of the right one."""
     if kind == "activitynetqa":
-        return f"v_{row['video_name']}", f"{row['question']}? (A) yes; (B) no.", YES_NO, row["answer"]
+        text, options = f"{row['question']}? (A) yes; (B) no.", [(x, x) for x in ("yes", "no")]
+        return f"v_{row['video_name']}", text, options, row["answer"]
     if kind in ("mvbench", "nextqa"):
         plain = row["candidates"] if kind == "mvbench" else [row[f"a{i}"] for i in range(5)]
         lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(plain)]
@@ -549,7 +547,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
     def save():
         nonlocal waiting, last
         key, problem, disc, gen, valid, tokens, texts = zip(*waiting)
-        seconds = np.full(len(waiting), (time.time() - last) / len(waiting))
+        seconds = np.full(len(waiting), (time.time() - last) / len(waiting))  # decoded together, they share the time
         arrays = {"disc": np.stack(disc).astype(np.float32), "gen": np.stack(gen).astype(np.float32),
                   "valid": np.stack(valid), "tokens": np.array(tokens), "seconds": seconds}  # fmt: skip
         rows = json.dumps(list(zip(key, problem, texts)))
@@ -802,11 +800,10 @@ def score_table(scores):
 def paper_table(scores):
     """Our modes and the published rows in the columns of the paper's main table."""
     tasks, columns = scores["tasks"].keys() & MMEB.keys(), ASSET["columns"]
-    rows = [["", *columns]]
     whole = {c: {name for name, t in MMEB.items() if c in (t["group"], t["modality"], "All")} for c in columns}
-    whole["All"] = set(MMEB)
     means = aggregate({name: scores["tasks"][name] for name in sorted(tasks)})
     means = means["groups"] | means["modalities"] | {"All": means["overall"]}
+    rows = [["", *columns]]
     for mode in [mode for mode in MODES if mode in means[next(iter(means))]]:
         cells = [f"{100 * means[c][mode]:.1f}{'*' * (not whole[c] <= tasks)}" if means.get(c) else "-"
                  for c in columns]  # fmt: skip
