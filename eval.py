@@ -194,8 +194,8 @@ def load_mmeb(about, root, vidore_instruction):
         rows = [row | {"subset": config} for config in about["configs"]
                 for path in annotation_files(folder, config, about["split"])
                 for row in read_table(path, about["columns"])]  # fmt: skip
-        parse = image_row if about["modality"] == "image" else video_row
-        parsed = (parse(about, row, media, root) for row in rows[: about.get("first_rows")])
+        parsed = (parse_row(about, row, media, root, f"{folder}, row {i} of {about['name']}")
+                  for i, row in enumerate(rows[: about.get("first_rows")]))  # fmt: skip
         corpus = [(label, partial(mmeb_input, label)) for label in about.get("labels", [])]
     queries, pool = [], {}
     for item, candidates, labels, grades in parsed:
@@ -260,11 +260,16 @@ def sample_frames(folder, n=NUM_FRAMES):
     return [os.path.join(folder, name) for name in names] or [str(folder)]
 
 
-def image_row(about, row, media, root):
-    """-> query, [(key, function that builds the candidate)], labels, grades; so do the other parsers.
+def parse_row(about, row, media, root, name):
+    """-> query, [(key, function that builds the candidate)], labels, grades; a candidate is built for a new key only:
+    lists of a thousand repeat from row to row."""
+    try:
+        return image_row(about, row, media) if about["modality"] == "image" else video_row(about, row, media, root)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: not in the published form ({error!r})") from error
 
-    Lists of a thousand candidates repeat from row to row; only a new key's is built.
-    """
+
+def image_row(about, row, media):
     kind, captions, paths = about["parser"], row["tgt_text"], row["tgt_img_path"]
     instruction, target = (row[key].replace("<|image_1|>", "") for key in ("qry_inst", "tgt_inst"))
 

@@ -202,7 +202,7 @@ if __name__ == "__main__":
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
     p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
-    p.add_argument("--inputs", type=int, default=32)
+    p.add_argument("--inputs", type=int, default=96)
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
     if args.command == "eval":

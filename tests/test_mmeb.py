@@ -183,6 +183,12 @@ def test_errors_name_the_file_and_the_cure(own):
     pq.write_table(pq.read_table(file).rename_columns(["id", *pq.read_schema(file).names[1:]]), file)
     with pytest.raises(ValueError, match=r"VATEX.*lacks the columns videoID"):
         ev.load_task("VATEX", own)
+    file = own / "annotations/VLM2Vec/Video-MME/videomme/test-00000-of-00001.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["answer"] = "E"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    with pytest.raises(ValueError, match=r"VLM2Vec/Video-MME, row 1 of Video-MME: not in the published form"):
+        ev.load_task("Video-MME", own)
     shutil.rmtree(own / "annotations/VLM2Vec/MSVD")
     with pytest.raises(FileNotFoundError, match=r"VLM2Vec/MSVD has no files of config default, split test"):
         ev.load_task("MSVD", own)
