@@ -274,18 +274,20 @@ def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
     names = model.tokenizer.convert_tokens_to_ids(NEVER)
     assert len(set(names)) == len(NEVER)
     loved = names + list(range(len(model.tokenizer), len(model.backbone.lm_head.weight)))
-    model.backbone.lm_head.register_forward_hook(
-        lambda _module, _args, out: out.index_fill(-1, torch.tensor(loved), 60.0)
-    )
+    table = model.backbone.lm_head.weight.detach().clone()  # not the embeddings' any more
+    table[loved] = 20 * torch.randn(len(loved), 128, generator=torch.Generator().manual_seed(0))
+    model.backbone.lm_head.weight = torch.nn.Parameter(table)
     rows = encoded(model, inputs()[:4], answered=False)
     done = dict(model.generate(rows, G=4, temperature=temperature, seeds=range(4), max_new_tokens=20, slots=16))
     written = {token for r in done.values() for ids in r.ids for token in ids}
     assert len(written) > 3 and not written & set(loved)
-    hidden = torch.randn(3, 128)
-    logp, entropy = model.token_logp(hidden, torch.tensor([loved[0], loved[-1], 5]), 1.0, True)
-    assert (logp[:2] < -1e6).all() and logp.isfinite().all() and entropy.isfinite().all() and logp[2] > -100
-    free, _ = model.token_logp(hidden, torch.tensor([loved[0]] * 3), 1.0, False)
+    hidden = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    best = (hidden @ table.T).argmax(-1)
+    assert set(best.tolist()) <= set(loved)
+    free, _ = model.token_logp(hidden, best, 1.0, False)
     assert (free > -5).all()  # without the ban these are the likely ones
+    logp, entropy = model.token_logp(hidden, torch.tensor([*best[:2], 5]), 1.0, True)
+    assert (logp[:2] < -1e6).all() and logp.isfinite().all() and entropy.isfinite().all() and logp[2] > -100
 
 
 def test_sample_follows_the_distribution():
@@ -293,12 +295,13 @@ def test_sample_follows_the_distribution():
     tokens at both ends and in the middle are never picked."""
     logits = torch.tensor([-1e9, 0.3, 2.0, -1e9, -4.0, 1.0, -1e9])
     n = 10_000
-    tokens, logp = sample(logits.expand(n, -1), [k / n for k in range(n)])
-    want = logits.softmax(-1) * n
-    assert (torch.bincount(torch.tensor(tokens), minlength=7) - want).abs().max() <= 1
-    torch.testing.assert_close(torch.tensor(logp), logits.log_softmax(-1)[tokens], **CLOSE)
-    assert sample(logits[None], None)[0] == [2]
-    assert sample(logits[None], [1 - 2**-53])[0] == [5]
+    tokens, logp = torch.tensor(sample(logits.expand(n, -1), [k / n for k in range(n)])).T
+    tokens, want = tokens.long(), logits.softmax(-1) * n
+    assert (torch.bincount(tokens, minlength=7) - want).abs().max() <= 1
+    torch.testing.assert_close(logp, logits.log_softmax(-1)[tokens], **CLOSE)
+    assert sample(logits[None], None)[0][0] == 2
+    assert sample(logits[None], [1 - 2**-53])[0][0] == 5
+    assert sample(logits[None], [0.5], [1])[0] == [1, float(logits.log_softmax(-1)[1])]
 
 
 # ---- embed() ---------------------------------------------------------------------------------------------------
