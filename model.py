@@ -41,7 +41,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data import DISC, GEN, PIXELS, Row, Skip, encode_input
 
-HEAD_CHUNK = 512  # tokens whose logits exist at once, twice: 2 x 512 x 152 k x 4 B = 0.6 GB
+HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 

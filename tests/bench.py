@@ -1,6 +1,9 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
+python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts (bench_engine.py)
+python tests/bench.py rl                # update pass, reference pass and a whole RL step
+python tests/bench.py embed             # decode steps of continuous batching
 """
 
 import argparse
@@ -200,6 +203,16 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    for name, help in (("rollout", "rollouts beside the official recipe"), ("rl", "update, reference, whole step"),
+                       ("embed", "decode steps of Embedder.embed")):  # fmt: skip
+        p = commands.add_parser(name, help=help)
+        p.add_argument("--repeats", type=int, default=3, help="timed runs of each side (rollout, rl)")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
-    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
+    if args.command == "toy":
+        toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
+    else:
+        import bench_engine
+
+        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
+        bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
