@@ -6,9 +6,9 @@ times by generate(), all logits of prompt and completion exist, query and target
 random Qwen2-VL (text 8 x 512, vision 4 x 320, frozen), the same prompts and the same completions, forced on
 generate() by a logits processor and on ours by a script; both do the head and the sampling for every token.
 
-Time: CPU seconds of the process on one thread, median of 3, the two sides in turn. Memory: peak of a fresh process above
-that of the loaded model. A vocabulary of 10,240 gives the head the share of the work that it has in the real 2B; the
-real vocabulary, 151,936, is the honest one for memory.
+Time: CPU seconds of the process on one thread, median of 3, the two sides in turn. Memory: peak of a fresh process
+above that of the loaded model. A vocabulary of 10,240 gives the head the share of the work that it has in the real 2B;
+the real vocabulary, 151,936, is the honest one for memory.
 """
 
 import copy
@@ -316,8 +316,11 @@ def compare(names, repeats=3):
         )
 
 
-def embed(n=256, slots=16):
-    """Decode steps of embed() on lengths as they come, beside static batches of the same inputs (toy architecture)."""
+def embed(n=1000, slots=16):
+    """Decode steps of embed() on lengths as they come, beside static batches of the same inputs (toy architecture).
+
+    n is the number of queries of an MMEB task: with few inputs, the last ones that run alone weigh more.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         toy_model(folder)
@@ -325,7 +328,7 @@ def embed(n=256, slots=16):
     lengths = np.random.default_rng(0).lognormal(np.log(180), 0.5, n).astype(int)
     words = np.setdiff1d(np.arange(len(embedder.tokenizer)), [*embedder.banned.tolist(), embedder.end_id])
     script = [[[*np.resize(words, length - 1).tolist(), embedder.gen_id]] for length in lengths]
-    inputs, steps, real = [{"text": f"{i:03}"} for i in range(n)], [0], embedder.decode_step
+    inputs, steps, real = [{"text": f"{i:04}"} for i in range(n)], [0], embedder.decode_step
 
     def counted(live, cache):
         steps[-1] += 1
