@@ -21,11 +21,17 @@ Commands
 """
 
 import argparse
+import codecs
+import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
+import signal
+import sys
 import zlib
+from array import array
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +43,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ class Row:
     patches: np.ndarray  # [n, 1176] of all media in the order of the text
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
-    vit: torch.Tensor | None = None  # [n, D_vit] the frozen ViT's states of the patches, once they are computed
+    vit: torch.Tensor | None = None  # what the frozen vision tower made of the patches (Embedder.see), once it has
 
     @property
     def next_position(self):
@@ -177,13 +184,9 @@ def chat_prompt(user):
     return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
-    """One side of a pair -> Row.
-
-    human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
-    video: list of frames (more than NUM_FRAMES are thinned out evenly); answer: the assistant's text or None.
-    Raises Skip for media that cannot be used, ValueError for text and media that do not fit together.
-    """
+def check_text(human, images, video, answer, name):
+    """The media marks of a text, in its order. Raises ValueError where they do not fit the media or the text has
+    control tokens."""
     marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", human) if images or video else []
     if marks.count(IMAGE_MARK) != len(images) or marks.count(VIDEO_MARK) != bool(video):
         raise ValueError(
@@ -193,6 +196,17 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
     for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
         if token in human + (answer or ""):
             raise ValueError(f"{name}: the text contains the control token {token}; remove it from the row")
+    return marks
+
+
+def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
+    """One side of a pair -> Row.
+
+    human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
+    video: list of frames (more than NUM_FRAMES are thinned out evenly); answer: the assistant's text or None.
+    Raises Skip for media that cannot be used, ValueError for text and media that do not fit together.
+    """
+    marks = check_text(human, images, video, answer, name)
     patches, grids, images = [], [], iter(images)
     for mark in marks:
         if mark == IMAGE_MARK:
@@ -249,25 +263,135 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
 def read_rows(path):
     """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
+    return [row for _, _, row in scan_rows(path)]
+
+
+def scan_rows(path, block=1 << 24):
+    """Streams a .json list or .jsonl lines: yields (first byte, last byte + 1, dict) of every row.
+
+    Holds a block and a row at a time: the published SFT file has 1.46 M rows in 8 GB.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give --data the SFT or RL file")
-    text = path.read_text(encoding="utf-8")
-    one_list = text.lstrip().startswith("[")
-    rows, line = [], 0
-    try:
-        if one_list:
-            rows = json.loads(text)
-        else:
-            for line, content in enumerate(text.split("\n"), 1):  # noqa: B007 (the message below needs it)
-                if content.strip():
-                    rows.append(json.loads(content))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno if one_list else line}: not valid JSON ({error.msg})") from error
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
-    return rows
+    with open(path, "rb") as file:
+        one_list = file.read(1024).lstrip()[:1] == b"["
+        file.seek(0)
+        try:
+            for i, (start, end, row) in enumerate(scan_list(file, path, block) if one_list else scan_lines(file, path)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
+                yield start, end, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not valid UTF-8 text ({error})") from error
+
+
+def scan_lines(file, path):
+    at = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield at, at + len(line), json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        at += len(line)
+
+
+def scan_list(file, path, block):
+    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    text, place, byte, line, last = "", 0, 0, 1, False  # text is what is being parsed, place the next character of it;
+    # byte: place in the file; line: number of text's first line; last: nothing is left to read
+
+    def refill():
+        nonlocal text, place, line, last
+        new = file.read(block)
+        last, line = not new, line + text.count("\n", 0, place)
+        text, place = text[place:] + utf8.decode(new, not new), 0
+
+    def broken(what, at):
+        return ValueError(f"{path}, line {line + text.count(chr(10), 0, at)}: not valid JSON ({what})")
+
+    for gap in itertools.chain([r"\s*(\[)\s*(\]?)"], itertools.repeat(r"\s*(?:(,)\s*|(\]))")):
+        while not last and len(text) - place < 4096:  # a comma and its white space are never cut in two
+            refill()
+        found = re.compile(gap).match(text, place)
+        if not found:
+            raise broken("a row must be followed by a comma or the end of the list; is the file whole?", place)
+        byte, place = byte + len(text[place : found.end()].encode()), found.end()
+        if found[2]:
+            while not text[place:].strip() and not last:
+                refill()
+            if text[place:].strip():
+                raise broken("more text behind the list", place)
+            return
+        while True:
+            try:
+                row, end = decode(text, place)
+                break
+            except json.JSONDecodeError as error:
+                if last:
+                    raise broken(error.msg, error.pos) from error
+                refill()  # the row may go on in the next block
+        size = len(text[place:end].encode())
+        yield byte, byte + size, row
+        byte, place = byte + size, end
+
+
+def index_rows(path, kind, needs=(DISC, GEN), cache=None):
+    """Checks every row of a file and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
+    "dataset" int32 [n], an index into "names"; "digest" of the whole content.
+
+    cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
+    ones take no time. A half written index cannot be met: it is renamed when it is complete.
+    """
+    path, kept = Path(path), None
+    if cache and path.is_file():
+        about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "1")
+        kept = Path(cache) / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
+        if kept.exists():
+            return dict(np.load(kept))
+    spans, dataset, names = array("q"), array("i"), {}
+    size = path.stat().st_size if path.is_file() else 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
+        for i, (start, end, row) in enumerate(scan_rows(path)):
+            check_row(row, kind, needs, f"{path}, row {i}")
+            spans.extend((start, end))
+            dataset.append(names.setdefault(str(row.get("dataset_name", "")), len(names)))
+            bar.update(end - bar.n)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    index = {"spans": np.array(spans, np.int64).reshape(-1, 2), "dataset": np.array(dataset, np.int32),
+             "names": np.array(list(names), dtype=str), "digest": np.array(digest)}  # fmt: skip
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **index)
+            os.fsync(file.fileno())
+        os.replace(temporary, kept)
+    return index
+
+
+class Rows:
+    """The rows of several files, read from the disk one by one: rows[i] -> (name for messages, dict)."""
+
+    def __init__(self, files, kind, needs=(DISC, GEN), cache=None):
+        self.files, self.indexes = files, [index_rows(file, kind, needs, cache) for file in files]
+        self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
+        self.starts = np.cumsum([0] + [len(index["spans"]) for index in self.indexes])
+        self.names = sorted({str(name) for index in self.indexes for name in index["names"]})
+        codes = [np.array([self.names.index(n) for n in x["names"]], np.int32)[x["dataset"]] for x in self.indexes]
+        self.dataset = np.concatenate(codes) if len(self) else np.zeros(0, np.int32)  # [n] an index into names
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        f = int(np.searchsorted(self.starts, i, side="right")) - 1
+        j = int(i - self.starts[f])
+        start, end = self.indexes[f]["spans"][j].tolist()
+        # pread takes its place as an argument: forked workers share the open file
+        return f"{self.files[f]}, row {j}", json.loads(os.pread(self.open[f].fileno(), end - start, start))
 
 
 def as_list(media):
@@ -280,8 +404,8 @@ def sft_side(side, name):
     try:
         turns = side["conversations"]
         human, answer = (turn["value"] if "value" in turn else turn["content"] for turn in turns[:2])
-        if not isinstance(human, str):
-            raise TypeError("the human text is no string")
+        if not isinstance(human, str) or not isinstance(answer, str | None):
+            raise TypeError("a text is no string")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{name}: needs "conversations" with a human and an assistant turn ({error!r})') from error
     images, video = as_list(side.get("image")), as_list(side.get("video"))
@@ -295,11 +419,35 @@ def rl_side(row, side, name):
     missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
         raise ValueError(f"{name}: the row lacks {', '.join(missing)}")
+    if not isinstance(row[f"{side}_text"], str | None):
+        raise ValueError(f"{name}: {side}_text is no string")
     return {
         "text": row[f"{side}_text"],
         "images": as_list(row[f"{side}_image"]),
         "video": as_list(row[f"{side}_video"]),
     }
+
+
+def side_of(row, kind, side, name):
+    """One side of a row -> (name, human text, images, video, answer) of either kind of file."""
+    if kind == "sft":
+        if side not in row:
+            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+        return f"{name}, {side}", *sft_side(row[side], f"{name}, {side}")
+    item = rl_side(row, side, f"{name}, {side}")
+    return f"{name}, {side}", item["text"], item["images"], item["video"], None
+
+
+def check_row(row, kind, needs, name):
+    """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have."""
+    for side in ("qry", "pos"):
+        where, human, images, video, answer = side_of(row, kind, side, name)
+        if kind == "rl":  # its marks do not count, the media come first in any case
+            human, images, video, needs = human or "", [], [], ()
+        check_text(human, images, video, answer, where)
+        for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
+            if token in needs and token not in text:
+                raise ValueError(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
 
 
 def content_key(text, images, video):
@@ -329,15 +477,17 @@ class PairData(Dataset):
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
-                 blank_image=True, needs=(DISC, GEN), answers=True):  # fmt: skip
-        self.rows = [(f"{file}, row {i}", row) for file in files for i, row in enumerate(read_rows(file))]
-        if not self.rows:
+                 blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
+        self.rows = Rows(files, kind, needs, cache)
+        if not len(self.rows):
             raise ValueError(f"{', '.join(map(str, files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
         self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
         if batch_size % world:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of the {world} processes")
-        self.order = BatchOrder([row.get("dataset_name", "") for _, row in self.rows], batch_size, seed)
+        self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
+        if rank == 0 and self.order.left_out:
+            print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")
 
     def __getitem__(self, step):
         batch = self.order[step]
@@ -345,8 +495,6 @@ class PairData(Dataset):
 
     def pair(self, i):
         name, row = self.rows[i]
-        if self.kind == "sft" and not {"qry", "pos"} <= row.keys():
-            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
         try:
             query, _ = self.side(row, "qry", name)
             target, key = self.side(row, "pos", name)
@@ -356,27 +504,16 @@ class PairData(Dataset):
 
     def side(self, row, side, name):
         """-> Row and the identity of its content."""
-        common = dict(root=self.root, name=f"{name}, {side}")
+        name, human, images, video, answer = side_of(row, self.kind, side, name)
         if self.kind == "sft":
-            human, images, video, answer = sft_side(row[side], common["name"])
-            key = content_key(human, images, video)
-            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, **common)
+            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, root=self.root,
+                             name=name)  # fmt: skip
         else:
-            item = rl_side(row, side, common["name"])
-            key = content_key(item["text"], item["images"], item["video"])
-            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, **common)
-        self.check(encoded)
-        return encoded, key
-
-    def check(self, row):
-        for token, at in ((DISC, row.disc_at), (GEN, row.gen_at)):
-            if token in self.needs and at < 0:
-                place = "user's" if token == DISC else "assistant's"
-                raise ValueError(
-                    f"{row.name}: no {token} in the {place} text, so it has no such embedding; mend the row"
-                )
-        if len(row.ids) > self.max_length:
-            raise Skip(f"{row.name}: {len(row.ids)} tokens, above --max_length {self.max_length}")
+            item = {"text": human, "images": images, "video": video}
+            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, root=self.root, name=name)
+        if len(encoded.ids) > self.max_length:
+            raise Skip(f"{name}: {len(encoded.ids)} tokens, above --max_length {self.max_length}")
+        return encoded, content_key(human, images, video)
 
     def stand_in(self, name):
         """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
@@ -389,18 +526,21 @@ class BatchOrder:
 
     Every dataset is an endless row of permutations, one per epoch, cut into batches; a tail shorter than a batch goes
     into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row
-    twice (unless the dataset is smaller than a batch).
+    twice; a dataset smaller than a batch is left out.
     An epoch's batches over all datasets are shuffled together.
     """
 
-    def __init__(self, dataset_names, batch_size, seed):
+    def __init__(self, dataset, batch_size, seed, names=None):
+        """dataset: name of every row, or its index into names."""
         self.batch_size, self.seed = batch_size, seed
-        names = np.array(dataset_names)
-        self.members = [np.flatnonzero(names == name) for name in sorted(set(dataset_names))]
-        self.names = sorted(set(dataset_names))
-        if not any(len(member) >= batch_size for member in self.members):
-            sizes = ", ".join(f"{name or 'unnamed'} {len(m)}" for name, m in zip(self.names, self.members))
-            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {sizes}); lower --batch_size")
+        found, dataset = np.unique(dataset, return_inverse=True)
+        found = found.tolist() if names is None else [names[i] for i in found]
+        members = [np.flatnonzero(dataset == d) for d in range(len(found))]
+        sizes = [f"{name or 'unnamed'} {len(m)}" for name, m in zip(found, members)]
+        self.left_out = ", ".join(size for size, m in zip(sizes, members) if len(m) < batch_size)  # names and sizes
+        self.members = [m for m in members if len(m) >= batch_size]
+        if not self.members:
+            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
         self.permutation = lru_cache(maxsize=None)(self.permutation)
         self.starts, self.epochs = [0], []  # first step of every epoch; its batches, built when first asked for
 
@@ -408,7 +548,7 @@ class BatchOrder:
         n = len(self.members[d])
         order = np.random.default_rng([self.seed, d, epoch]).permutation(n)
         carried = (epoch * n) % self.batch_size  # rows of the last epoch still waiting for their batch
-        if 0 < carried < n:
+        if carried:
             waiting = self.permutation(d, epoch - 1)[n - carried :]
             late = np.isin(order, waiting)
             order = np.concatenate([order[~late], order[late]])
@@ -447,20 +587,35 @@ def step_loader(data, steps, workers):
 
     A worker's item is one pair, not one step: a step of 1,024 pairs with pictures is gigabytes of patches.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks: they share the rows
-    batches = [data.order[step][data.rank :: data.world].tolist() for step in steps]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
+    share = data.order.batch_size // data.world
     loader = DataLoader(
         Pairs(data),
         batch_size=None,
-        sampler=[i for batch in batches for i in batch],
+        sampler=(int(i) for step in steps for i in data.order[step][data.rank :: data.world]),
         num_workers=workers,
         generator=torch.Generator(),  # its own: the global one must not depend on the loader
-        prefetch_factor=max(2, -(-len(batches[0]) // workers)) if workers and batches else None,  # one step ahead
+        prefetch_factor=max(2, -(-share // workers)) if workers else None,  # one step ahead
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=tie_to_parent,
     )
     pairs = iter(loader)
-    for batch in batches:
-        yield [next(pairs) for _ in batch]
+    for _ in steps:
+        yield [next(pairs) for _ in range(share)]
+
+
+def tie_to_parent(_worker):
+    """A scheduler signals the whole process group: the workers must live until the training loop has saved, and not a
+    moment longer than it (those of a killed one would wait for ever, each for the other, with full pipes)."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal_with_parent(signal.SIGKILL)
+
+
+def signal_with_parent(number):
+    """Linux sends this process the signal when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 # ------------------------------------------------------------------------------------------- the toy world

@@ -4,6 +4,8 @@ python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME a
 python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts (bench_engine.py)
 python tests/bench.py rl                # update pass, reference pass and a whole RL step
 python tests/bench.py embed             # decode steps of continuous batching
+python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
+python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
 """
 
 import argparse
@@ -207,12 +209,17 @@ if __name__ == "__main__":
                        ("embed", "decode steps of Embedder.embed")):  # fmt: skip
         p = commands.add_parser(name, help=help)
         p.add_argument("--repeats", type=int, default=3, help="timed runs of each side (rollout, rl)")
+    commands.add_parser("memory", help="memory plan of the real sizes")
+    commands.add_parser("sft", help="SFT step against the official recipe")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
-    if args.command == "toy":
-        toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
-    else:
+    if args.command in ("rollout", "rl", "embed"):
         import bench_engine
 
-        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
-        bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
+        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}.get(args.command)
+        sys.exit(bench_engine.compare(cases, args.repeats) if cases else bench_engine.embed())
+    if args.command in ("memory", "sft"):
+        import bench_scale
+
+        sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
+    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
