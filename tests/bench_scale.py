@@ -1,5 +1,6 @@
 """`bench.py memory` and `bench.py sft`: memory plan of the real sizes, and our SFT step against the official recipe."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def one_pass(embedder):
     (embeddings.sum() - logp.mean()).backward()
 
 
+@functools.cache  # RL is as SFT: its vision tower is frozen, too
 def measured(size, fsdp):
     """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
 

@@ -269,6 +269,19 @@ def test_going_back_forgets_what_came_after(tmp_path):
     assert [n for n, _ in list_checkpoints(tmp_path)] == [1]
 
 
+def test_folders_of_two_nodes(tiny_dir, world, tmp_path, capfd):
+    """Bug story: where --out is not one shared folder, a process without the checkpoint started anew and the others
+    waited for it for ever."""
+    (tmp_path / "0").mkdir()
+    argv = flags(tiny_dir, world, "out", data=world / "sft.json", steps=2, save_every=1)
+    own = lambda rank: (tmp_path / str(rank)).mkdir(exist_ok=True) or os.chdir(tmp_path / str(rank))  # noqa: E731
+    before = act_at(sft, "sft_step", 2, die)
+    run_processes(sft, argv, 1, codes=-signal.SIGKILL, before=lambda rank: own(rank) or before(rank))
+    assert [n for n, _ in list_checkpoints(tmp_path / "0/out")] == [1]
+    run_processes(sft, argv, 2, codes=1, before=own)
+    assert "found different steps [1, 0]" in capfd.readouterr().err
+
+
 def test_random_state_is_restored(tmp_path):
     """The global generator goes on where the checkpoint was made."""
     model, optimizer = small()
