@@ -112,7 +112,7 @@ def peak(side, n, batch):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def bench_eval(n, batch=16, repeats=3):
+def bench_eval(n, batch=8, repeats=3):
     torch.set_num_threads(1)
     embedder = random_model()
     rows, completions = work(embedder, n)
