@@ -217,7 +217,8 @@ if __name__ == "__main__":
         import bench_engine
 
         cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}.get(args.command)
-        sys.exit(bench_engine.compare(cases, args.repeats) if cases else bench_engine.embed())
+        bench_engine.compare(cases, args.repeats) if cases else bench_engine.embed()
+        sys.exit(bench_engine.trl() if args.command == "rl" else None)
     if args.command in ("memory", "sft"):
         import bench_scale
 
