@@ -634,6 +634,7 @@ SHAPES = {  # below 0 is inside; all are about 1 in radius
 PLACES = ["xa", "xb", "xc", "ya", "yb", "yc", "za", "zb", "zc"]
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TASKS = ("cls", "vqa", "i2t", "t2i", "ground", "video", "doc")
+RL_TASKS = ("cls", "vqa", "ground", "video")  # what takes several steps of reasoning; the others only copy
 Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 1 scene (picture) or 2 (video)
 BANK = {}  # twelve drawings of every content of a cell
 
@@ -776,15 +777,12 @@ def toy_side(side, files):
     return {kind: files.get("video") or files.get("images", ["images/blank.jpg"])[0], "conversations": turns}
 
 
-def pair_rows(out, seed, task, name, split, count, short=0):
-    """Rows of sft.json or of an RL file. In the three tasks with steps to walk or to see, a share `short` of the
-    annotations does not think: annotations of mixed quality, on which RL can improve."""
+def pair_rows(out, seed, task, name, split, count):
+    """Rows of sft.json or of an RL file."""
     rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
-    short *= task in ("vqa", "ground", "video")
     for i in range(count):
         row = {"dataset": "toy", "dataset_name": task, "solution": "<embedding>"}
         for key, side in zip(("qry", "pos"), example(task, rng, split)):
-            side = side._replace(think=" so") if rng.random() < short else side
             has = stored(out, f"{name}/{task}/{i}{key}", rng, side)
             if name == "sft":
                 row[key] = toy_side(side, has)
@@ -823,16 +821,17 @@ def in_parallel(out, jobs):
         return [job.result() for job in [pool.submit(function, out, *rest) for function, *rest in jobs]]
 
 
-def write_toy(out, seed=0, pairs=2000, rl_pairs=400, dev=60, test=120, candidates=200, short=0.5):
+def write_toy(out, seed=0, pairs=2000, rl_pairs=700, dev=60, test=120, candidates=200):
     """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
     tasks/dev/*.json and tasks/test/*.json are held-out ones."""
     out = Path(out)
-    kinds = [("sft", "train", pairs, short), ("rl", "train", rl_pairs), ("rl_dev", "dev", 48), ("rl_test", "test", 48)]
-    jobs = [(pair_rows, seed, task, *kind) for kind in kinds for task in TASKS]
+    kinds = {"sft": ("train", pairs, TASKS), "rl": ("train", rl_pairs, RL_TASKS), "rl_dev": ("dev", 48, TASKS),
+             "rl_test": ("test", 48, TASKS)}  # fmt: skip
+    jobs = [(pair_rows, seed, task, name, split, n) for name, (split, n, tasks) in kinds.items() for task in tasks]
     for split, n in (("dev", dev), ("test", test)):
         jobs += [(task_file, seed, task, split, n, candidates) for task in TASKS]
     done = iter(in_parallel(out, jobs))
-    rows = {name: [row for _ in TASKS for row in next(done)] for name, *_ in kinds}
+    rows = {name: [row for _ in tasks for row in next(done)] for name, (_, _, tasks) in kinds.items()}
     for task in done:
         path = out / "tasks" / f"{task['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -210,8 +210,9 @@ class Embedder(nn.Module):
                  poll=lambda: False):  # fmt: skip
         """Reads each prompt once and decodes G completions of it. Yields (index of the row, Rollouts) as they finish.
 
-        rows: iterable of Row (prompts). seeds: one int per row; rollout g of row i is a function of (seeds[i], g) and
-        the weights only, whatever is decoded beside it. slots: completions decoded at once. temperature 0 is greedy.
+        rows: iterable of Row (prompts). seeds: one int per row, or i for row i; rollout g of row i is a function of
+        (seeds[i], g) and the weights only, whatever is decoded beside it. slots: completions decoded at once.
+        temperature 0 is greedy.
         poll: asked before every token; true ends the decoding at once, with the rows that are done by then.
         script: for tests and benchmarks: script[i][g] is the list of token ids to write in place of the sampled ones.
 
@@ -227,13 +228,14 @@ class Embedder(nn.Module):
         def begin(i, row, disc):
             """The G completions of prompt i, with all their random numbers."""
             for g in range(G):
-                uniforms = row_uniforms(seeds[i], g, max_new_tokens + 1) if temperature and seeds else None
+                seed = i if seeds is None else seeds[i]
+                uniforms = row_uniforms(seed, g, max_new_tokens + 1) if temperature else None
                 forced = script[i][g] if script else None
                 yield Completion(i, g, row, disc, uniforms, forced, len(forced) if script else max_new_tokens)
 
         def pick(hidden, completions):
             """Appends the next token of each completion, given the states [A, D] at their last tokens."""
-            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature and seeds else None
+            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
             forced = [(c.forced + [self.end_id])[len(c.ids)] for c in completions] if script else None
             logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
             for c, (token, logp) in zip(completions, sample(logits, uniforms, forced)):
@@ -650,7 +652,7 @@ def all_sum(x):
     return x
 
 
-class Stopped(Exception):
+class Stopped(RuntimeError):
     """The run ends here; all processes raise it together, so that they can save together."""
 
     def __init__(self, reason, code=1):
@@ -701,8 +703,8 @@ class Guard:
             raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
 
     def finite(self, step, figures, pairs):
-        """True where the update may be made. figures: name -> float, the same in all processes."""
-        if all(math.isfinite(x) for x in figures.values()):
+        """True where the update may be made. figures: name -> float."""
+        if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
             return True
         self.nonfinite += 1
         told = ", ".join(f"{name} {x}" for name, x in figures.items())
@@ -834,12 +836,15 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     """
     rank, world = processes()
     known = [path for _, path in list_checkpoints(folder)]
-    if resume == "none" or (resume == "auto" and not known):
-        return 0
-    path = known[-1] if resume == "auto" else Path(resume)
-    if not is_complete(path):
+    path = Path(resume) if resume not in ("auto", "none") else known[-1] if known and resume == "auto" else None
+    if path and not is_complete(path):
         raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
-    meta = json.loads((path / "meta.json").read_text())
+    meta = json.loads((path / "meta.json").read_text()) if path else {"step": 0}
+    steps = gather(torch.tensor([meta["step"]]))
+    if (steps != meta["step"]).any():
+        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    if not path:
+        return 0
     refuse_changed(meta["settings"], settings, path)
     parts = [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
 
@@ -866,9 +871,7 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     torch.set_rng_state(parts[0].get_tensor("random/cpu"))
     if torch.cuda.is_available() and "random/cuda" in stored:
         torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
-    steps = gather(torch.tensor([meta["step"]]))
-    if (steps != meta["step"]).any():
-        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    barrier()  # nobody reads any more
     if rank == 0:
         print(f"resuming after step {meta['step']} from {path}", flush=True)
         for step, later in list_checkpoints(folder):
@@ -914,7 +917,7 @@ def begin_run(args, rank, digests):
     settings["content of --data"] = digests
     path = out / "args.json"
     if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):
-        refuse_changed(before["resume"], settings, out)
+        refuse_changed(before.get("resume", before["settings"]), settings, out)
         if rank == 0:
             print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
         return None

@@ -1,11 +1,13 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
-python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts (bench_engine.py)
+python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
+python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts
 python tests/bench.py rl                # update pass, reference pass and a whole RL step
 python tests/bench.py embed             # decode steps of continuous batching
-python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
-python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
+python tests/bench.py sft               # SFT step: memory and time
+python tests/bench.py eval              # encoding for evaluation
+python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors
 """
 
 import argparse
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # the disc-only baseline: no reasoning, contrastive loss at full weight; its learning rate was chosen on the dev scenes
-DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0", "--w_warmup", "0", "--lr", "3e-4"]
+DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]
 # RL recipes that are compared; the first is the toy preset
 RECIPES = {
     "rl": [],
@@ -119,8 +121,8 @@ def toy(seeds, out, split, jobs, data, recipes):
 
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for wave in (["sft", "dume"], recipes):
-            started = {(s, name): pool.submit(chain, s, name) for s in range(seeds) for name in wave}
+        for wave in (["sft"], [recipes[0], "dume", *recipes[1:]]):
+            started = {(s, name): pool.submit(chain, s, name) for name in wave for s in range(seeds)}
             results |= {key: job.result() for key, job in started.items()}
 
     def mean(s, name, column):
@@ -193,34 +195,55 @@ def toy(seeds, out, split, jobs, data, recipes):
     (out / "table.md").write_text(text + "\n")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("toy", help="findings on the toy world")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--out", default="runs/bench")
     p.add_argument("--data", default="runs/toy/data")
-    p.add_argument(
-        "--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev, test is opened once"
-    )
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev")
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
-    for name, help in (("rollout", "rollouts beside the official recipe"), ("rl", "update, reference, whole step"),
-                       ("embed", "decode steps of Embedder.embed")):  # fmt: skip
-        p = commands.add_parser(name, help=help)
-        p.add_argument("--repeats", type=int, default=3, help="timed runs of each side (rollout, rl)")
+    p = commands.add_parser("data", help="toy world: own annotations, another model's reasoning, --cross_weight")
+    p.add_argument("--data", default="runs/toy/data", help="the toy world")
+    p.add_argument("--sft", help="a toy SFT model; without one it is trained")
+    p.add_argument("--out", default="runs/bench_data")
+    p.add_argument("--split", choices=("dev", "test"), default="test")
+    p.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
+    p.add_argument("--seed", type=int, default=0)
+    for name in ("rollout", "rl"):
+        p = commands.add_parser(name, help="beside the official recipe")
+        p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
+    p.add_argument("--inputs", type=int, default=96)
+    commands.add_parser("embed", help="decode steps of Embedder.embed")
+    commands.add_parser("sft", help="SFT step beside the official recipe")
     commands.add_parser("memory", help="memory plan of the real sizes")
-    commands.add_parser("sft", help="SFT step against the official recipe")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
-    if args.command in ("rollout", "rl", "embed"):
-        import bench_engine
+    if args.command == "toy":
+        toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
+    elif args.command == "data":
+        from bench_data import data
 
-        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}.get(args.command)
-        bench_engine.compare(cases, args.repeats) if cases else bench_engine.embed()
-        sys.exit(bench_engine.trl() if args.command == "rl" else None)
-    if args.command in ("memory", "sft"):
+        data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+    elif args.command == "eval":
+        from bench_eval import bench_eval
+
+        sys.exit(bench_eval(args.inputs))
+    elif args.command in ("memory", "sft"):
         import bench_scale
 
         sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
-    toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
+    else:
+        import bench_engine
+
+        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
+        bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
+        if args.command == "rl":
+            bench_engine.trl()
+
+
+if __name__ == "__main__":
+    main()

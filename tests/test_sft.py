@@ -175,12 +175,19 @@ def test_lr_at():
     assert lr_at(99, steps=100, lr=2.0, warmup=0.0, floor=0.1) == pytest.approx(0.2, abs=1e-3)
 
 
+def test_tau_at():
+    """The temperature falls geometrically and then stays; without steps it is tau from the start."""
+    fall = [sft.tau_at(step, start=0.2, tau=0.02, steps=4) for step in range(7)]
+    assert fall == pytest.approx([0.2 * 10 ** -(min(s, 4) / 4) for s in range(7)]) and fall[-1] == pytest.approx(0.02)
+    assert sft.tau_at(0, start=0.2, tau=0.03, steps=0) == 0.03
+
+
 # ---- the script ------------------------------------------------------------------------------------------------
 
 
 def flags(tiny_dir, world, out, **more):
     given = dict(model=tiny_dir, data=world / "sft.json", media_root=world, out=out, steps=2, batch_size=4,
-                 micro_batch=2, w_warmup=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
+                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
                  max_skipped=1) | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 
@@ -288,7 +295,7 @@ def test_discriminative_baseline(tiny_dir, world, tmp_path, monkeypatch):
     """DUME, --w_gen 0 --w_ce 0, trains on rows whose answers have no <gen_emb>, and only its loss is in the sum."""
     rows = json.loads((world / "sft.json").read_text().replace("<answer>red star<gen_emb>", "x"))
     (world / "dume.json").write_text(json.dumps(rows))
-    weights = {"w_disc": 1, "w_warmup": 0, "w_gen": 0, "w_ce": 0}
+    weights = {"w_disc": 1, "w_gen": 0, "w_ce": 0}
     run_here(sft, flags(tiny_dir, world, tmp_path, data=world / "dume.json", **weights), monkeypatch)
     for line in read_log(tmp_path):
         assert line["loss"] == pytest.approx(line["disc"]) and line["loss"] > 0 and line["grad_norm"] > 0
