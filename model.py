@@ -210,8 +210,9 @@ class Embedder(nn.Module):
                  poll=lambda: False):  # fmt: skip
         """Reads each prompt once and decodes G completions of it. Yields (index of the row, Rollouts) as they finish.
 
-        rows: iterable of Row (prompts). seeds: one int per row; rollout g of row i is a function of (seeds[i], g) and
-        the weights only, whatever is decoded beside it. slots: completions decoded at once. temperature 0 is greedy.
+        rows: iterable of Row (prompts). seeds: one int per row, or i for row i; rollout g of row i is a function of
+        (seeds[i], g) and the weights only, whatever is decoded beside it. slots: completions decoded at once.
+        temperature 0 is greedy.
         poll: asked before every token; true ends the decoding at once, with the rows that are done by then.
         script: for tests and benchmarks: script[i][g] is the list of token ids to write in place of the sampled ones.
 
@@ -227,13 +228,14 @@ class Embedder(nn.Module):
         def begin(i, row, disc):
             """The G completions of prompt i, with all their random numbers."""
             for g in range(G):
-                uniforms = row_uniforms(seeds[i], g, max_new_tokens + 1) if temperature and seeds else None
+                seed = i if seeds is None else seeds[i]
+                uniforms = row_uniforms(seed, g, max_new_tokens + 1) if temperature else None
                 forced = script[i][g] if script else None
                 yield Completion(i, g, row, disc, uniforms, forced, len(forced) if script else max_new_tokens)
 
         def pick(hidden, completions):
             """Appends the next token of each completion, given the states [A, D] at their last tokens."""
-            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature and seeds else None
+            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
             forced = [(c.forced + [self.end_id])[len(c.ids)] for c in completions] if script else None
             logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
             for c, (token, logp) in zip(completions, sample(logits, uniforms, forced)):

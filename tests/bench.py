@@ -241,6 +241,8 @@ def main():
 
         cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
         bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
+        if args.command == "rl":
+            bench_engine.trl()
 
 
 if __name__ == "__main__":

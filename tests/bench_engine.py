@@ -347,3 +347,53 @@ def embed(n=1000, slots=16):
     print(f"| {n} inputs, lengths lognormal (180, 0.5), {slots} slots | decode steps | CPU s |\n|---|---|---|")
     print(f"| static batches | {static:,} | {s:.1f} |\n| embed() | {ours:,} | {t:.1f} |")
     print(f"| fewer, faster | **{static / ours:.2f}x** | {s / t:.2f}x |")
+
+
+def trl(steps=3):
+    """A whole step of TRL's GRPOTrainer beside ours: text prompts of 300 tokens (its processor would need torchvision),
+    the same completions. TRL is no dependency: run this in an environment that has it."""
+    try:
+        from datasets import Dataset
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        print(f"TRL's GRPOTrainer was not run: {error}")
+        return
+    embedder = random_model(SMALL)
+    texts, script = ["!" * 400 + str(i) for i in range(2)], completions(embedder, 2, 128, 55)
+    texts = [embedder.tokenizer.decode(embedder.tokenizer(t).input_ids[:300]) for t in texts]
+    rows = [encode_input(embedder.tokenizer, {"text": t}, blank_image=False, name=str(i)) for i, t in enumerate(texts)]
+    flat, times = [c + [embedder.end_id] for group in script for c in group], []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *_args, **_more):
+            self.began = time.process_time()
+
+        def on_step_end(self, *_args, **_more):
+            times.append(time.process_time() - self.began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        embedder.save_pretrained(folder)
+        backbone = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+        backbone.model.visual.requires_grad_(False)
+        generate = backbone.generate
+        backbone.generate = lambda **given: generate(
+            **given, logits_processor=[Forced(flat, given["input_ids"].shape[1])]
+        )
+        config = GRPOConfig(
+            folder, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=512, beta=0.04,
+            max_steps=steps, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, learning_rate=1e-6,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            backbone, reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
+            train_dataset=Dataset.from_dict({"prompt": texts}), processing_class=embedder.tokenizer,
+            callbacks=[Timer()],
+        )  # fmt: skip
+        trainer.train()
+    args = rl.Settings(micro_batch=2, max_new_tokens=512, bf16=False)
+    reference = copy.deepcopy(embedder).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in embedder.parameters() if p.requires_grad], lr=1e-6)
+    ours = [seconds(lambda: our_step(embedder, reference, optimizer, rows, script, args)) for _ in range(steps)]
+    a, b = statistics.median(times), statistics.median(ours)
+    print(f"| TRL's GRPOTrainer, text prompts of 300 tokens, V = {SMALL:,} | {a:.2f} | {b:.2f} | {a / b:.1f}x |")
