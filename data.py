@@ -490,6 +490,7 @@ ASK = (
 )
 ROLES = {"qry": ("query", "what somebody looks for"), "pos": ("candidate", "one of the things that can be found")}
 FRAME_SIDE = 448  # a foreign teacher sees a video as pictures no larger than this: 256 tokens each for most
+OWN_CALL = 8  # batches in one call of our decode loop, which refills ended places
 STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(?:gen|disc)_emb>|\[/?INST\]")
 
 
@@ -532,8 +533,7 @@ def bare_side(row, side, name):
         raise ValueError(f"{name}: neither text nor media; fill the side or take the row out")
     if images and video:
         raise ValueError(f"{name}: has both an image and a video; SFT files allow one of them")
-    if found := STRAY.search(text):
-        raise ValueError(f"{name}: the text contains the control token {found[0]}; remove it from the row")
+    check_text(text, [], [], None, name)
     return {"text": text, "images": images, "video": video}
 
 
@@ -541,24 +541,16 @@ def side_key(side, item):
     return f"{side} {content_key(**item)}"
 
 
-def media_fields(item):
-    """(image, video) as the published files write them: one picture as a string, "" and [""] for none."""
-    images = item["images"]
-    return images[0] if len(images) == 1 else images or "", item["video"] or [""]
-
-
 def sft_row(pair, answers):
     """The SFT row of a pair; answers: (reasoning, summary) of each side."""
     row = {"dataset_name": pair["dataset_name"]}
     for side, (think, summary) in answers.items():
         item = pair[side]
-        kind, (image, video) = "video" if item["video"] else "image", media_fields(item)
-        human = f"<{kind}>" * max(1, len(item["images"])) + f"{item['text']}\n{DISC}\n{INSTRUCTION}"
-        turns = [("human", human), ("gpt", f"<think>{think}</think><answer>{summary}{GEN}")]
-        row[side] = {
-            kind: video if item["video"] else image or "images/blank.jpg",
-            "conversations": [{"from": who, "value": text} for who, text in turns],
-        }
+        kind, media = ("video", item["video"]) if item["video"] else ("image", item["images"] or ["images/blank.jpg"])
+        marks = VIDEO_MARK if item["video"] else IMAGE_MARK * len(media)
+        turns = [("human", f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"),
+                 ("gpt", f"<think>{think}</think><answer>{summary}{GEN}")]  # fmt: skip
+        row[side] = {kind: media, "conversations": [{"from": who, "value": text} for who, text in turns]}
     return row
 
 
@@ -623,9 +615,9 @@ def foreign_teacher(args, device):
     model = AutoModelForImageTextToText.from_pretrained(args.teacher, dtype=dtype).to(device).eval()
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    ends = as_ids(model.generation_config.eos_token_id)
-    how = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    how = how if args.temperature else {"do_sample": False}
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+    how = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
 
     def ask(items, keys):
         torch.manual_seed(stable_hash(args.seed, *keys))  # samples do not depend on the calls before
@@ -634,13 +626,14 @@ def foreign_teacher(args, device):
             for frame in item["video"]:
                 frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
             content = [{"type": "image", "image": picture} for picture in item["images"] + item["video"]]
-            content.append({"type": "text", "text": question(item, key)})
+            frames = "The pictures are frames of one video, in order.\n" * bool(item["video"])
+            content.append({"type": "text", "text": frames + question(item, key)})
             conversations.append([{"role": "user", "content": content}])
         inputs = processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(device, dtype=dtype)  # fmt: skip
-        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=bool(how), **how)
         answers = []
         for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
             n = next((i for i, t in enumerate(ids) if t in ends), len(ids))  # behind it is padding
@@ -650,15 +643,10 @@ def foreign_teacher(args, device):
     return ask
 
 
-def as_ids(ids):
-    return {ids} if isinstance(ids, int) else set(ids or [])
-
-
 def question(item, key):
     """The text that a teacher is asked, below the side's media."""
     role, what = ROLES[key.split()[0]]
-    frames = "The pictures above are frames of one video, in order.\n" * bool(item["video"])
-    return f"{frames}{item['text']}\n\n{ASK.format(role=role, what=what)}"
+    return f"{item['text']}\n\n{ASK.format(role=role, what=what)}"
 
 
 def opened(item, root):
@@ -669,7 +657,7 @@ def opened(item, root):
     for picture in images + video:
         if max(picture.size) > 200 * min(picture.size):  # patchify's bound
             raise Skip(f"picture of {picture.width} x {picture.height} pixels: one side is more than 200 x the other")
-    return {"text": item["text"], "images": images, "video": video}
+    return item | {"images": images, "video": video}
 
 
 def teacher_calls(items, size):
@@ -718,7 +706,7 @@ def repeated_share(text, n=4, window=200):
 
     Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5.
     """
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]", text.lower())  # Chinese, Japanese by character
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w{1,20}|[^\w\s]", text.lower())  # Chinese by character
     if len(words) < 20:
         return 0.0
     grams = list(zip(*(words[k:] for k in range(n))))
@@ -748,32 +736,32 @@ REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "re
 
 
 def filter_answers(pairs, folder, args):
-    """Writes --out and, in the side folder, rejected.jsonl and report.txt."""
-    files = {path: open(path, "rb") for path in Path(folder).glob("answers-*.jsonl")}  # noqa: SIM115
-    found = find_answers(folder)
-    counts, lengths = {}, {side: Counter() for side in ("qry", "pos")}
+    """Writes --out and, beside the raw answers, rejected.jsonl and report.txt."""
+    found, counts, lengths = find_answers(folder), {}, {"qry": Counter(), "pos": Counter()}
 
-    def kept():
-        with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-            for i, pair in enumerate(pairs):
-                good, bad = {}, {}
-                for side in ("qry", "pos"):
-                    path, start = found[side_key(side, pair[side])]
-                    files[path].seek(start)
-                    answer = json.loads(files[path].readline())
-                    reason, parts = judge(answer, args.max_tokens, args.max_repeat)
-                    good, bad = (good, bad | {side: reason}) if reason else (good | {side: parts}, bad)
-                    if not reason:
-                        lengths[side][answer["tokens"].bit_length()] += 1
-                count = counts.setdefault(pair["dataset_name"], Counter())
-                count[next(iter(bad.values()), "kept")] += 1  # a pair counts once, the query's reason first
-                if bad:
-                    line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": bad}
-                    rejected.write(json.dumps(line) + "\n")
-                else:
-                    yield sft_row(pair, good)
+    def answer(key):
+        path, start = found[key]
+        with open(path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())
 
-    write_rows(args.out, kept())
+    def kept(rejected):
+        for i, pair in enumerate(pairs):
+            answers = {side: answer(side_key(side, pair[side])) for side in ("qry", "pos")}
+            judged = {side: judge(a, args.max_tokens, args.max_repeat) for side, a in answers.items()}
+            bad = {side: reason for side, (reason, _) in judged.items() if reason}
+            count = counts.setdefault(pair["dataset_name"], Counter())
+            count[next(iter(bad.values()), "kept")] += 1  # a pair counts once, the query's reason first
+            if bad:
+                line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": bad}
+                rejected.write(json.dumps(line) + "\n")
+                continue
+            for side, a in answers.items():
+                lengths[side][a["tokens"].bit_length()] += 1
+            yield sft_row(pair, {side: parts for side, (_, parts) in judged.items()})
+
+    with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
+        write_rows(args.out, kept(rejected))
     report = filter_report(counts, lengths)
     (folder / "report.txt").write_text(report + "\n", encoding="utf-8")
     print(f"{report}\nwrote {args.out}; raw answers, rejected.jsonl and report.txt are in {folder}")
@@ -788,7 +776,7 @@ def filter_report(counts, lengths):
         shares = "".join(f"{count[reason] / n:15.1%}" for reason in REASONS)
         lines.append(f"{name[:23]:24}{n:9,}{count['kept'] / n:8.1%}{shares}")
     for side, histogram in lengths.items():
-        lines.append(f"\ntokens of a good answer, {ROLES[side][0]}")
+        lines.append(f"\ntokens of the kept answers, {ROLES[side][0]}")
         for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):
             share = histogram[bits] / sum(histogram.values())
             lines.append(f"{f'below {1 << bits:,}':>14}{share:7.1%} {'#' * round(50 * share)}")
@@ -803,8 +791,6 @@ def annotate(args):
     from model import check_model, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
-    if Path(args.out).resolve() in [Path(file).resolve() for file in args.pairs]:
-        raise SystemExit(f"--out {args.out} is one of the files of --pairs; give another name")
     check_model(args.teacher)
     rank, world, device = start_processes()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest
@@ -814,7 +800,8 @@ def annotate(args):
             dist.barrier(group)
 
     asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")} | {"ask": ASK}
-    before = json.loads(known.read_text()) if (known := folder / "settings.json").exists() else asked
+    known = folder / "settings.json"
+    before = json.loads(known.read_text()) if known.exists() else asked
     if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:
         raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
     wait()  # all have read it
@@ -824,8 +811,7 @@ def annotate(args):
     sides = {side_key(side, pair[side]): pair[side] for pair in pairs for side in ("qry", "pos")}
     own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
     found, keys = find_answers(folder), list(sides)
-    # our loop refills ended places, so one call may hold many
-    calls = teacher_calls([sides[key] for key in keys], args.batch_size * (8 if own else 1))
+    calls = teacher_calls([sides[key] for key in keys], args.batch_size * (OWN_CALL if own else 1))
     calls = [[keys[n] for n in call] for call in calls]
     todo = [call for call in calls if not all(key in found for key in call)]
     wait()  # all have read the side files before one writes: they agree on what is left to do
@@ -894,8 +880,9 @@ def rl_subset(args):
 def rl_row(pair):
     row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
     for side in ("qry", "pos"):
-        image, video = media_fields(pair[side])
-        row |= {f"{side}_text": pair[side]["text"], f"{side}_image": image, f"{side}_video": video}
+        text, images, video = pair[side].values()
+        row |= {f"{side}_text": text, f"{side}_image": images[0] if len(images) == 1 else images or "",
+                f"{side}_video": video or [""]}  # fmt: skip
     return row
 
 
@@ -922,7 +909,7 @@ class Checked(Dataset):
             if data.tokenizer is None:
                 for path in paths:
                     if not Path(data.root, path).exists() and Path(path).name != "blank.jpg":
-                        raise Skip(f"{name}: {Path(data.root, path)}: no such file (is --media_root right?)")
+                        raise Skip(f"{Path(data.root, path)}: no such file (is --media_root right?)")
                 return found
             pair = data.pair(i)  # as in training
             if not pair.ok:
@@ -930,9 +917,10 @@ class Checked(Dataset):
             return found._replace(tokens=max(len(pair.query.ids), len(pair.target.ids)))
         except Skip as error:
             kind = "too long" if "--max_length" in str(error) else "media"
-            return found._replace(problem=kind, message=str(error))
-        except ValueError as error:
-            return found._replace(problem="schema", message=str(error))
+            return found._replace(problem=kind, message=f"{name}: {str(error).removeprefix(f'{name}, ')}")
+        except Exception as error:  # whatever would stop a run at this row
+            message = str(error) if isinstance(error, ValueError) else f"{name}: {error!r}"
+            return found._replace(problem="schema", message=message)
 
     def side(self, row, side, name):
         """-> media paths, identity; what encode() would refuse is refused here too."""
@@ -978,7 +966,8 @@ def check_report(found, args):
     head = ("rows", "share", "tokens", "longest", "pictures", "most", "same target", *PROBLEMS)
     lines = [f"{'dataset':24}" + "".join(f"{title:>12}" for title in head)]
     for name, rows in [*sorted(of.items()), ("all", found)]:
-        tokens, pictures = ([getattr(row, what) for row in rows] for what in ("tokens", "pictures"))
+        tokens = [row.tokens for row in rows if not row.problem] or [0]
+        pictures = [row.pictures for row in rows]
         targets = Counter(row.target for row in rows)
         same = sum(n for n in targets.values() if n > 1) / len(rows)
         cells = [f"{len(rows):,}", f"{len(rows) / len(found):.1%}", f"{np.mean(tokens):.0f}", f"{max(tokens):,}",
@@ -1255,6 +1244,8 @@ def main():
     p.add_argument("--out", default="runs/toy/data", help="folder")
     p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
     args = parser.parse_args()
+    if any(Path(file).resolve() == Path(args.out).resolve() for file in getattr(args, "pairs", [])):
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs; give another name")
     if args.command == "annotate":
         annotate(args)
     elif args.command == "rl-subset":
