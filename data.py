@@ -24,19 +24,22 @@ Commands
 """
 
 import argparse
+import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
+import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -187,7 +190,8 @@ def chat_prompt(user):
 
 
 def check_text(human, images, video, answer, name):
-    """-> the media marks of the text. Raises ValueError for text and media that do not fit together."""
+    """The media marks of a text, in its order. Raises ValueError where they do not fit the media or the text has
+    control tokens."""
     marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", human) if images or video else []
     if marks.count(IMAGE_MARK) != len(images) or marks.count(VIDEO_MARK) != bool(video):
         raise ValueError(
@@ -264,25 +268,136 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
 def read_rows(path):
     """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
+    return [row for _, _, row in scan_rows(path)]
+
+
+def scan_rows(path, block=1 << 24):
+    """Streams a .json list or .jsonl lines: yields (first byte, last byte + 1, dict) of every row.
+
+    Holds a block and a row at a time: the published SFT file has 1.46 M rows in 8 GB.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give --data the SFT or RL file")
-    text = path.read_text(encoding="utf-8")
-    one_list = text.lstrip().startswith("[")
-    rows, line = [], 0
-    try:
-        if one_list:
-            rows = json.loads(text)
-        else:
-            for line, content in enumerate(text.split("\n"), 1):  # noqa: B007 (the message below needs it)
-                if content.strip():
-                    rows.append(json.loads(content))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno if one_list else line}: not valid JSON ({error.msg})") from error
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
-    return rows
+    with open(path, "rb") as file:
+        one_list = file.read(1024).lstrip()[:1] == b"["
+        file.seek(0)
+        try:
+            for i, (start, end, row) in enumerate(scan_list(file, path, block) if one_list else scan_lines(file, path)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
+                yield start, end, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not valid UTF-8 text ({error})") from error
+
+
+def scan_lines(file, path):
+    at = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield at, at + len(line), json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        at += len(line)
+
+
+def scan_list(file, path, block):
+    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    text, place, byte, line, last = "", 0, 0, 1, False  # text is what is being parsed, place the next character of it;
+    # byte: place in the file; line: number of text's first line; last: nothing is left to read
+
+    def refill():
+        nonlocal text, place, line, last
+        new = file.read(block)
+        last, line = not new, line + text.count("\n", 0, place)
+        text, place = text[place:] + utf8.decode(new, not new), 0
+
+    def broken(what, at):
+        return ValueError(f"{path}, line {line + text.count(chr(10), 0, at)}: not valid JSON ({what})")
+
+    for gap in itertools.chain([r"\s*(\[)\s*(\]?)"], itertools.repeat(r"\s*(?:(,)\s*|(\]))")):
+        while not last and len(text) - place < 4096:  # a comma and its white space are never cut in two
+            refill()
+        found = re.compile(gap).match(text, place)
+        if not found:
+            raise broken("a row must be followed by a comma or the end of the list; is the file whole?", place)
+        byte, place = byte + len(text[place : found.end()].encode()), found.end()
+        if found[2]:
+            while not text[place:].strip() and not last:
+                refill()
+            if text[place:].strip():
+                raise broken("more text behind the list", place)
+            return
+        while True:
+            try:
+                row, end = decode(text, place)
+                break
+            except json.JSONDecodeError as error:
+                if last:
+                    raise broken(error.msg, error.pos) from error
+                refill()  # the row may go on in the next block
+        size = len(text[place:end].encode())
+        yield byte, byte + size, row
+        byte, place = byte + size, end
+
+
+def index_rows(path, kind, needs=(DISC, GEN), cache=None):
+    """Checks every row of a file (kind None: does not) and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
+    "dataset" int32 [n], an index into "names"; "digest" of the whole content.
+
+    cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
+    ones take no time. A half written index cannot be met: it is renamed when it is complete.
+    """
+    path, kept = Path(path), None
+    if cache and path.is_file():
+        about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "1")
+        kept = Path(cache).expanduser() / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
+        if kept.exists():
+            return dict(np.load(kept))
+    spans, dataset, names = array("q"), array("i"), {}
+    size = path.stat().st_size if path.is_file() else 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
+        for i, (start, end, row) in enumerate(scan_rows(path)):
+            if kind:
+                check_row(row, kind, needs, f"{path}, row {i}")
+            spans.extend((start, end))
+            dataset.append(names.setdefault(str(row.get("dataset_name", "")), len(names)))
+            bar.update(end - bar.n)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    index = {"spans": np.array(spans, np.int64).reshape(-1, 2), "dataset": np.array(dataset, np.int32),
+             "names": np.array(list(names), dtype=str), "digest": np.array(digest)}  # fmt: skip
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **index)
+            os.fsync(file.fileno())
+        os.replace(temporary, kept)
+    return index
+
+
+class Rows:
+    """The rows of several files, read from the disk one by one: rows[i] -> (name for messages, dict)."""
+
+    def __init__(self, files, kind, needs=(DISC, GEN), cache=None):
+        self.files, self.indexes = files, [index_rows(file, kind, needs, cache) for file in files]
+        self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
+        self.starts = np.cumsum([0] + [len(index["spans"]) for index in self.indexes])
+        self.names = sorted({str(name) for index in self.indexes for name in index["names"]})
+        codes = [np.array([self.names.index(n) for n in x["names"]], np.int32)[x["dataset"]] for x in self.indexes]
+        self.dataset = np.concatenate(codes) if len(self) else np.zeros(0, np.int32)  # [n] an index into names
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        f = int(np.searchsorted(self.starts, i, side="right")) - 1
+        j = int(i - self.starts[f])
+        start, end = self.indexes[f]["spans"][j].tolist()
+        # pread takes its place as an argument: forked workers share the open file
+        return f"{self.files[f]}, row {j}", json.loads(os.pread(self.open[f].fileno(), end - start, start))
 
 
 def as_list(media):
@@ -295,8 +410,8 @@ def sft_side(side, name):
     try:
         turns = side["conversations"]
         human, answer = (turn["value"] if "value" in turn else turn["content"] for turn in turns[:2])
-        if not isinstance(human, str):
-            raise TypeError("the human text is no string")
+        if not isinstance(human, str) or not isinstance(answer, str | None):
+            raise TypeError("a text is no string")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{name}: needs "conversations" with a human and an assistant turn ({error!r})') from error
     images, video = as_list(side.get("image")), as_list(side.get("video"))
@@ -310,11 +425,35 @@ def rl_side(row, side, name):
     missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
         raise ValueError(f"{name}: the row lacks {', '.join(missing)}")
+    if not isinstance(row[f"{side}_text"], str | None):
+        raise ValueError(f"{name}: {side}_text is no string")
     return {
         "text": row[f"{side}_text"],
         "images": as_list(row[f"{side}_image"]),
         "video": as_list(row[f"{side}_video"]),
     }
+
+
+def side_of(row, kind, side, name):
+    """One side of a row -> (name, human text, images, video, answer) of either kind of file."""
+    if kind == "sft":
+        if side not in row:
+            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+        return f"{name}, {side}", *sft_side(row[side], f"{name}, {side}")
+    item = rl_side(row, side, f"{name}, {side}")
+    return f"{name}, {side}", item["text"], item["images"], item["video"], None
+
+
+def check_row(row, kind, needs, name):
+    """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have."""
+    for side in ("qry", "pos"):
+        where, human, images, video, answer = side_of(row, kind, side, name)
+        if kind == "rl":  # its marks do not count, the media come first in any case
+            human, images, video, needs = human or "", [], [], ()
+        check_text(human, images, video, answer, where)
+        for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
+            if token in needs and token not in text:
+                raise ValueError(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
 
 
 def content_key(text, images, video):
@@ -344,15 +483,18 @@ class PairData(Dataset):
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
-                 blank_image=True, needs=(DISC, GEN), answers=True):  # fmt: skip
-        self.rows = [(f"{file}, row {i}", row) for file in files for i, row in enumerate(read_rows(file))]
-        if not self.rows:
+                 blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
+        needs_text = needs if answers else [t for t in needs if t != GEN]
+        self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs_text, cache)
+        if not len(self.rows):
             raise ValueError(f"{', '.join(map(str, files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
         self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
         if batch_size % world:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of the {world} processes")
-        self.order = BatchOrder([row.get("dataset_name", "") for _, row in self.rows], batch_size, seed)
+        self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
+        if rank == 0 and self.order.left_out:
+            print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")
 
     def __getitem__(self, step):
         batch = self.order[step]
@@ -360,8 +502,6 @@ class PairData(Dataset):
 
     def pair(self, i):
         name, row = self.rows[i]
-        if self.kind == "sft" and not {"qry", "pos"} <= row.keys():
-            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
         try:
             query, _ = self.side(row, "qry", name)
             target, key = self.side(row, "pos", name)
@@ -371,27 +511,16 @@ class PairData(Dataset):
 
     def side(self, row, side, name):
         """-> Row and the identity of its content."""
-        common = dict(root=self.root, name=f"{name}, {side}")
+        name, human, images, video, answer = side_of(row, self.kind, side, name)
         if self.kind == "sft":
-            human, images, video, answer = sft_side(row[side], common["name"])
-            key = content_key(human, images, video)
-            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, **common)
+            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, root=self.root,
+                             name=name)  # fmt: skip
         else:
-            item = rl_side(row, side, common["name"])
-            key = content_key(item["text"], item["images"], item["video"])
-            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, **common)
-        self.check(encoded)
-        return encoded, key
-
-    def check(self, row):
-        for token, at in ((DISC, row.disc_at), (GEN, row.gen_at)):
-            if token in self.needs and at < 0:
-                place = "user's" if token == DISC else "assistant's"
-                raise ValueError(
-                    f"{row.name}: no {token} in the {place} text, so it has no such embedding; mend the row"
-                )
-        if len(row.ids) > self.max_length:
-            raise Skip(f"{row.name}: {len(row.ids)} tokens, above --max_length {self.max_length}")
+            item = {"text": human, "images": images, "video": video}
+            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, root=self.root, name=name)
+        if len(encoded.ids) > self.max_length:
+            raise Skip(f"{name}: {len(encoded.ids)} tokens, above --max_length {self.max_length}")
+        return encoded, content_key(human, images, video)
 
     def stand_in(self, name):
         """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
@@ -404,18 +533,21 @@ class BatchOrder:
 
     Every dataset is an endless row of permutations, one per epoch, cut into batches; a tail shorter than a batch goes
     into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row
-    twice (unless the dataset is smaller than a batch).
+    twice; a dataset smaller than a batch is left out.
     An epoch's batches over all datasets are shuffled together.
     """
 
-    def __init__(self, dataset_names, batch_size, seed):
+    def __init__(self, dataset, batch_size, seed, names=None):
+        """dataset: name of every row, or its index into names."""
         self.batch_size, self.seed = batch_size, seed
-        names = np.array(dataset_names)
-        self.members = [np.flatnonzero(names == name) for name in sorted(set(dataset_names))]
-        self.names = sorted(set(dataset_names))
-        if not any(len(member) >= batch_size for member in self.members):
-            sizes = ", ".join(f"{name or 'unnamed'} {len(m)}" for name, m in zip(self.names, self.members))
-            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {sizes}); lower --batch_size")
+        found, dataset = np.unique(dataset, return_inverse=True)
+        found = found.tolist() if names is None else [names[i] for i in found]
+        members = [np.flatnonzero(dataset == d) for d in range(len(found))]
+        sizes = [f"{name or 'unnamed'} {len(m)}" for name, m in zip(found, members)]
+        self.left_out = ", ".join(size for size, m in zip(sizes, members) if len(m) < batch_size)  # names and sizes
+        self.members = [m for m in members if len(m) >= batch_size]
+        if not self.members:
+            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
         self.permutation = lru_cache(maxsize=None)(self.permutation)
         self.starts, self.epochs = [0], []  # first step of every epoch; its batches, built when first asked for
 
@@ -423,7 +555,7 @@ class BatchOrder:
         n = len(self.members[d])
         order = np.random.default_rng([self.seed, d, epoch]).permutation(n)
         carried = (epoch * n) % self.batch_size  # rows of the last epoch still waiting for their batch
-        if 0 < carried < n:
+        if carried:
             waiting = self.permutation(d, epoch - 1)[n - carried :]
             late = np.isin(order, waiting)
             order = np.concatenate([order[~late], order[late]])
@@ -462,20 +594,27 @@ def step_loader(data, steps, workers):
 
     A worker's item is one pair, not one step: a step of 1,024 pairs with pictures is gigabytes of patches.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks: they share the rows
-    batches = [data.order[step][data.rank :: data.world].tolist() for step in steps]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
+    share = data.order.batch_size // data.world
     loader = DataLoader(
         Pairs(data),
         batch_size=None,
-        sampler=[i for batch in batches for i in batch],
+        sampler=(int(i) for step in steps for i in data.order[step][data.rank :: data.world]),
         num_workers=workers,
         generator=torch.Generator(),  # its own: the global one must not depend on the loader
-        prefetch_factor=max(2, -(-len(batches[0]) // workers)) if workers and batches else None,  # one step ahead
+        prefetch_factor=max(2, -(-share // workers)) if workers else None,  # one step ahead
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_stop_signals,
     )
     pairs = iter(loader)
-    for batch in batches:
-        yield [next(pairs) for _ in batch]
+    for _ in steps:
+        yield [next(pairs) for _ in range(share)]
+
+
+def ignore_stop_signals(_worker):
+    """A scheduler signals the whole process group: the workers must live until the training loop has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -668,7 +807,7 @@ def teacher_calls(items, size):
     """
     shape = [(len(item["video"]), len(item["images"]), len(item["text"])) for item in items]
     order = sorted(range(len(items)), key=lambda n: (*(-x for x in shape[n]), n))
-    groups = [list(group) for _, group in groupby(order, key=lambda n: shape[n][:2])]
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda n: shape[n][:2])]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
@@ -903,9 +1042,10 @@ class Checked(Dataset):
         (name, row), data = self.data.rows[i], self.data
         found = Found(str(row.get("dataset_name", "")))
         try:
-            sides = [self.side(row, side, f"{name}, {side}") for side in ("qry", "pos")]
-            paths = [path for media, _ in sides for path in media]
-            found = found._replace(pictures=len(paths), target=sides[1][1])
+            check_row(row, data.kind, data.needs, name)
+            sides = [side_of(row, data.kind, side, name) for side in ("qry", "pos")]
+            paths = [path for _, _, images, video, _ in sides for path in images + video]
+            found = found._replace(pictures=len(paths), target=content_key(*sides[1][1:4]))
             if data.tokenizer is None:
                 for path in paths:
                     if not Path(data.root, path).exists() and Path(path).name != "blank.jpg":
@@ -922,18 +1062,6 @@ class Checked(Dataset):
             message = str(error) if isinstance(error, ValueError) else f"{name}: {error!r}"
             return found._replace(problem="schema", message=message)
 
-    def side(self, row, side, name):
-        """-> media paths, identity; what encode() would refuse is refused here too."""
-        if self.data.kind == "rl":
-            item = rl_side(row, side, name)
-            return item["images"] + item["video"], content_key(**item)
-        human, images, video, answer = sft_side(row.get(side), name)
-        check_text(human, images, video, answer, name)
-        for token, text in ((DISC, human), (GEN, answer)):
-            if token not in text:
-                raise ValueError(f"{name}: no {token} in the text, so it has no such embedding; mend the row")
-        return images + video, content_key(human, images, video)
-
 
 def check(args):
     """Prints what the loader makes of every row -> whether all is well."""
@@ -944,14 +1072,13 @@ def check(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks
-    data = PairData([args.file], tokenizer, kind="sft", batch_size=1, seed=0, root=args.media_root,
-                    max_length=args.max_length)  # fmt: skip
-    if "qry_text" in data.rows[0][1]:
-        data.kind, data.needs = "rl", (DISC,)
-    loader = DataLoader(Checked(data), sampler=range(len(data.rows)), batch_size=64, collate_fn=list,
+    rows = Rows([args.file], kind=None)
+    kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
+    data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
+    loader = DataLoader(Checked(data), sampler=range(len(rows)), batch_size=64, collate_fn=list,
                         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)  # fmt: skip
     found = []
-    with tqdm(total=len(data.rows), desc="check", unit="row") as bar:
+    with tqdm(total=len(rows), desc="check", unit="row") as bar:
         for part in loader:
             found += part
             bar.update(len(part))

@@ -19,11 +19,16 @@ Where this departs from the official code
 import argparse
 import hashlib
 import json
+import math
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +37,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -128,16 +135,19 @@ class Embedder(nn.Module):
         return self.backbone.model.visual(patches.to(weight.dtype), grid_thw=grids).last_hidden_state
 
     @torch.no_grad()
-    def see_rows(self, rows, n):
-        """Runs the frozen ViT once over the pictures of all rows, n rows at a time, and keeps the states with them."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for start in range(0, len(rows), n):
-                part = rows[start : start + n]
-                batch = pad_rows(part, self.pad_id, self.device)
-                if batch["patches"] is not None:
-                    states = self.see(batch["patches"], batch["grids"])
-                    for row, vit in zip(part, states.split([len(row.patches) for row in part])):
-                        row.vit = vit  # [0, D_vit] for a row without pictures
+    def see_rows(self, rows, n, poll=lambda: None):
+        """Runs the frozen ViT once over the pictures of all rows, n rows at a time, and keeps the states with them.
+
+        They wait in the CPU's memory: a page of 2.4 M pixels has 12,040 x 1,280 of them, 31 MB in bf16, and a step of
+        128 pairs a process up to 8 GB. The pixels are let go. poll is called before each pass.
+        """
+        for start in range(0, len(rows), n):
+            poll()
+            part = rows[start : start + n]
+            states = self(pad_rows(part, self.pad_id, self.device)).cpu()
+            for row, vit in zip(part, states.split([len(row.patches) for row in part])):
+                row.vit = vit  # [0, D_vit] for a row without pictures
+                row.patches = np.empty((len(row.patches), 0), np.float32)
 
     def embed_tokens(self, ids, vit):
         """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
@@ -158,9 +168,12 @@ class Embedder(nn.Module):
 
         batch: from pad_rows(). read int [N], predict int [M] index the flattened [B * L]; labels int [M].
         Returns fp32 embeddings [N, D], normalised; logp [M]; entropy [M], without gradient; None where not asked for.
+        With nothing asked: the ViT's states of the pictures alone.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
+            if read is None and labels is None:
+                return vit
             x = self.embed_tokens(batch["ids"], vit)  # [B, L, D]
             hidden = self.backbone.model.language_model(
                 inputs_embeds=x,
@@ -201,11 +214,13 @@ class Embedder(nn.Module):
     # ---- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, rows, *, G=1, temperature=1.0, seeds=None, max_new_tokens=512, slots=64, script=None):
+    def generate(self, rows, *, G=1, temperature=1.0, seeds=None, max_new_tokens=512, slots=64, script=None,
+                 poll=lambda: False):  # fmt: skip
         """Reads each prompt once and decodes G completions of it. Yields (index of the row, Rollouts) as they finish.
 
         rows: iterable of Row (prompts). seeds: one int per row; rollout g of row i is a function of (seeds[i], g) and
         the weights only, whatever is decoded beside it. slots: completions decoded at once. temperature 0 is greedy.
+        poll: asked before every token; true ends the decoding at once, with the rows that are done by then.
         script: for tests and benchmarks: script[i][g] is the list of token ids to emit instead of sampling.
 
         The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
@@ -234,7 +249,7 @@ class Embedder(nn.Module):
                     c.ended = t == self.end_id
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            while live or not nothing_left:
+            while (live or not nothing_left) and not poll():
                 # 1. read in waiting prompts, several at once: when a quarter of the places is free
                 A, room, batch = len(live), (slots - len(live)) // G, []
                 if room * G >= slots // 4 or not live:
@@ -417,7 +432,7 @@ def pad_rows(rows, pad_id, device, mask=None):
     if not seen:
         batch["vit"] = torch.zeros(0)  # text only
     elif all(row.vit is not None for row in seen):
-        batch["vit"] = torch.cat([row.vit for row in seen])
+        batch["vit"] = torch.cat([row.vit for row in seen]).to(device)
     else:
         batch["patches"] = to(np.concatenate([row.patches for row in seen]))
         batch["grids"] = to(np.concatenate([row.grids for row in seen]))
@@ -526,9 +541,27 @@ def start_processes():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device
+
+
+def processes():
+    """-> (rank, world)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_on_node(make):
+    """make() in one process of every node, then in the others, which find its work on the disk."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    made = make() if first else None
+    barrier()
+    return made if first else make()
 
 
 def gather(x):
@@ -541,10 +574,115 @@ def gather(x):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
+def gather_list(items):
+    """The same for a list of strings or tuples, equally long in every process."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for group in zip(*parts) for item in group]
+
+
 def all_sum(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+class Stopped(Exception):
+    """The run ends here; all processes raise it together, so that they can save together."""
+
+    def __init__(self, reason, code=1):
+        super().__init__(reason)
+        self.code = code
+
+
+class Guard:
+    """Ends a run in good order: on SIGTERM and SIGINT, on figures that are not finite, on too many unusable rows.
+
+    Used around the training loop. The weights change only between steps, so at any moment of a step they are the state
+    of the last complete one: a step that is broken off is simply forgotten. `completed` is the number of complete
+    steps, None where the weights are between two of them and there is nothing to save.
+    """
+
+    def __init__(self, args, out, save, num_rows):
+        self.args, self.out, self.save, self.num_rows = args, Path(out), save, num_rows
+        self.signal, self.completed, self.nonfinite, self.seen, self.unusable = 0, None, 0, 0, 0
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, _frame):
+        self.signal = number
+
+    def __exit__(self, _kind, why, _trace):
+        try:
+            if isinstance(why, Stopped):
+                if self.completed:
+                    self.save(self.completed)
+                if processes()[0] == 0:
+                    saved = f"saved after step {self.completed}" if self.completed else "nothing new was saved"
+                    print(f"\n{why}\n{saved}; the same command goes on from there", file=sys.stderr, flush=True)
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                raise SystemExit(why.code)
+        finally:  # only now: a second signal must not end the saving
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def poll(self):
+        """At points that every process reaches: if any of them has been signalled, all stop."""
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
+
+    def finite(self, step, figures, pairs):
+        """True where the update may be made. figures: name -> float, the same in all processes."""
+        if all(math.isfinite(x) for x in figures.values()):
+            return True
+        self.nonfinite += 1
+        told = ", ".join(f"{name} {x}" for name, x in figures.items())
+        rows = ", ".join(gather_list([pair.name for pair in pairs]))
+        message = f"step {step + 1}: {told}: not finite, nothing was updated; rows {rows}"
+        if self.nonfinite > self.args.skip_nonfinite:
+            raise Stopped(f"{message}\n--skip_nonfinite N leaves out N such steps instead of stopping")
+        if processes()[0] == 0:
+            print(message, file=sys.stderr)
+        return False
+
+    def skipped(self, step, pairs):
+        """Lists the unusable rows of all processes in skipped.jsonl -> their number; too large a share ends the run."""
+        found = [(pair.name, pair.reason) for pair in pairs]
+        ok = gather(torch.tensor([pair.ok for pair in pairs]))
+        self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
+        if ok.all():
+            return 0
+        found = gather_list(found)
+        if processes()[0] == 0:
+            with open(self.out / "skipped.jsonl", "a") as file:
+                for (name, reason), good in zip(found, ok.tolist()):
+                    if not good:
+                        file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
+        # of what was seen, but not of a first batch alone: a dataset within the bound must never stop
+        if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
+            reason = next(reason for _, reason in found if reason)
+            raise Stopped(
+                f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
+                f"{self.out / 'skipped.jsonl'} lists them; one of them: {reason}"
+            )
+        return int((~ok).sum())
+
+
+def speed_figures(began, waited, done, steps, pairs, tokens, device):
+    """The wall-clock figures of a step's log line. began: when the step and the loop did; done: steps of this loop."""
+    seconds, elapsed = (time.perf_counter() - t for t in began)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited,
+            "peak_memory_gib": peak / 2**30, "eta_s": elapsed / done * (steps - done)}  # fmt: skip
 
 
 def lr_at(step, *, steps, lr, warmup, floor=0.0):
@@ -556,63 +694,141 @@ def lr_at(step, *, steps, lr, warmup, floor=0.0):
     return lr * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * x)))
 
 
-def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
-    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old one or the new one.
+def local(x):
+    """What this process holds of a tensor: its rows where FSDP has sharded it, else all."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
-    Tensors as safetensors, the rest as JSON, meta.json last. There is no random state to store: batches and rollouts
-    are functions of (seed, step).
+
+def is_complete(checkpoint):
+    return (checkpoint / "meta.json").exists() and not checkpoint.suffix
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
+    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old ones or the new one.
+
+    All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
+    The learning rate, the batches and the rollouts are functions of (seed, step), and nothing draws from the global
+    random state; it is stored all the same.
     """
+    rank, world = processes()
     final = Path(folder) / "checkpoints" / f"step-{step}"
-    temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    names = {p: n for n, p in model.named_parameters()}
-    state = {f"{names[p]}/{key}": value for p, s in optimizer.state.items() for key, value in s.items()}
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
-    save_file({n: t.detach().contiguous() for n, t in state.items()}, temporary / "optimizer.safetensors")
-    (temporary / "meta.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    if final.exists():  # a resumed run comes by again; the old one is moved, not deleted, until the new one is there
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-        os.replace(final, final.with_suffix(".old"))
-    os.replace(temporary, final)
-    shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-    for _, old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    temporary = final.with_suffix(".tmp")
+    if is_complete(final):  # stopped right behind a regular save
+        return
+    if rank == 0:
+        for path in final.parent.glob("*"):
+            if not is_complete(path):
+                shutil.rmtree(path)  # what killed runs have left
+        temporary.mkdir(parents=True)
+    barrier()
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if rank == 0 or sharded:
+        names = {p: n for n, p in model.named_parameters()}
+        tensors = {f"model/{n}": p for p, n in names.items()}
+        tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        part = temporary / f"part-{rank}.safetensors"
+        save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
+        sync(part)
+    barrier()
+    if rank == 0:
+        meta = {"step": step, "parts": world if sharded else 1, "settings": settings}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        sync(temporary / "meta.json")
+        sync(temporary)
+        os.replace(temporary, final)
+        sync(final.parent)
+        for _, old in list_checkpoints(folder)[:-keep]:
+            remove_checkpoint(old)
+    barrier()
+
+
+def remove_checkpoint(path):
+    (path / "meta.json").unlink()  # first: a kill in between must not leave a folder that looks complete
+    shutil.rmtree(path)
 
 
 def list_checkpoints(folder):
     """Complete checkpoints, oldest first, as (step, path)."""
-    found = Path(folder).glob("checkpoints/step-*/meta.json")
-    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found if not p.parent.suffix)
+    found = [path for path in Path(folder).glob("checkpoints/step-*") if is_complete(path)]
+    return sorted((int(path.name.split("-")[1]), path) for path in found)
 
 
 def load_checkpoint(resume, folder, model, optimizer, settings):
     """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
 
-    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one.
+    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one; later
+    ones of the folder are then removed, or the next "auto" would take them. Any number of processes, sharded or not,
+    can read what any other has written.
     """
+    rank, world = processes()
     known = [path for _, path in list_checkpoints(folder)]
     if resume == "none" or (resume == "auto" and not known):
         return 0
     path = known[-1] if resume == "auto" else Path(resume)
-    if not (path / "meta.json").exists():
+    if not is_complete(path):
         raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
     meta = json.loads((path / "meta.json").read_text())
     refuse_changed(meta["settings"], settings, path)
-    weights, state = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    parts = [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
+
+    def restore(name, x):
+        """Fills this process's rows of x; the parts hold the rows of a tensor one after the other."""
+        size = -(-len(x) // world)  # rows a process, as FSDP cuts them
+        low, high = (rank * size, rank * size + size) if isinstance(x, DTensor) else (0, len(x))
+        first, own = 0, local(x)
+        for part in parts:
+            rows = part.get_slice(name)
+            a, b = max(first, low), min(first + rows.get_shape()[0], high)
+            if a < b:
+                own[a - low : b - low] = rows[a - first : b - first].to(x.device)
+            first += rows.get_shape()[0]
+        return x
+
+    stored = set(parts[0].keys())
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(weights[name])
-            if f"{name}/step" in state:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
-                own = {key: state[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in own.items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+            restore(f"model/{name}", p)
+            if f"step/{name}" in stored:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
+                moments = {key: restore(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": parts[0].get_tensor(f"step/{name}"), **moments}
+    torch.set_rng_state(parts[0].get_tensor("random/cpu"))
+    if torch.cuda.is_available() and "random/cuda" in stored:
+        torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
+    steps = gather(torch.tensor([meta["step"]]))
+    if (steps != meta["step"]).any():
+        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    if rank == 0:
         print(f"resuming after step {meta['step']} from {path}", flush=True)
+        for step, later in list_checkpoints(folder):
+            if step > meta["step"]:
+                remove_checkpoint(later)
     return meta["step"]
+
+
+def save_model(embedder, base, out):
+    """The final model in the Hugging Face layout. All processes call it, rank 0 writes; what FSDP has sharded is put
+    together in a plain copy of the base model."""
+    rank, _ = processes()
+    if any(isinstance(p, DTensor) for p in embedder.parameters()):
+        plain = Embedder.from_pretrained(base) if rank == 0 else None
+        target = dict(plain.named_parameters()) if plain else {}
+        with torch.no_grad():
+            for name, p in embedder.named_parameters():
+                whole = p.full_tensor()
+                if plain:
+                    target[name].copy_(whole)
+        embedder = plain
+    if rank == 0:
+        embedder.save_pretrained(out)
 
 
 def refuse_changed(before, now, path):
@@ -624,13 +840,18 @@ def refuse_changed(before, now, path):
         )
 
 
-def begin_run(args, rank):
-    """Writes args.json -> settings that a resumed run must share, or None where the run in --out is finished."""
-    out, free = Path(args.out), ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out")
-    settings = {key: value for key, value in asdict(args).items() if key not in free}
+def begin_run(args, rank, digests):
+    """Writes args.json -> what a resumed run must share, or None where the run in --out is finished.
+
+    digests: of the contents of the data files; a run never goes on with other data under the same name.
+    """
+    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
+            "max_skipped", "skip_nonfinite")  # fmt: skip
+    out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
+    settings["content of --data"] = digests
     path = out / "args.json"
     if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):
-        refuse_changed(before["settings"], settings, out)
+        refuse_changed(before["resume"], settings, out)
         if rank == 0:
             print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
         return None
@@ -648,16 +869,10 @@ def open_log(out, start):
     for name in ("log.jsonl", "skipped.jsonl"):
         path = Path(out) / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
+        path.with_suffix(".tmp").write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+        os.replace(path.with_suffix(".tmp"), path)
     return open(Path(out) / "log.jsonl", "a", buffering=1)
-
-
-def report_skipped(out, step, pairs):
-    """Lists this process's unusable rows in skipped.jsonl."""
-    for pair in pairs:
-        if not pair.ok:
-            with open(Path(out) / "skipped.jsonl", "a") as file:
-                file.write(json.dumps({"step": step + 1, "row": pair.name, "reason": pair.reason}) + "\n")
 
 
 def write_json(path, data):

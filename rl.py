@@ -33,7 +33,6 @@ Commands
 
 import contextlib
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,19 +43,22 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DISC, PairData, Row, step_loader
+from data import PairData, Row, index_rows, step_loader
 from model import (
     Embedder,
+    Guard,
     all_sum,
     begin_run,
+    first_on_node,
     gather,
     load_checkpoint,
     open_log,
     pad_rows,
     parse_args,
-    report_skipped,
     save_checkpoint,
+    save_model,
     setting,
+    speed_figures,
     stable_hash,
     start_processes,
     write_args,
@@ -100,6 +102,9 @@ class Settings:
     seed: int = setting(0, "order of the batches and random numbers of the rollouts")
     save_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
+    max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
+    skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
+    cache: str = setting("~/.cache/ume_r1", "folder for the indexes of --data")
     resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
 
 
@@ -146,8 +151,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 # The four blocks of a step
 
 
-def rollout(embedder, rows, args, seeds):
-    """G completions for each of n prompts -> list of n Rollouts, in the order of the rows."""
+def rollout(embedder, rows, args, seeds, poll=lambda: False):
+    """G completions for each of n prompts -> n Rollouts in the order of the rows, fewer where poll() was true."""
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
     done = embedder.generate(
         [rows[n] for n in order],
@@ -156,6 +161,7 @@ def rollout(embedder, rows, args, seeds):
         seeds=[seeds[n] for n in order],
         max_new_tokens=args.max_new_tokens,
         slots=args.micro_batch * args.G,
+        poll=poll,
     )
     return [r for _, r in sorted(((order[i], r) for i, r in done), key=lambda pair: pair[0])]
 
@@ -230,10 +236,10 @@ def padded(flat, mask):
     return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
 
-def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner):
+def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner, poll=lambda: None):
     """Gradients of one inner step over this process's 2p groups -> figures for the log.
 
-    advantages [2p, G]; ok bool [2p]: not a skipped pair.
+    advantages [2p, G]; ok bool [2p]: not a skipped pair; poll is called before each micro-batch.
 
     cache: the reference's and the sampling policy's values of each micro-batch, filled at the first inner step: no
     update has happened by then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
@@ -246,6 +252,7 @@ def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner)
     names = ("loss", "anchor", "tokens", "kl", "clip_share", "ratio", "entropy", "logp_mismatch")
     total = torch.zeros(len(names), device=device)
     for k, numbers in enumerate(micro):
+        poll()
         chosen = [rollouts[n] for n in numbers]
         batch, predict, labels, read, group, mask = pack_groups(embedder, [rows[n] for n in numbers], chosen)
         asked = (read, predict, labels, args.temperature, True)
@@ -304,7 +311,8 @@ def main():
     if not args.data:
         raise SystemExit("--data: name the RL file or files")
     rank, world, device = start_processes()
-    out, settings = Path(args.out), begin_run(args, rank)
+    digests = first_on_node(lambda: [str(index_rows(file, "rl", (), args.cache)["digest"]) for file in args.data])
+    out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
         return
     torch.manual_seed(args.seed)
@@ -325,9 +333,9 @@ def main():
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
 
-    data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=[DISC],
+    data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
-                    blank_image=args.blank_image)  # fmt: skip
+                    blank_image=args.blank_image, cache=args.cache)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
     if rank == 0:
         print(
@@ -336,53 +344,59 @@ def main():
     log = open_log(out, start) if rank == 0 else None
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
 
-    for step in bar:
-        began = time.perf_counter()
-        pairs = next(loader)
-        waited = time.perf_counter() - began
-        rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
-        ok = torch.tensor([pair.ok for pair in pairs], device=device)
-        if not args.train_vision:
-            embedder.see_rows(rows, 2 * args.micro_batch)
+    def save(step):
+        save_checkpoint(out, embedder, optimizer, step, settings, args.keep)
 
-        # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
-        seeds = [stable_hash(args.seed, step, j * world + rank, side) for side in (0, 1) for j in range(len(pairs))]
-        rollouts = rollout(embedder, rows, args, seeds)
-        # reward, advantage
-        rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
-        assert torch.isfinite(rewards).all(), f"step {step}: a reward is not finite"
-        advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
-        rollout_seconds = time.perf_counter() - began
-        # update
-        lr, cache = args.lr * (1 - step / args.steps), {}
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        history = []
-        for inner in range(args.inner_steps):
-            stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache, inner)
-            stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
-            if not math.isfinite(stats["grad_norm"]):  # the same on all processes: all stop before the update
-                names = ", ".join(pair.name for pair in pairs)
-                raise RuntimeError(f"step {step + 1}: the gradient norm is not finite; rows {names}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            history.append(stats)
-        stats = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
-        line = {"step": step + 1, **stats, **summary(parts, rewards, advantages, rollouts, ok), "lr": lr}
-        seconds = time.perf_counter() - began
-        line |= {"pairs_per_s": args.batch_size / seconds, "rollout_s": rollout_seconds, "data_wait_s": waited}
-        line["skipped"] = int(all_sum((~ok).sum()))
-        report_skipped(out, step, pairs)
-        if rank == 0:
-            log.write(json.dumps(line) + "\n")
-            bar.set_postfix(
-                reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.4f}", length=f"{line['length_query']:.0f}"
-            )
+    loop_began = time.perf_counter()
+    with Guard(args, out, save, len(data.rows)) as guard:
+        for step in bar:
+            guard.completed, began = step, time.perf_counter()
+            pairs = next(loader)
+            waited = time.perf_counter() - began
+            rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
+            ok = torch.tensor([pair.ok for pair in pairs], device=device)
+            if not args.train_vision:
+                embedder.see_rows(rows, 2 * args.micro_batch, guard.poll)
+
+            # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
+            seeds = [stable_hash(args.seed, step, j * world + rank, side) for side in (0, 1) for j in range(len(pairs))]
+            rollouts = rollout(embedder, rows, args, seeds, lambda: guard.signal)
+            guard.poll()  # the processes decode different numbers of tokens: they meet here
+            # reward, advantage
+            rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
+            advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
+            rollout_seconds = time.perf_counter() - began
+            # update
+            lr, cache = args.lr * (1 - step / args.steps), {}
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            history = []
+            for inner in range(args.inner_steps):
+                stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache,
+                               inner, guard.poll)  # fmt: skip
+                stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+                if guard.finite(step, {"loss": stats["loss"], "gradient norm": stats["grad_norm"]}, pairs):
+                    optimizer.step()
+                    guard.completed = None  # until all inner steps are done
+                    history.append(stats)
+                optimizer.zero_grad(set_to_none=True)
+            guard.completed = step + 1
+            stats = {key: sum(h[key] for h in history) / len(history) for key in history[0]} if history else {}
+            line = {"step": step + 1, **stats, **summary(parts, rewards, advantages, rollouts, ok), "lr": lr}
+            tokens = all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids)))
+            line |= {"skipped": guard.skipped(step, pairs), "nonfinite": guard.nonfinite, "rollout_s": rollout_seconds}
+            done, total = step + 1 - start, args.steps - start
+            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, int(tokens), device)
+            if rank == 0:
+                log.write(json.dumps(line) + "\n")
+                shown = ("reward", "kl", "length_query", "loss", "grad_norm", "pairs_per_s", "tokens_per_s",
+                         "data_wait_s", "peak_memory_gib")  # fmt: skip
+                bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
+                save(step + 1)
+    save_model(embedder, args.model, out)
     if rank == 0:
-        embedder.save_pretrained(out)
-        write_args(out, args, finished=True)
+        write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")
     if world > 1:
         dist.barrier()

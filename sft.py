@@ -28,7 +28,6 @@ Commands
 
 import contextlib
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,23 +35,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DISC, GEN, PairData, step_loader, write_toy
+from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
 from model import (
     Embedder,
+    Guard,
     all_sum,
     begin_run,
+    first_on_node,
     gather,
     load_checkpoint,
     lr_at,
     open_log,
     pad_rows,
     parse_args,
-    report_skipped,
     save_checkpoint,
+    save_model,
     setting,
+    speed_figures,
     start_processes,
     write_args,
 )
@@ -87,17 +90,21 @@ class Settings:
     max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    fsdp: bool = setting(False, "spread parameters and optimiser over the processes (FSDP2), for what does not fit")
     workers: int = setting(8, "background processes per process that read and resize pictures")
     seed: int = setting(0, "order of the batches")
     save_every: int = setting(200, "steps between checkpoints; not in the paper")
     keep: int = setting(2, "checkpoints that are kept")
+    max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
+    skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
+    cache: str = setting("~/.cache/ume_r1", "folder for the indexes of --data")
     resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
 
 
 PRESETS = {
     "2b": {},
-    # the paper gives no values for 7B: these are the 2B ones. Not sharded yet: about 130 GB a GPU, not for 80 GB
-    "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2},
+    # the paper gives no values for 7B: these are the 2B ones
+    "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2, "fsdp": True},
     "toy": {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
         "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
@@ -140,10 +147,11 @@ def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_sam
 # One optimiser step's loss and gradients
 
 
-def sft_step(model, pairs, args, w, rank=0, world=1):
+def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
     """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021).
 
-    pairs: this process's pairs; w: the weights (disc, gen, ce) of this step. Gradients are left in .grad.
+    pairs: this process's pairs; w: the weights (disc, gen, ce) of this step; poll is called before every micro-batch,
+    at the same points in all processes. Gradients are left in .grad. Returns the loss parts and the number of tokens.
     """
     embedder = model.module if isinstance(model, DistributedDataParallel) else model
     device, D = embedder.device, embedder.backbone.config.text_config.hidden_size
@@ -156,7 +164,7 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids))
     micro = [order[s : s + 2 * args.micro_batch] for s in range(0, 2 * b, 2 * args.micro_batch)]
     if not args.train_vision:
-        embedder.see_rows(rows, 2 * args.micro_batch)
+        embedder.see_rows(rows, 2 * args.micro_batch, poll)
 
     answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
     side = torch.arange(2 * b, device=device) // b  # 0 query, 1 target
@@ -185,6 +193,7 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     elif w_disc or w_gen:
         with torch.no_grad():
             for numbers in micro:
+                poll()
                 embeddings[numbers] = forward(embedder, numbers, False)[0]
 
     # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
@@ -199,10 +208,12 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     (grad,) = torch.autograd.grad(loss, own)
     grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
 
-    # 3. every micro-batch again with its graph: embedding gradient and next-token loss. DDP averages over processes,
-    #    hence the factor `world`, and reduces after the last micro-batch only.
+    # 3. every micro-batch again with its graph: embedding gradient and next-token loss. DDP and FSDP average over
+    #    processes, hence the factor `world`. DDP reduces after the last micro-batch only; FSDP after each one, since it
+    #    would have to keep the gradients of the whole model until then.
     ce = torch.zeros(2, device=device)
     for k, numbers in enumerate(micro):
+        poll()
         with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
             embeddings, ce_part = kept[0] if kept else forward(model, numbers, bool(w_ce))
             loss = (embeddings * grad[numbers]).sum()
@@ -214,10 +225,20 @@ def sft_step(model, pairs, args, w, rank=0, world=1):
     total = w_disc * l_disc + w_gen * l_gen + w_ce * ce.sum()
     parts = {"loss": total, "disc": l_disc, "gen": l_gen, "ce_query": ce[0], "ce_target": ce[1]}
     tokens_read = all_sum(torch.tensor(sum(len(row.ids) for row in rows), device=device))
-    return {key: float(value) for key, value in parts.items()}, int(tokens_read), int((~ok_all).sum())
+    return {key: float(value) for key, value in parts.items()}, int(tokens_read)
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def shard(embedder, bf16):
+    """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
+    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for layer in embedder.backbone.model.language_model.layers:
+        fully_shard(layer, mp_policy=policy)
+    # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
+    fully_shard(embedder, mp_policy=policy, reshard_after_forward=True)
 
 
 def main():
@@ -225,13 +246,15 @@ def main():
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
     rank, world, device = start_processes()
-    out, settings = Path(args.out), begin_run(args, rank)
-    if settings is None:
-        return
+    if args.fsdp and world == 1:
+        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
-    if world > 1:
-        dist.barrier()
+    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w]
+    digests = first_on_node(lambda: [str(index_rows(file, "sft", needs, args.cache)["digest"]) for file in args.data])
+    out, settings = Path(args.out), begin_run(args, rank, digests)
+    if settings is None:
+        return
     torch.manual_seed(args.seed)
 
     # model: ViT blocks frozen, merger and language model trained
@@ -244,19 +267,20 @@ def main():
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
+    if args.fsdp:
+        shard(embedder, args.bf16)
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
     model = embedder
-    if world > 1:
+    if world > 1 and not args.fsdp:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
 
     # data
-    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w]
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs,
-                    answers=bool(args.w_gen or args.w_ce))  # fmt: skip
+                    answers=bool(args.w_gen or args.w_ce), cache=args.cache)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
     n_params = sum(p.numel() for p in parameters)
     if rank == 0:
@@ -264,34 +288,40 @@ def main():
     log = open_log(out, start) if rank == 0 else None
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
 
-    for step in bar:
-        began = time.perf_counter()
-        pairs = next(loader)
-        waited = time.perf_counter() - began
-        lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
-        rise = min(1.0, (step + 1) / args.w_warmup) if args.w_warmup else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        parts, tokens, skipped = sft_step(
-            model, pairs, args, (rise * args.w_disc, rise * args.w_gen, args.w_ce), rank, world
-        )
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
-        if not math.isfinite(norm):  # the same on all processes: all stop before the update
-            raise RuntimeError(f"step {step + 1}: gradient norm {norm}; rows {', '.join(p.name for p in pairs)}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        speed = {"pairs_per_s": args.batch_size / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited}
-        report_skipped(out, step, pairs)
-        if rank == 0:
-            line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm, "skipped": skipped, **speed}
-            log.write(json.dumps(line) + "\n")
-            bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()} | {"pairs/s": f"{speed['pairs_per_s']:.0f}"})
+    def save(step):
+        save_checkpoint(out, embedder, optimizer, step, settings, args.keep)
+
+    loop_began = time.perf_counter()
+    with Guard(args, out, save, len(data.rows)) as guard:
+        for step in bar:
+            guard.completed, began = step, time.perf_counter()
+            pairs = next(loader)
+            waited = time.perf_counter() - began
+            lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
+            rise = min(1.0, (step + 1) / args.w_warmup) if args.w_warmup else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            w = (rise * args.w_disc, rise * args.w_gen, args.w_ce)
+            parts, tokens = sft_step(model, pairs, args, w, rank, world, guard.poll)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            norm = float(norm.full_tensor() if args.fsdp else norm)
+            if guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            guard.completed = step + 1
+            line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm}
+            line |= {"skipped": guard.skipped(step, pairs), "nonfinite": guard.nonfinite}
+            done, total = step + 1 - start, args.steps - start
+            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, tokens, device)
+            if rank == 0:
+                log.write(json.dumps(line) + "\n")
+                shown = {key: f"{value:.3g}" for key, value in line.items() if key not in ("step", "eta_s")}
+                bar.set_postfix({key: value for key, value in shown.items() if value != "0"})  # tqdm shows the ETA
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save_checkpoint(out, embedder, optimizer, step + 1, settings, args.keep)
+                save(step + 1)
+    save_model(embedder, args.model, out)
     if rank == 0:
-        embedder.save_pretrained(out)
-        write_args(out, args, finished=True)
+        write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")
     if world > 1:
         dist.barrier()

@@ -251,6 +251,6 @@ def run_processes(module, argv, processes=2):
 
 def read_log(out):
     """log.jsonl without the wall-clock figures."""
-    timing = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s")
+    timing = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
