@@ -17,8 +17,10 @@ Where this departs from the paper or the official code
  4. fp32 master weights with bf16 autocast; the official run is bf16 with fp32 optimiser states under ZeRO-3.
  5. CE is the mean over the global batch's tokens (official: over a micro-batch's); the newline behind <|im_end|> is no
     label.
- 6. Toy preset only: w_disc = w_gen = 0.3, rising from 0 over --w_warmup steps, since the tau = 0.02 gradients of an
-    untrained contrast wipe out what the tiny base model knows; AdamW's second beta is 0.98.
+ 6. Toy preset only: the temperature falls from tau_start = 0.2 to tau over tau_steps. At tau = 0.02 the noise in the
+    cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
+    to make all its embeddings equal (loss ln B for hundreds of steps; CLIP starts at 0.07 for the same reason).
+    Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, and AdamW's second beta is 0.98.
 
 Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
@@ -29,7 +31,7 @@ Commands
 import contextlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -85,7 +87,8 @@ class Settings:
     w_gen: float = setting(1.0, "weight of the generative InfoNCE")
     w_ce: float = setting(1.0, "weight of the next-token loss of each side")
     cross_weight: float = setting(0.0, "weight of the InfoNCE between gen and disc embeddings; not in the paper")
-    w_warmup: int = setting(0, "steps over which w_disc and w_gen rise from 0; not in the paper")
+    tau_start: float = setting(0.02, "temperature at the first step; not in the paper")
+    tau_steps: int = setting(0, "steps over which it falls from there to tau, geometrically")
     mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
     train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
     max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
@@ -110,7 +113,7 @@ PRESETS = {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
         "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
         "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_disc": 0.3,
-        "w_gen": 0.3, "w_warmup": 100, "workers": 1, "checkpointing": False, "max_length": 512,
+        "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "checkpointing": False, "max_length": 512,
     },
 }  # fmt: skip
 
@@ -304,11 +307,12 @@ def main():
             pairs = next(loader)
             waited = time.perf_counter() - began
             lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
-            rise = min(1.0, (step + 1) / args.w_warmup) if args.w_warmup else 1.0
+            fallen = min(1.0, step / args.tau_steps) if args.tau_steps else 1.0
+            tau = args.tau_start * (args.tau / args.tau_start) ** fallen
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            w = (rise * args.w_disc, rise * args.w_gen, args.w_ce)
-            parts, tokens = sft_step(model, pairs, args, w, rank, world, guard.poll)
+            w = (args.w_disc, args.w_gen, args.w_ce)
+            parts, tokens = sft_step(model, pairs, replace(args, tau=tau), w, rank, world, guard.poll)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             norm = float(norm.full_tensor() if args.fsdp else norm)
             if guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # the disc-only baseline: no reasoning, contrastive loss at full weight; its learning rate was chosen on the dev scenes
-DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0", "--w_warmup", "0", "--lr", "3e-4"]
+DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]
 # RL recipes that are compared; the first is the toy preset
 RECIPES = {
     "rl": [],

@@ -96,7 +96,7 @@ def test_real_pictures(tmp_path):
     """Published formats, real pictures: SFT's losses fall in 60 steps, RL runs 20 steps from there, KL starts at 0."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", sft, "--steps", 60, "--batch_size", 16,
-          "--w_warmup", 20)  # fmt: skip
+          "--tau_steps", 20)  # fmt: skip
     log = read_log(sft)
     for part in ("disc", "gen", "ce_query", "ce_target"):
         first, last = (sum(line[part] for line in lines) / 10 for lines in (log[:10], log[-10:]))

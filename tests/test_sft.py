@@ -188,7 +188,7 @@ def test_lr_at():
 
 def flags(tiny_dir, world, out, **more):
     given = dict(model=tiny_dir, data=world / "sft.json", media_root=world, out=out, steps=2, batch_size=4,
-                 micro_batch=2, w_warmup=0, lr=1e-3, tau=0.1, workers=0, save_every=100) | more  # fmt: skip
+                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100) | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 
 
@@ -295,7 +295,7 @@ def test_discriminative_baseline(tiny_dir, world, tmp_path, monkeypatch):
     """DUME, --w_gen 0 --w_ce 0, trains on rows whose answers have no <gen_emb>, and only its loss is in the sum."""
     rows = json.loads((world / "sft.json").read_text().replace("<answer>red star<gen_emb>", "x"))
     (world / "dume.json").write_text(json.dumps(rows))
-    weights = {"w_disc": 1, "w_warmup": 0, "w_gen": 0, "w_ce": 0}
+    weights = {"w_disc": 1, "w_gen": 0, "w_ce": 0}
     run_here(sft, flags(tiny_dir, world, tmp_path, data=world / "dume.json", **weights), monkeypatch)
     for line in read_log(tmp_path):
         assert line["loss"] == pytest.approx(line["disc"]) and line["loss"] > 0 and line["grad_norm"] > 0
