@@ -343,7 +343,7 @@ def scan_list(file, path, block):
 
 
 def index_rows(path, kind, needs=(DISC, GEN), cache=None):
-    """Checks every row of a file (kind None: does not) and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
+    """Checks every row of a file and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
     "dataset" int32 [n], an index into "names"; "digest" of the whole content.
 
     cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
@@ -843,14 +843,13 @@ def split_answer(text):
 def repeated_share(text, n=4, window=200):
     """Share of a text's n-word sequences that occurred before in it: the worst of the whole and of its windows.
 
-    Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5.
+    Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5. A short text may say a
+    list twice: fewer than 50 sequences count as 50.
     """
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w{1,20}|[^\w\s]", text.lower())  # Chinese by character
-    if len(words) < 20:
-        return 0.0
     grams = list(zip(*(words[k:] for k in range(n))))
     parts = [grams] + [grams[s : s + window] for s in range(0, len(grams) - window // 2, window // 2)]
-    return max(1 - len(set(part)) / len(part) for part in parts)
+    return max((len(part) - len(set(part))) / max(len(part), 50) for part in parts)
 
 
 def judge(answer, max_tokens, max_repeat):
