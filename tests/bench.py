@@ -1,6 +1,7 @@
 """Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
+python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
 """
 
 import argparse
@@ -200,6 +201,18 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    p = commands.add_parser("data", help="toy world: own annotations, another model's reasoning, --cross_weight")
+    p.add_argument("--data", default="runs/toy/data", help="the toy world")
+    p.add_argument("--sft", help="a toy SFT model; without one it is trained")
+    p.add_argument("--out", default="runs/bench_data")
+    p.add_argument("--split", choices=("dev", "test"), default="test")
+    p.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
+    p.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
+    if args.command == "data":
+        from bench_data import data
+
+        data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+        sys.exit()
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
