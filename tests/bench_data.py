@@ -79,7 +79,8 @@ def reasoner_lines(models, tasks, world):
                 found = embedder.embed(some, traces=trace, batch_size=64)
                 arrays = {key: getattr(found, key).numpy() for key in ("disc", "gen", "valid")}
                 n = len(task.queries)
-                entry, _ = score_task(task, *({k: x[part] for k, x in arrays.items()} for part in (np.s_[:n], np.s_[n:])))
+                queries, candidates = ({k: x[part] for k, x in arrays.items()} for part in (np.s_[:n], np.s_[n:]))
+                entry, _ = score_task(task, queries, candidates)
                 hits.append(entry["gen"]["hit@1"])
             cells.append(f"{100 * np.mean(hits):.1f}")
         lines.append(f"| {reasoner} | {' | '.join(cells)} |")
