@@ -1,8 +1,13 @@
 """CoT annotation by a teacher, its filters, the RL subset and the check of a file."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -259,8 +264,6 @@ def test_two_processes_write_the_same_file(annotated, world, writer_dir, tmp_pat
 
 def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp_path, monkeypatch):
     """With all answers there another filter bound asks nobody; other questions to the teacher are refused."""
-    import shutil
-
     out = tmp_path / "sft.json"
     shutil.copytree(f"{annotated}.answers", f"{out}.answers")
     monkeypatch.setattr(Embedder, "from_pretrained", None)  # would fail if it were loaded
@@ -275,9 +278,6 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
 def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
     """It is counted as "media"; the run goes on. As a script: data.py must not exist twice, once as __main__, or the
     Skip that model.py's data raises is another class than the one that is caught."""
-    import os
-    import subprocess
-
     (tmp_path / "images").symlink_to(world / "images")
     picture(0, 900, 4).save(tmp_path / "thin.png")
     paths = ("images/0.png", "no.png", "thin.png")
@@ -455,3 +455,43 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert capsys.readouterr().out == table
     assert run("check", tmp_path / "bad.json", "--media_root", tmp_path, "--workers", 0) == 1, "without a tokenizer"
     assert re.search(r"all +12 .* 4 +1 +0\n", capsys.readouterr().out), "a broken picture is not opened there"
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
+def test_the_chain_on_real_pictures(tmp_path):
+    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as a user types it. The teacher is the toy
+    base after a short training on these pictures. annotate is killed with SIGKILL three times: same files."""
+    from test_pipeline import start
+
+    def command(name):
+        return ["annotate", "--pairs", REAL / "sft.json", "--media_root", REAL, "--teacher", tmp_path / "teacher",
+                "--out", tmp_path / name, "--batch_size", 1, "--max_new_tokens", 100]  # fmt: skip
+
+    start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", tmp_path / "teacher", "--steps", 150,
+          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+    start("data.py", *command("whole.json"))
+    answers = Path(f"{tmp_path / 'killed.json'}.answers")
+    for kill in (1, 2, 3):  # as soon as new answers are there
+        child = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *map(str, command("killed.json"))])
+        while child.poll() is None and len(list(answers.glob("answers-*"))) < kill:
+            time.sleep(0.05)
+        while child.poll() is None and not max(answers.glob("answers-*")).stat().st_size:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, "it was through before the kill"
+    assert not (tmp_path / "killed.json").exists()
+    start("data.py", *command("killed.json"))
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    report = (answers / "report.txt").read_text()
+    assert report == Path(f"{tmp_path / 'whole.json'}.answers/report.txt").read_text()
+    kept = len(rows_of(tmp_path / "whole.json"))
+    assert kept > 100, report
+    flags = ["--media_root", REAL, "--model", tmp_path / "teacher"]
+    assert f"skips 0 of {kept} rows" in start("data.py", "check", tmp_path / "whole.json", *flags)
+    start("sft.py", "--data", tmp_path / "whole.json", "--media_root", REAL, "--out", tmp_path / "sft", "--steps", 10,
+          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+    assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(tmp_path / "sft"))
