@@ -59,7 +59,7 @@ def score_lines(names, read):
 
 def reasoner_lines(models, tasks, world):
     """gen hit@1 where one model reasons (rows) and another one reads its text and embeds (columns)."""
-    from eval import load_task, score_task
+    from eval import load_task
     from model import Embedder
 
     torch.set_num_threads(1)
@@ -76,12 +76,12 @@ def reasoner_lines(models, tasks, world):
         for embedder in embedders.values():
             hits = []
             for task, some, trace in zip(tasks, inputs, texts):
-                found = embedder.embed(some, traces=trace, batch_size=64)
-                arrays = {key: getattr(found, key).numpy() for key in ("disc", "gen", "valid")}
-                n = len(task.queries)
-                queries, candidates = ({k: x[part] for k, x in arrays.items()} for part in (np.s_[:n], np.s_[n:]))
-                entry, _ = score_task(task, queries, candidates)
-                hits.append(entry["gen"]["hit@1"])
+                found, n, keys = embedder.embed(some, traces=trace, batch_size=64), len(task.queries), list(task.candidates)
+                gen, valid = found.gen[:, 0], found.valid[:, 0]
+                scores = (gen[:n] @ gen[n:].T).masked_fill(~valid[n:], -2)  # no <gen_emb>: never found, finds nothing
+                first = [keys[c] for c in scores.argmax(1)]
+                right = [key in query["labels"] for key, query in zip(first, task.queries)]
+                hits.append(float((torch.tensor(right) & valid[:n]).double().mean()))
             cells.append(f"{100 * np.mean(hits):.1f}")
         lines.append(f"| {reasoner} | {' | '.join(cells)} |")
     return lines
