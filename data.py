@@ -25,6 +25,7 @@ Commands
 
 import argparse
 import codecs
+import ctypes
 import hashlib
 import itertools
 import json
@@ -352,7 +353,7 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
     path, kept = Path(path), None
     if cache and path.is_file():
         about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "1")
-        kept = Path(cache).expanduser() / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
+        kept = Path(cache) / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
         if kept.exists():
             return dict(np.load(kept))
     spans, dataset, names = array("q"), array("i"), {}
@@ -484,8 +485,7 @@ class PairData(Dataset):
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
-        needs_text = needs if answers else [t for t in needs if t != GEN]
-        self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs_text, cache)
+        self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs, cache)
         if not len(self.rows):
             raise ValueError(f"{', '.join(map(str, files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
@@ -604,17 +604,25 @@ def step_loader(data, steps, workers):
         generator=torch.Generator(),  # its own: the global one must not depend on the loader
         prefetch_factor=max(2, -(-share // workers)) if workers else None,  # one step ahead
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=tie_to_parent,
     )
     pairs = iter(loader)
     for _ in steps:
         yield [next(pairs) for _ in range(share)]
 
 
-def ignore_stop_signals(_worker):
-    """A scheduler signals the whole process group: the workers must live until the training loop has saved."""
+def tie_to_parent(_worker):
+    """A scheduler signals the whole process group: the workers must live until the training loop has saved, and not a
+    moment longer than it (those of a killed one would wait for ever, each for the other, with full pipes)."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal_with_parent(signal.SIGKILL)
+
+
+def signal_with_parent(number):
+    """Linux sends this process the signal when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------------------------------------------------------

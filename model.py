@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, GEN, PIXELS, Row, encode_input
+from data import DISC, GEN, PIXELS, Row, encode_input, signal_with_parent
 
 HEAD_CHUNK = 1024  # tokens whose logits exist at once: 1024 x 152 k x 4 B = 0.6 GB
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
@@ -541,6 +541,8 @@ def start_processes():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
+        signal_with_parent(signal.SIGTERM)
     if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device
@@ -654,26 +656,28 @@ class Guard:
         return False
 
     def skipped(self, step, pairs):
-        """Lists the unusable rows of all processes in skipped.jsonl -> their number; too large a share ends the run."""
-        found = [(pair.name, pair.reason) for pair in pairs]
+        """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
         ok = gather(torch.tensor([pair.ok for pair in pairs]))
         self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
         if ok.all():
             return 0
-        found = gather_list(found)
+        found = gather_list([(pair.name, pair.reason) for pair in pairs])
+        self.last_reason = [reason for _, reason in found if reason][-1]
         if processes()[0] == 0:
             with open(self.out / "skipped.jsonl", "a") as file:
                 for (name, reason), good in zip(found, ok.tolist()):
                     if not good:
                         file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
-        # of what was seen, but not of a first batch alone: a dataset within the bound must never stop
+        return int((~ok).sum())
+
+    def check_share(self):
+        """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
+        stops, even where its bad rows come first."""
         if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
-            reason = next(reason for _, reason in found if reason)
             raise Stopped(
                 f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
-                f"{self.out / 'skipped.jsonl'} lists them; one of them: {reason}"
+                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
             )
-        return int((~ok).sum())
 
 
 def speed_figures(began, waited, done, steps, pairs, tokens, device):

@@ -104,7 +104,7 @@ class Settings:
     keep: int = setting(2, "checkpoints that are kept")
     max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
     skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
-    cache: str = setting("~/.cache/ume_r1", "folder for the indexes of --data")
+    cache: str = setting("runs/cache", "folder for the indexes of the --data files")
     resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
 
 
@@ -394,6 +394,7 @@ def main():
                 bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save(step + 1)
+            guard.check_share()
     save_model(embedder, args.model, out)
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)

@@ -101,7 +101,7 @@ class Settings:
     keep: int = setting(2, "checkpoints that are kept")
     max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
     skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
-    cache: str = setting("~/.cache/ume_r1", "folder for the indexes of --data")
+    cache: str = setting("runs/cache", "folder for the indexes of the --data files")
     resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
 
 
@@ -240,14 +240,14 @@ def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def shard(embedder, bf16):
+def shard(embedder, bf16, mesh=None):
     """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
     together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for layer in embedder.backbone.model.language_model.layers:
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
-    fully_shard(embedder, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def main():
@@ -329,6 +329,7 @@ def main():
                 bar.set_postfix({key: value for key, value in shown.items() if value != "0"})  # tqdm shows the ETA
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save(step + 1)
+            guard.check_share()
     save_model(embedder, args.model, out)
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)

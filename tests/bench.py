@@ -2,6 +2,8 @@
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
 python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
+python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
+python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
 """
 
 import argparse
@@ -201,6 +203,8 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    commands.add_parser("memory", help="memory plan of the real sizes")
+    commands.add_parser("sft", help="SFT step against the official recipe")
     p = commands.add_parser("data", help="toy world: own annotations, another model's reasoning, --cross_weight")
     p.add_argument("--data", default="runs/toy/data", help="the toy world")
     p.add_argument("--sft", help="a toy SFT model; without one it is trained")
@@ -215,4 +219,8 @@ if __name__ == "__main__":
 
         data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
         sys.exit()
+    if args.command in ("memory", "sft"):
+        import bench_scale
+
+        sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)

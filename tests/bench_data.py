@@ -76,7 +76,8 @@ def reasoner_lines(models, tasks, world):
         for embedder in embedders.values():
             hits = []
             for task, some, trace in zip(tasks, inputs, texts):
-                found, n, keys = embedder.embed(some, traces=trace, batch_size=64), len(task.queries), list(task.candidates)
+                found = embedder.embed(some, traces=trace, batch_size=64)
+                n, keys = len(task.queries), list(task.candidates)
                 gen, valid = found.gen[:, 0], found.valid[:, 0]
                 scores = (gen[:n] @ gen[n:].T).masked_fill(~valid[n:], -2)  # no <gen_emb>: never found, finds nothing
                 first = [keys[c] for c in scores.argmax(1)]

@@ -224,9 +224,9 @@ def run_killed(module, step_function, call, argv, monkeypatch):
             run_here(module, argv, patch)
 
 
-def run_processes(module, argv, processes=2):
+def run_processes(module, argv, processes=2, codes=0, before=lambda rank: None):
     """main() in several processes with the variables that torchrun sets; forked, so that nothing is imported
-    again."""
+    again. before(rank) runs first in each; codes: the exit code of all of them, or one each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -237,16 +237,20 @@ def run_processes(module, argv, processes=2):
             try:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                before(rank)
                 sys.argv = [f"{module.__name__}.py", *map(str, argv)]
                 module.main()
                 os._exit(0)
+            except SystemExit as end:
+                print(end, file=sys.stderr, flush=True)
+                os._exit(end.code if isinstance(end.code, int) else 1)
             except BaseException:  # noqa: BLE001 (the child must never come back into pytest)
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * processes
+    got = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert got == (codes if isinstance(codes, list) else [codes] * processes)
 
 
 def read_log(out):

@@ -379,6 +379,7 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
 def flags(writer_dir, world, out, **more):
     given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4)
     given |= dict(micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0)
+    given |= dict(cache=world / "cache")
     given |= more
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 

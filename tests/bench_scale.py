@@ -1,0 +1,243 @@
+"""`bench.py memory` and `bench.py sft`: memory plan of the real sizes, and our SFT step against the official recipe."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
+TOKENS = 4096  # of a forward pass: both sides of --micro_batch pairs
+# Qwen/Qwen2-VL-2B-Instruct and 7B, config.json on the hub (public values, written down: there is no hub here)
+SIZES = {
+    "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+               vocab_size=151_936, tie=True),
+    "7b": dict(hidden_size=3584, intermediate_size=18_944, num_attention_heads=28, num_key_value_heads=4,
+               vocab_size=152_064, tie=False),
+}  # fmt: skip
+
+
+def qwen2vl(hidden_size, tie, depth=32, embed_dim=1280, num_hidden_layers=28, heads=16, **text):
+    """A model of transformers' class with random weights, on whatever device is the default."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    dim = hidden_size // text["num_attention_heads"]  # 128 in the real ones: sections 16, 24, 24
+    rope = {"rope_type": "default", "mrope_section": [dim // 8, dim * 3 // 16, dim * 3 // 16], "rope_theta": 1e6}
+    config = Qwen2VLConfig(
+        text_config=dict(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, rope_parameters=rope,
+                         max_position_embeddings=32_768, rms_norm_eps=1e-6, **text),
+        vision_config=dict(depth=depth, embed_dim=embed_dim, num_heads=heads, hidden_size=hidden_size),
+        tie_word_embeddings=tie, attn_implementation="sdpa",
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def toy_tokenizer():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/toy_base")
+    tokenizer.add_tokens([token for token in ("<gen_emb>", "<disc_emb>") if token not in tokenizer.get_vocab()])
+    return tokenizer
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def one_pass(embedder):
+    """Forward and backward of sft.py's third pass on one row of TOKENS tokens, a third of them labelled."""
+    read, predict = torch.tensor([TOKENS // 2, TOKENS - 2]), torch.arange(TOKENS * 2 // 3, TOKENS - 1)
+    batch = {"ids": torch.zeros(1, TOKENS, dtype=torch.long), "positions": torch.zeros(3, 1, TOKENS, dtype=torch.long),
+             "mask": None, "vit": torch.zeros(TOKENS * 2, 1280, dtype=torch.bfloat16)}  # fmt: skip
+    embeddings, logp, _ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
+    (embeddings.sum() - logp.mean()).backward()
+
+
+def measured(size, fsdp):
+    """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
+
+    fsdp: sharded by sft.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import sft
+    from model import Embedder
+
+    dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
+    mesh = init_device_mesh("cpu", (GPUS,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        embedder = Embedder(qwen2vl(**SIZES[size]), toy_tokenizer())
+        embedder.bf16 = True
+        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        embedder.train()
+        if fsdp:
+            sft.shard(embedder, True, mesh)
+        tracker = FSDPMemTracker(embedder) if fsdp else MemTracker()
+        tracker.track_inputs(()) if fsdp else tracker.track_external(embedder)
+        with tracker:
+            for _ in range(2):  # in the second one the gradients are there from the start, as between micro-batches
+                one_pass(embedder)
+    dist.destroy_process_group()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    peak = {str(getattr(key, "value", key)): value / GIB for key, value in peak.items()}
+    lasting = ("Parameter", "Buffer", "Gradient", "Optstate", "Sharded Param", "Sharded Grad", "OptState", "Total")
+    return sum(value for key, value in peak.items() if key not in lasting)
+
+
+def memory():
+    """The memory plan, GiB a GPU: what lasts from the parameter counts, what a pass needs from fake tensors."""
+    columns, lines = {}, []
+    for size, values in SIZES.items():
+        with torch.device("meta"):
+            model = qwen2vl(**values)
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
+        text = model.config.text_config
+        head_dim = text.hidden_size // text.num_attention_heads
+        kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes, bf16
+        lines.append(f"{size}: {whole / 1e9:.4f} B parameters, {visual / 1e9:.4f} B of them vision; "
+                     f"keys and values of a token: {kv_token:,} bytes")  # fmt: skip
+        for stage, fsdp in (("sft", False), ("sft", True), ("rl", False)):
+            n = GPUS if fsdp else 1
+            trained = whole - visual + (merger if stage == "sft" else 0)
+            column = {"parameters (fp32)": 4 * whole / n, "gradients (fp32)": 4 * trained / n,
+                      "AdamW's moments": 8 * trained / n}  # fmt: skip
+            column |= {"reference (fp32)": 4 * whole * (stage == "rl")}
+            column = {key: value / GIB for key, value in column.items()}
+            working = measured(size, fsdp)
+            kv = 64 * (1500 + 2048) * kv_token / GIB if stage == "rl" else 0.0
+            column |= {f"a pass of {TOKENS:,} tokens": working, "rollouts: 64 x 3,548 keys and values": kv}
+            column |= {"sum": sum(column.values()) - min(working, kv)}  # a pass and the rollouts are not at one time
+            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = column
+            print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
+    names = list(columns)
+    lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for key in columns[names[0]]:
+        lines.append(f"| {key} | {' | '.join(f'{columns[name][key]:.1f}' for name in names)} |")
+    fits = ["yes" if columns[name]["sum"] < 0.95 * GPU_GIB else "no" for name in names]
+    lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(fits)} |")
+    print("\n".join(lines))
+
+
+# ---- the SFT step against the official recipe ------------------------------------------------------------------
+
+# reference/perf.md's model: 8 layers of 512, ViT of 4 x 320; a vocabulary of 10,240 gives head and layers the ratio of
+# the real 2B, one of 151,936 the real logits
+SMALL = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2,
+             num_hidden_layers=8, depth=4, embed_dim=320, heads=4, tie=True)  # fmt: skip
+
+
+def random_pairs(n, model, seed=0):
+    """Pairs with a picture of 240 tokens in the query: queries of 300 to 700 tokens, targets of 100 to 400, about a
+    third of each an answer. All share one picture's pixels: on a GPU they would not be in its memory either."""
+    from data import Pair, Row, mrope_positions
+
+    rng = np.random.default_rng(seed)
+    pixels, grid = rng.standard_normal((960, 1176)).astype(np.float32), np.array([[1, 24, 40]])
+
+    def row(length, picture):
+        ids = rng.integers(10, 300, length)
+        ids[np.isin(ids, [*model.media_ids, model.gen_id, model.disc_id])] = 9
+        n_prompt = 2 * length // 3 + (40 if picture else 0)
+        if picture:
+            ids[5:245] = model.media_ids[0]
+        ids[n_prompt - 10], ids[length - 2] = model.disc_id, model.gen_id
+        grids = grid if picture else np.zeros((0, 3), int)
+        return Row(ids, mrope_positions(ids, grids, model.media_ids), n_prompt, n_prompt - 10, length - 2,
+                   pixels if picture else np.zeros((0, 1176), np.float32), grids, "random")  # fmt: skip
+
+    return [Pair(row(int(rng.integers(300, 700)), True), row(int(rng.integers(100, 400)), False), k, True, "", "random")
+            for k in range(n)]  # fmt: skip
+
+
+def official_step(model, pairs):
+    """Two forward passes of transformers with the logits of all tokens in fp32, both graphs alive, one backward."""
+    from conftest import processor_inputs
+
+    from sft import info_nce
+
+    sides, loss = [], 0.0
+    for rows in ([p.query for p in pairs], [p.target for p in pairs]):
+        batch, _ = processor_inputs(model, rows)
+        out = model.backbone(**batch, output_hidden_states=True, use_cache=False)
+        labels = batch["input_ids"].clone()
+        for b, row in enumerate(rows):
+            labels[b, : row.n_prompt] = labels[b, len(row.ids) :] = -100
+        logits = out.logits.float()[:, :-1].contiguous()
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        at = torch.tensor([[row.disc_at, row.gen_at] for row in rows])
+        sides.append(F.normalize(out.hidden_states[-1][torch.arange(len(rows))[:, None], at].float(), dim=-1))
+    loss = loss + sum(info_nce(sides[0][:, k], sides[1][:, k]) for k in (0, 1))
+    loss.backward()
+    return float(loss)
+
+
+def status(key):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{key}:")[1].split()[0]) / 1024  # MiB
+
+
+def step_alone(who, n, vocabulary, micro_batch, repeats):
+    """In a process of its own: peak memory above the loaded model and rows (MiB), CPU seconds of the best of `repeats`
+    steps, loss."""
+    from model import Embedder
+    from sft import Settings, sft_step
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Embedder(qwen2vl(vocab_size=vocabulary, **SMALL), toy_tokenizer()).train()
+    model.backbone.model.visual.requires_grad_(False)
+    model.backbone.model.visual.merger.requires_grad_(True)
+    model.backbone.config.image_token_id, model.backbone.config.video_token_id = model.media_ids
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    seconds = []
+    for _ in range(repeats):
+        pairs = random_pairs(n, model)
+        began = time.process_time()
+        if who == "official":
+            loss = official_step(model, pairs)
+        else:
+            parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch), (1.0, 1.0, 1.0))
+            loss = parts["loss"]
+        seconds.append(time.process_time() - began)
+        model.zero_grad()
+    return {"who": who, "pairs": n, "peak": status("VmHWM") - before, "all": status("VmHWM"), "seconds": min(seconds),
+            "loss": loss}  # fmt: skip
+
+
+def sft_table():
+    """Ratios of one run; memory with the real vocabulary and by batch, time with the small one."""
+
+    def alone(*given):
+        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import json, bench_scale; "
+        code += f"print(json.dumps(bench_scale.step_alone{given!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        print(given, done.stdout.strip(), file=sys.stderr, flush=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    official, ours = alone("official", 3, 151_936, 0, 1), alone("ours", 3, 151_936, 1, 1)
+    small, large = alone("ours", 8, 10_240, 4, 1), alone("ours", 64, 10_240, 4, 1)
+    slow, fast = [], []
+    for _ in range(2):  # taken in turns
+        slow.append(alone("official", 6, 10_240, 0, 2)["seconds"])
+        fast.append(alone("ours", 6, 10_240, 2, 2)["seconds"])
+    print("| SFT step | official recipe | ours | ratio |\n|---|---|---|---|")
+    print(f"| peak memory above the model, 3 pairs, V = 151,936, MiB | {official['peak']:.0f} | {ours['peak']:.0f} | "
+          f"{ours['peak'] / official['peak']:.2f} |")  # fmt: skip
+    print(f"| CPU seconds a pair, 6 pairs, V = 10,240 | {min(slow) / 6:.2f} | {min(fast) / 6:.2f} | "
+          f"{min(fast) / min(slow):.2f} |")  # fmt: skip
+    print("\n| ours, --micro_batch 4 | 8 pairs | 64 pairs | ratio |\n|---|---|---|---|")
+    print(f"| peak memory above the model, MiB | {small['peak']:.0f} | {large['peak']:.0f} | "
+          f"{large['peak'] / small['peak']:.2f} |")  # fmt: skip
+    print(f"\nloss of the 3 pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
