@@ -21,6 +21,7 @@ Where this departs from the paper or the official code
     cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
     to make all its embeddings equal (loss ln B for hundreds of steps; CLIP starts at 0.07 for the same reason).
     Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, and AdamW's second beta is 0.98.
+ 7. --cross_weight (default 0: the paper) adds InfoNCE between gen and disc, one space for both kinds of embedding.
 
 Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
