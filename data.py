@@ -1391,6 +1391,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import data  # model.py imports it: without this there would be two of every class
-
-    data.main()
+    main()
