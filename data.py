@@ -1035,7 +1035,7 @@ def rl_row(pair):
 # ---------------------------------------------------------------------------------------------------------------
 # Checking a file before a run
 
-PROBLEMS = ("schema", "media", "too long")
+PROBLEMS = ("schema", "media", "too long", "left out")
 Found = namedtuple("Found", "dataset problem message tokens pictures target", defaults=("", "", 0, 0, 0))
 
 
@@ -1089,6 +1089,11 @@ def check(args):
         for part in loader:
             found += part
             bar.update(len(part))
+    sizes = Counter(row.dataset for row in found)
+    for i, row in enumerate(found):
+        if sizes[row.dataset] < args.batch_size and not row.problem:  # BatchOrder leaves the whole dataset out
+            message = f"{row.dataset} has {sizes[row.dataset]} rows, fewer than --batch_size {args.batch_size}"
+            found[i] = row._replace(problem="left out", message=message)
     print(check_report(found, args))
     return not any(row.problem for row in found)
 
@@ -1109,11 +1114,12 @@ def check_report(found, args):
         cells += [f"{sum(row.problem == problem for row in rows):,}" for problem in PROBLEMS]
         lines.append(f"{name[:23]:24}" + "".join(f"{cell:>12}" for cell in cells))
     for problem in PROBLEMS:
-        lines += [f"{problem}: {row.message}" for row in found if row.problem == problem][:5]
+        lines += list(dict.fromkeys(f"{problem}: {row.message}" for row in found if row.problem == problem))[:5]
     bad = Counter(row.problem for row in found)
-    skipped = bad["media"] + bad["too long"]
-    stop = f" and stops at the first of {bad['schema']:,} whose form is wrong" if bad["schema"] else ""
-    lines.append(f"A run with --max_length {args.max_length} skips {skipped:,} of {len(found):,} rows{stop}.")
+    stop = f" and does not start before {bad['schema']:,} are mended" if bad["schema"] else ""
+    settings = f"--max_length {args.max_length} --batch_size {args.batch_size}"
+    skipped = bad["media"] + bad["too long"] + bad["left out"]
+    lines.append(f"A run with {settings} skips {skipped:,} of {len(found):,} rows{stop}.")
     if not args.model:
         lines.append("Without --model: media only looked up, tokens not counted.")
     return "\n".join(lines)
@@ -1373,6 +1379,7 @@ def main():
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
     p.add_argument("--max_length", type=int, default=12_288, help="longer rows are skipped in training")
+    p.add_argument("--batch_size", type=int, default=1, help="a dataset with fewer rows is left out in training")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p = command("toy", "write the toy world")
     p.add_argument("--out", default="runs/toy/data", help="folder")

@@ -422,8 +422,10 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     for file in ("sft.json", "sft.jsonl", "rl.json"):
         assert run("check", world / file, *good) == run("check", world / file, *good, "--model", tiny_dir) == 0
     table = capsys.readouterr().out
-    assert re.search(r"one +6 +50.0% +\d+ +\d+ +2.\d+ +\d +100.0% +0 +0 +0", table), table
+    assert re.search(r"one +6 +50.0% +\d+ +\d+ +2.\d+ +\d +100.0% +0 +0 +0 +0\n", table), table
     assert "skips 0 of 12 rows." in table
+    assert run("check", world / "rl.json", *good, "--batch_size", 7) == 1
+    assert "left out: one has 6 rows, fewer than --batch_size 7\n" in capsys.readouterr().out
 
     bad = json.loads(json.dumps(rows))
     bad[0]["qry"]["image"] = "images/missing.png"
@@ -439,8 +441,8 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     flags = ["check", tmp_path / "bad.json", "--media_root", tmp_path, "--model", tiny_dir, "--max_length", 400]
     assert run(*flags, "--workers", 0) == 1
     table = capsys.readouterr().out
-    assert re.search(r"all +12 .* 4 +2 +1\n", table), table
-    assert "skips 3 of 12 rows and stops at the first of 4" in table
+    assert re.search(r"all +12 .* 4 +2 +1 +0\n", table), table
+    assert "skips 3 of 12 rows and does not start before 4 are mended." in table
     for text in (f"row 0: {tmp_path}/images/missing.png: no such file", f"row 1: {tmp_path}/broken.png: cannot be read",
                  "row 4, pos: no <gen_emb>", "tokens, above --max_length 400", "row 10, qry: the text has 2 <image>",
                  "row 6: an SFT row needs", "row 7, qry: needs"):  # fmt: skip
@@ -448,7 +450,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert run(*flags, "--workers", 2) == 1
     assert capsys.readouterr().out == table
     assert run("check", tmp_path / "bad.json", "--media_root", tmp_path, "--workers", 0) == 1, "without a tokenizer"
-    assert re.search(r"all +12 .* 4 +1 +0\n", capsys.readouterr().out), "a broken picture is not opened there"
+    assert re.search(r"all +12 .* 4 +1 +0 +0\n", capsys.readouterr().out), "a broken picture is not opened there"
 
 
 # ---- the whole chain -------------------------------------------------------------------------------------------
