@@ -1,4 +1,4 @@
-"""Data: conversations, pictures and videos to patches, datasets, batches; annotation and checks; at the end the toy world.
+"""Data: conversations, pictures and videos to patches, datasets, batches; annotation, check; last the toy world.
 
 What a row becomes (paper section 3, DESIGN 3): one string in Qwen2-VL's chat format,
 
