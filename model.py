@@ -591,7 +591,7 @@ def all_sum(x):
     return x
 
 
-class Stopped(Exception):
+class Stopped(RuntimeError):
     """The run ends here; all processes raise it together, so that they can save together."""
 
     def __init__(self, reason, code=1):
@@ -642,8 +642,8 @@ class Guard:
             raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
 
     def finite(self, step, figures, pairs):
-        """True where the update may be made. figures: name -> float, the same in all processes."""
-        if all(math.isfinite(x) for x in figures.values()):
+        """True where the update may be made. figures: name -> float."""
+        if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
             return True
         self.nonfinite += 1
         told = ", ".join(f"{name} {x}" for name, x in figures.items())
@@ -775,12 +775,15 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     """
     rank, world = processes()
     known = [path for _, path in list_checkpoints(folder)]
-    if resume == "none" or (resume == "auto" and not known):
-        return 0
-    path = known[-1] if resume == "auto" else Path(resume)
-    if not is_complete(path):
+    path = Path(resume) if resume not in ("auto", "none") else known[-1] if known and resume == "auto" else None
+    if path and not is_complete(path):
         raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
-    meta = json.loads((path / "meta.json").read_text())
+    meta = json.loads((path / "meta.json").read_text()) if path else {"step": 0}
+    steps = gather(torch.tensor([meta["step"]]))
+    if (steps != meta["step"]).any():
+        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    if not path:
+        return 0
     refuse_changed(meta["settings"], settings, path)
     parts = [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
 
@@ -807,9 +810,7 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     torch.set_rng_state(parts[0].get_tensor("random/cpu"))
     if torch.cuda.is_available() and "random/cuda" in stored:
         torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
-    steps = gather(torch.tensor([meta["step"]]))
-    if (steps != meta["step"]).any():
-        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    barrier()  # nobody reads any more
     if rank == 0:
         print(f"resuming after step {meta['step']} from {path}", flush=True)
         for step, later in list_checkpoints(folder):
@@ -855,7 +856,7 @@ def begin_run(args, rank, digests):
     settings["content of --data"] = digests
     path = out / "args.json"
     if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):
-        refuse_changed(before["resume"], settings, out)
+        refuse_changed(before.get("resume", before["settings"]), settings, out)
         if rank == 0:
             print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
         return None

@@ -110,7 +110,7 @@ class Settings:
 
 PRESETS = {
     "2b": {},
-    # the paper gives no values for 7B: these are the 2B ones. Not sharded yet: about 130 GB a GPU, not for 80 GB
+    # the paper gives no values for 7B: these are the 2B ones. Not sharded: about 160 GiB a GPU, not for 80 GB
     "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl"},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
@@ -372,8 +372,9 @@ def main():
                 group["lr"] = lr
             history = []
             for inner in range(args.inner_steps):
+                poll = guard.poll if inner == 0 else lambda: None  # once the weights have moved the step is finished
                 stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache,
-                               inner, guard.poll)  # fmt: skip
+                               inner, poll)  # fmt: skip
                 stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
                 if guard.finite(step, {"loss": stats["loss"], "gradient norm": stats["grad_norm"]}, pairs):
                     optimizer.step()

@@ -27,6 +27,7 @@ Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
     python sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft             # 1 GPU
     torchrun --nproc_per_node 8 sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft
+    torchrun --nproc_per_node 8 sft.py --preset 7b --data UME-sft-train.json --media_root MMEB-train          # sharded
 """
 
 import contextlib
@@ -46,6 +47,7 @@ from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
 from model import (
     Embedder,
     Guard,
+    Stopped,
     all_sum,
     begin_run,
     first_on_node,
@@ -208,7 +210,7 @@ def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
     # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
     ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
     if not ok_all.any():
-        raise RuntimeError(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
+        raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
     mine = torch.arange(b, device=device) * world + rank
     loss, l_disc, l_gen, l_cross = contrastive_loss(
@@ -309,11 +311,11 @@ def main():
             waited = time.perf_counter() - began
             lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
             fallen = min(1.0, step / args.tau_steps) if args.tau_steps else 1.0
-            tau = args.tau_start * (args.tau / args.tau_start) ** fallen
+            now = replace(args, tau=args.tau_start * (args.tau / args.tau_start) ** fallen)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             w = (args.w_disc, args.w_gen, args.w_ce)
-            parts, tokens = sft_step(model, pairs, replace(args, tau=tau), w, rank, world, guard.poll)
+            parts, tokens = sft_step(model, pairs, now, w, rank, world, guard.poll)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             norm = float(norm.full_tensor() if args.fsdp else norm)
             if guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs):
