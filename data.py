@@ -154,7 +154,7 @@ class Row:
     patches: np.ndarray  # [n, 1176] of all media in the order of the text
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
-    vit: torch.Tensor | None = None  # [n, D_vit] the frozen ViT's states of the patches, once they are computed
+    vit: torch.Tensor | None = None  # what the frozen vision tower made of the patches (Embedder.see), once it has
 
     @property
     def next_position(self):

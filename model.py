@@ -18,6 +18,7 @@ Where this departs from the official code
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -44,9 +46,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, GEN, PIXELS, Row, encode_input, signal_with_parent
+from data import DISC, GEN, PIXELS, Row, Skip, encode_input, signal_with_parent
 
-HEAD_CHUNK = 1024  # tokens whose logits exist at once: 1024 x 152 k x 4 B = 0.6 GB
+HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
+REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
 
@@ -59,6 +62,7 @@ class Embeddings:
     texts: list | None  # N lists of `samples` assistant texts
     valid: torch.Tensor | None  # bool [N, samples]: a <gen_emb> was produced
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
+    skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs that cannot be read: zeros, not valid
 
 
 @dataclass
@@ -129,10 +133,16 @@ class Embedder(nn.Module):
     def device(self):
         return self.banned.device
 
+    @property
+    def vision_frozen(self):
+        return not any(p.requires_grad for p in self.backbone.model.visual.parameters())
+
     def see(self, patches, grids):
-        """The ViT's states before the merger, [n, D_vit]; where the ViT is frozen they are computed once and shared."""
+        """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
+        in RL) the merged tokens [n / 4, D]."""
         weight = self.backbone.model.visual.patch_embed.proj.weight
-        return self.backbone.model.visual(patches.to(weight.dtype), grid_thw=grids).last_hidden_state
+        out = self.backbone.model.visual(patches.to(weight.dtype), grid_thw=grids)
+        return out.pooler_output if self.vision_frozen else out.last_hidden_state
 
     @torch.no_grad()
     def see_rows(self, rows, n, poll=lambda: None):
@@ -145,22 +155,22 @@ class Embedder(nn.Module):
             poll()
             part = rows[start : start + n]
             states = self(pad_rows(part, self.pad_id, self.device)).cpu()
-            for row, vit in zip(part, states.split([len(row.patches) for row in part])):
-                row.vit = vit  # [0, D_vit] for a row without pictures
+            merged = 4 if self.vision_frozen else 1
+            for row, vit in zip(part, states.split([len(row.patches) // merged for row in part])):
+                row.vit = vit  # [0, ..] for a row without pictures
                 row.patches = np.empty((len(row.patches), 0), np.float32)
 
     def embed_tokens(self, ids, vit):
         """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
         x = self.backbone.get_input_embeddings()(ids)
-        merger = self.backbone.model.visual.merger
+        merge = (lambda merged: merged) if self.vision_frozen else self.backbone.model.visual.merger
         if len(vit):
             is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
-            return x.masked_scatter(is_media[..., None], merger(vit).to(x.dtype))
-        if (
-            torch.is_grad_enabled()
-        ):  # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
+            return x.masked_scatter(is_media[..., None], merge(vit).to(x.dtype))
+        if torch.is_grad_enabled() and not self.vision_frozen:
+            # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
             blank = self.see(torch.zeros(4, 1176, device=x.device), torch.tensor([[1, 2, 2]], device=x.device))
-            x = x + 0 * merger(blank).sum().to(x.dtype)
+            x = x + 0 * merge(blank).sum().to(x.dtype)
         return x
 
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
@@ -168,7 +178,7 @@ class Embedder(nn.Module):
 
         batch: from pad_rows(). read int [N], predict int [M] index the flattened [B * L]; labels int [M].
         Returns fp32 embeddings [N, D], normalised; logp [M]; entropy [M], without gradient; None where not asked for.
-        With nothing asked: the ViT's states of the pictures alone.
+        With nothing asked: what see() makes of the pictures.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
@@ -187,29 +197,11 @@ class Embedder(nn.Module):
             logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
         return embeddings, logp, entropy
 
-    def logits(self, hidden, temperature=1.0, ban=False):
-        logits = self.backbone.lm_head(hidden).float()  # [N, V]
-        if ban:
-            logits = logits.index_fill(-1, self.banned, BANNED)
-        return logits / temperature
-
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
         """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
-
-        def chunk(h, y):
-            logp = self.logits(h, temperature, ban).log_softmax(-1)  # [chunk, V]
-            entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-            return logp.gather(-1, y[:, None])[:, 0], entropy
-
-        parts = [
-            torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else chunk(h, y)
-            for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK))
-        ]
-        if not parts or not len(labels):
-            return hidden.sum(-1).float() * 0, hidden.new_zeros(0, dtype=torch.float32)
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        weight = self.backbone.lm_head.weight.to(self.compute_dtype)  # once, not once a chunk
+        banned = self.banned if ban else self.banned[:0]
+        return TokenLogp.apply(hidden.to(weight.dtype), weight, labels, banned, temperature)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
@@ -221,7 +213,7 @@ class Embedder(nn.Module):
         rows: iterable of Row (prompts). seeds: one int per row; rollout g of row i is a function of (seeds[i], g) and
         the weights only, whatever is decoded beside it. slots: completions decoded at once. temperature 0 is greedy.
         poll: asked before every token; true ends the decoding at once, with the rows that are done by then.
-        script: for tests and benchmarks: script[i][g] is the list of token ids to emit instead of sampling.
+        script: for tests and benchmarks: script[i][g] is the list of token ids to write in place of the sampled ones.
 
         The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
         of them moves into the place of one that ends; when enough places are free, waiting prompts are read in.
@@ -232,38 +224,41 @@ class Embedder(nn.Module):
         cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
         live, finished = [], {}
 
+        def begin(i, row, disc):
+            """The G completions of prompt i, with all their random numbers."""
+            for g in range(G):
+                uniforms = row_uniforms(seeds[i], g, max_new_tokens + 1) if temperature and seeds else None
+                forced = script[i][g] if script else None
+                yield Completion(i, g, row, disc, uniforms, forced, len(forced) if script else max_new_tokens)
+
         def pick(hidden, completions):
-            """Appends the next token to the completions, given the states [A, D] at their last tokens."""
-            if script is None:
-                u = [c.uniforms[min(len(c.ids), max_new_tokens - 1)] for c in completions] if temperature else None
-                tokens, logp = sample(self.logits(hidden, temperature or 1.0, ban=True), u)
-            else:
-                tokens = [(script[c.i][c.g] + [self.end_id])[len(c.ids)] for c in completions]
-                logp = [0.0] * len(tokens)
-            for c, t, lp in zip(completions, tokens, logp):
-                if len(c.ids) == (max_new_tokens if script is None else len(script[c.i][c.g])):
+            """Appends the next token of each completion, given the states [A, D] at their last tokens."""
+            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature and seeds else None
+            forced = [(c.forced + [self.end_id])[len(c.ids)] for c in completions] if script else None
+            logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
+            for c, (token, logp) in zip(completions, sample(logits, uniforms, forced)):
+                if len(c.ids) == c.limit:
                     c.ended = True  # full; its last token was still read in, for the state of a last <gen_emb>
                 else:
-                    c.ids.append(t)
-                    c.logp.append(lp)
-                    c.ended = t == self.end_id
+                    c.ids.append(int(token))
+                    c.logp.append(logp)
+                    c.ended = token == self.end_id
 
+        # One autocast around the whole loop: it keeps its bf16 copies of trained fp32 weights until it is left. For the
+        # 2B on 80 GB (35 GB of training state) these 4 GB are well spent: to cast anew would make every decode step,
+        # which reads them once, read 9 GB and write 4 GB more. Whoever takes a result runs outside of it.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             while (live or not nothing_left) and not poll():
-                # 1. read in waiting prompts, several at once: when a quarter of the places is free
+                # 1. read in waiting prompts, several at once, when enough places are free
                 A, room, batch = len(live), (slots - len(live)) // G, []
-                if room * G >= slots // 4 or not live:
-                    while len(batch) < room and not nothing_left:
-                        item = next(rows, None)
-                        nothing_left = item is None
-                        batch += [] if nothing_left else [item]
+                if room * G >= slots // REFILL or not live:
+                    batch = list(itertools.islice(rows, room))
+                    nothing_left = len(batch) < room
                 if batch:
                     last, disc = self.prefill([row for _, row in batch], cache, A, G)  # [P, D] both
                     for (i, row), d in zip(batch, disc):
                         finished[i] = []
-                        for g in range(G):
-                            uniforms = row_uniforms(seeds[i], g, max_new_tokens) if temperature and not script else None
-                            live.append(Completion(i, g, row, d, uniforms))
+                        live += begin(i, row, d)
                     pick(last.repeat_interleave(G, 0), live[A:])
                 # 2. ended completions leave; the last live one moves into the free place
                 for s in reversed(range(len(live))):
@@ -274,7 +269,8 @@ class Embedder(nn.Module):
                             live[s] = end
                         finished[c.i].append(c)
                         if len(finished[c.i]) == G:
-                            yield c.i, Rollouts.collect(sorted(finished.pop(c.i), key=lambda c: c.g))
+                            with torch.autocast(self.device.type, enabled=False):
+                                yield c.i, Rollouts.collect(sorted(finished.pop(c.i), key=lambda c: c.g))
                 if not live:
                     continue
                 # 3. one token for every live completion
@@ -336,7 +332,9 @@ class Embedder(nn.Module):
         inputs: list of N {"text": str, "images": [path | PIL.Image], "video": [frame path | PIL.Image]}, keys optional.
         mode: "disc" reads the prompt only; "gen" and "both" generate. temperature 0 is greedy. batch_size: completions
         decoded at once; it changes speed and memory, not the result. traces: N assistant texts to read instead of
-        generating, from any other reasoner. Returns Embeddings in the order of the inputs.
+        generating, from any other reasoner. Returns Embeddings in the order of the inputs. An input with a picture that
+        cannot be read does not stop the others: it is named in a warning and in .skipped, has zeros for both embeddings
+        and is not valid.
         """
         if mode not in ("disc", "gen", "both"):
             raise ValueError(f'mode is "disc", "gen" or "both", not {mode!r}')
@@ -350,17 +348,27 @@ class Embedder(nn.Module):
             for x in inputs
         ]
         order = sorted(range(N), key=lambda n: -cost[n])
-        encoded = (
-            encode_input(
-                self.tokenizer, inputs[n], traces[n] if traces else None, blank_image=blank_image, name=f"input {n}"
-            )
-            for n in order
-        )
+        kept, seeds, skipped = [], [], {}  # input number and seed of each row, in the order of reading; {n: reason}
+
+        def encoded():
+            for n in order:
+                try:
+                    trace = traces[n] if traces else None
+                    row = encode_input(self.tokenizer, inputs[n], trace, blank_image=blank_image, name=f"input {n}")
+                except Skip as error:
+                    skipped[n] = str(error)
+                    warnings.warn(f"input {n} is left out, its embeddings are zeros: {error}", stacklevel=1)
+                    bar.update(1)
+                    continue
+                kept.append(n)
+                seeds.append(stable_hash(seed, n))
+                yield row
+
         bar = tqdm(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
         if mode == "disc" or traces:
-            for start in range(0, N, batch_size):
-                rows = [next(encoded) for _ in order[start : start + batch_size]]
-                where = torch.tensor(order[start : start + batch_size])
+            waiting = encoded()
+            while rows := list(itertools.islice(waiting, batch_size)):
+                where = torch.tensor(kept[-len(rows) :])
                 batch = pad_rows(rows, self.pad_id, self.device)
                 read = batch["ids"].shape[1] * torch.arange(len(rows))[:, None]  # first flat position of each row
                 read = read + torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
@@ -374,10 +382,9 @@ class Embedder(nn.Module):
                         texts[n] = [traces[n]] * samples
                 bar.update(len(rows))
         else:
-            seeds = [stable_hash(seed, n) for n in order]
-            for i, r in self.generate(encoded, G=samples, temperature=temperature, seeds=seeds,
+            for i, r in self.generate(encoded(), G=samples, temperature=temperature, seeds=seeds,
                                       max_new_tokens=max_new_tokens, slots=batch_size):  # fmt: skip
-                n = order[i]
+                n = kept[i]
                 disc[n], gen[n], valid[n] = r.disc.cpu(), r.gen.cpu(), r.valid
                 num_tokens[n] = torch.tensor([len(ids) for ids in r.ids])
                 ended = [ids[-1] == self.end_id for ids in r.ids]
@@ -390,7 +397,52 @@ class Embedder(nn.Module):
             texts=None if mode == "disc" else texts,
             valid=None if mode == "disc" else valid,
             num_tokens=None if mode == "disc" else num_tokens,
+            skipped=skipped,
         )
+
+
+def head(hidden, weight, banned, temperature):
+    """Logits [N, V] in fp32, without gradient."""
+    logits = F.linear(hidden, weight).float().index_fill_(-1, banned, BANNED)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+class TokenLogp(torch.autograd.Function):
+    """log softmax(head(h))[y] and its entropy (no gradient), with one chunk's logits [c, V] in memory at a time.
+
+    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, banned, temperature):
+        logp, entropy, norm = [], [], []
+        for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
+            x = head(h, weight, banned, temperature)  # [c, V]
+            top = x.amax(-1, keepdim=True)
+            e = (x - top).exp_()
+            total = e.sum(-1)
+            z = top[:, 0] + total.log()  # [c] log of the softmax's denominator
+            logp.append(x.gather(-1, y[:, None])[:, 0] - z)
+            entropy.append(z - torch.linalg.vecdot(e, x) / total)
+            norm.append(z)
+        logp, entropy, norm = map(torch.cat, (logp, entropy, norm))
+        ctx.save_for_backward(hidden, weight, labels, banned, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, labels, banned, norm = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for h, y, z, g, d_h in zip(*(x.split(HEAD_CHUNK) for x in (hidden, labels, norm, grad, d_hidden))):
+            x = head(h, weight, banned, ctx.temperature)
+            d = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [c, V]
+            d = d.scatter_add_(-1, y[:, None], g[:, None]).to(weight.dtype)
+            torch.mm(d, weight, out=d_h)
+            d_weight.addmm_(d.T, h)
+        return d_hidden, d_weight, None, None, None
 
 
 def check_model(name_or_path):
@@ -451,7 +503,9 @@ class Completion:
     g: int
     row: Row
     disc: torch.Tensor  # [D]
-    uniforms: np.ndarray | None  # [max_new_tokens] its random numbers
+    uniforms: np.ndarray | None  # [max_new_tokens + 1] its random numbers; None is greedy
+    forced: list | None  # the tokens to write in place of the sampled ones
+    limit: int  # tokens at most
     ids: list = field(default_factory=list)
     logp: list = field(default_factory=list)
     gen: torch.Tensor | None = None  # [D]
@@ -472,11 +526,13 @@ class SlotCache:
         self.kv = [[torch.zeros(shape, device=device, dtype=dtype)] * 2 for _ in range(config.num_hidden_layers)]
 
     def grow(self, length):
-        """Room for `length` tokens; half as much again, so that copying stays rare."""
+        """Room for `length` tokens, in steps of 256: a copy as rare as that costs nothing. Layer by layer, so that only
+        one layer is there twice."""
         capacity = self.kv[0][0].shape[2]
         if length > capacity:
-            extra = max(64, length * 3 // 2) - capacity
-            self.kv = [[F.pad(x, (0, 0, 0, extra)) for x in layer] for layer in self.kv]
+            extra = -(-length // 256) * 256 - capacity
+            for layer in self.kv:
+                layer[:] = [F.pad(x, (0, 0, 0, extra)) for x in layer]
 
     def fill(self, kv, first, G):
         """Copies P prompts' keys and values, each to G slots from `first` on."""
@@ -508,16 +564,19 @@ class SlotCache:
         return self.longest - 1
 
 
-def sample(logits, uniforms):
-    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy -> lists tokens, log p"""
+def sample(logits, uniforms, forced=None):
+    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy; forced: A tokens that
+    are taken instead -> A pairs [token, log p], as floats: one transfer a step, on which the loop waits."""
     logp = logits.log_softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
     else:
-        cdf = logp.double().exp().cumsum(-1)
+        cdf = logp.double().exp_().cumsum_(-1)
         u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
+    if forced is not None:
+        tokens = torch.tensor(forced, device=logits.device)
+    return torch.stack([tokens.double(), logp.gather(-1, tokens[:, None])[:, 0].double()], 1).tolist()
 
 
 def stable_hash(*parts):

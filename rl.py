@@ -258,10 +258,11 @@ def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner,
         asked = (read, predict, labels, args.temperature, True)
         used = ok[numbers].float()  # [n], 0 for a skipped pair
         with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
-            embeddings, logp, entropy = model(batch, *asked)
-            if inner == 0:
+            if inner == 0:  # the reference first, while no graph is in memory
                 with torch.no_grad():  # a trained vision tower is not the reference's: it looks for itself
                     ref_embeddings, ref_logp, _ = reference(batch, *asked)
+            embeddings, logp, entropy = model(batch, *asked)
+            if inner == 0:
                 cache[k] = logp.detach(), ref_logp, ref_embeddings
             old_logp, ref_logp, ref_embeddings = cache[k]
             weight = mask * used.repeat_interleave(args.G)[:, None]  # [n * G, T]

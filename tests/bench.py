@@ -2,6 +2,9 @@
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
 python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
+python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts (bench_engine.py)
+python tests/bench.py rl                # update pass, reference pass and a whole RL step
+python tests/bench.py embed             # decode steps of continuous batching
 python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
 python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
 """
@@ -203,6 +206,10 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     p.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=["rl"], help="RL runs; the first is judged")
+    for name, help in (("rollout", "rollouts beside the official recipe"), ("rl", "update, reference, whole step"),
+                       ("embed", "decode steps of Embedder.embed")):  # fmt: skip
+        p = commands.add_parser(name, help=help)
+        p.add_argument("--repeats", type=int, default=3, help="timed runs of each side (rollout, rl)")
     commands.add_parser("memory", help="memory plan of the real sizes")
     commands.add_parser("sft", help="SFT step against the official recipe")
     p = commands.add_parser("data", help="toy world: own annotations, another model's reasoning, --cross_weight")
@@ -219,6 +226,11 @@ if __name__ == "__main__":
 
         data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
         sys.exit()
+    if args.command in ("rollout", "rl", "embed"):
+        import bench_engine
+
+        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}.get(args.command)
+        sys.exit(bench_engine.compare(cases, args.repeats) if cases else bench_engine.embed())
     if args.command in ("memory", "sft"):
         import bench_scale
 

@@ -1,5 +1,6 @@
 """Shared by the tests: a tiny random Qwen2-VL with a toy tokenizer, a dataset, and transformers' own forward pass."""
 
+import contextlib
 import json
 import os
 import socket
@@ -91,6 +92,20 @@ def writer(writer_dir):
 def answer_places(rows, L):
     """Flat places in [B, L] that predict the tokens behind the prompts."""
     return torch.tensor([b * L + t for b, r in enumerate(rows) for t in range(r.n_prompt - 1, len(r.ids) - 1)])
+
+
+@contextlib.contextmanager
+def scripted(model, script):
+    """model.generate() writes script[n], G lists of token ids, for the row that is named n or "input n"."""
+    real = model.generate
+
+    def generate(rows, **given):
+        rows = list(rows)
+        return real(rows, script=[script[int(row.name.split()[-1])] for row in rows], **given)
+
+    model.generate = generate
+    yield
+    del model.generate  # the method of the class is visible again
 
 
 # ---- the twin: transformers' own forward pass ------------------------------------------------------------------

@@ -220,6 +220,32 @@ def test_rollout_keeps_the_order_of_the_rows(writer):
         assert rollout(writer, [row], args(), seeds=[seed])[0].ids == r.ids
 
 
+def test_pictures_are_looked_at_once(writer_dir, sampled):
+    """With the features of see_rows, rollout, policy and reference pass never run the vision tower again, and
+    completions, figures and gradients are those of passes that all look for themselves."""
+    model, found, looks = Embedder.from_pretrained(writer_dir), [], []
+    model.backbone.model.visual.requires_grad_(False)
+    reference, A = frozen_copy(model, 0.02), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    for m in (model, reference):
+        m.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
+    for shared in (True, False):
+        rows = [replace(row) for row in sampled[0]]
+        if shared:
+            model.see_rows(rows, 2)
+            assert [len(row.vit) for row in rows] == [len(row.patches) // 4 for row in rows]  # merged tokens
+        looks.clear()
+        rollouts = rollout(model, rows, args(), seeds=range(10, 15))
+        stats = update(model, reference, rows, rollouts, A, torch.ones(5, dtype=torch.bool), args(w_anchor=1.0), {}, 0)
+        assert bool(looks) != shared
+        found.append((rollouts, stats, gradients(model)))
+        model.zero_grad()
+    (one, stats, grads), (two, plain_stats, plain_grads) = found
+    assert [r.ids for r in one] == [r.ids for r in two] == [r.ids for r in sampled[1]]
+    torch.testing.assert_close([r.gen for r in one], [r.gen for r in two], **CLOSE)
+    assert stats == pytest.approx(plain_stats, abs=1e-5, rel=1e-4)
+    assert_same_gradients(grads, plain_grads)
+
+
 # ---- rewards ---------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +354,7 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
     """At the first inner step every ratio is exactly 1 and the KL to an equal reference exactly 0; after an
     optimiser step the second inner step compares with the same old values: ratios differ from 1 and the KL is
     positive."""
-    rows, rollouts = sampled
+    rows, rollouts = [replace(row) for row in sampled[0]], sampled[1]
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
     model.see_rows(rows, 4)
@@ -354,6 +380,26 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
         assert torch.equal(old, old2) and torch.equal(ref, ref2)
         assert (ratio != 1).float().mean() > 0.9
     assert stats[1]["kl"] > 0
+
+
+def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
+    """The same prompts and seeds after an optimiser step with learning rate 0 give the same completions, rewards and
+    embeddings to the bit; with a learning rate they do not."""
+    pairs, rollouts = rl_pairs
+    rows = [p.query for p in pairs] + [p.target for p in pairs]
+    model, found = Embedder.from_pretrained(writer_dir), []
+    reference = frozen_copy(model)
+    for lr in (None, 0.0, 1e-2):
+        if lr is not None:
+            A = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+            update(model, reference, rows, rollouts, A, torch.ones(8, dtype=torch.bool), args(), {}, 0)
+            torch.optim.AdamW(model.parameters(), lr=lr).step()
+            model.zero_grad()
+        rollouts = rollout(model, rows, args(), seeds=range(8))
+        rewards, parts = rewards_of(model, rollouts, pairs, args())
+        found.append((rewards, parts["share"], parts["gap"], torch.stack([r.gen for r in rollouts])))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+    assert not torch.equal(found[0][3], found[2][3])
 
 
 def test_policy_gradient_raises_what_was_good(writer_dir, sampled):

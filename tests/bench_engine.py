@@ -1,0 +1,349 @@
+"""Speed and memory of RL and embed() beside the official recipe; tests/bench.py rollout | rl | embed print the tables.
+
+The official recipe is written here from its description, in plain transformers: every prompt and picture is read G
+times by generate(), all logits of prompt and completion exist, query and target graph are alive at once, the embeddings
+(so the rewards) come out of the policy's pass, the reference looks at the pictures again. Both sides have the same
+random Qwen2-VL (text 8 x 512, vision 4 x 320, frozen), the same prompts and the same completions, forced on
+generate() by a logits processor and on ours by a script; both do the head and the sampling for every token.
+
+Time: CPU seconds of the process on one thread, median of 3, the two sides in turn. Memory: peak of a fresh process
+above that of the loaded model. A vocabulary of 10,240 gives the head the share of the work that it has in the real 2B;
+the real vocabulary, 151,936, is the honest one for memory.
+"""
+
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import picture, processor_inputs, scripted  # noqa: E402
+from toy_base import SPECIAL, toy_model, toy_tokenizer  # noqa: E402
+from transformers import LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
+
+import rl  # noqa: E402
+from data import encode_input  # noqa: E402
+from model import Embedder, Rollouts, add_embedding_tokens  # noqa: E402
+from reward import embedding_reward, format_reward, group_advantages  # noqa: E402
+
+G = 8
+SMALL, REAL = 10_240, 151_936  # vocabularies
+SIDE = {300: 448, 1350: 1008}  # tokens of a prompt: side of its picture, 256 and 1,296 visual tokens
+
+
+def random_model(vocab):
+    torch.manual_seed(0)
+    tokenizer = toy_tokenizer()
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    text = {"vocab_size": vocab, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "rope_parameters": rope, "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}  # fmt: skip
+    vision = {"depth": 4, "embed_dim": 320, "hidden_size": 512, "num_heads": 4}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        **{f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")},
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"])  # fmt: skip
+    backbone = Qwen2VLForConditionalGeneration(config)
+    add_embedding_tokens(backbone, tokenizer)
+    embedder = Embedder(backbone, tokenizer)
+    embedder.banned = embedder.banned[embedder.banned < len(tokenizer)]  # the real table has next to no unused rows
+    backbone.model.visual.requires_grad_(False)
+    return embedder
+
+
+def prompts(embedder, n, tokens):
+    """n prompts of exactly `tokens` tokens, a picture in each."""
+    rows = []
+    for i in range(n):
+        item = {"images": [picture(i, SIDE[tokens], SIDE[tokens])]}
+        short = len(encode_input(embedder.tokenizer, item).ids)
+        rows.append(encode_input(embedder.tokenizer, item | {"text": "!" * (tokens - short)}, name=str(i)))
+        assert len(rows[-1].ids) == tokens
+    return rows
+
+
+def completions(embedder, n, longest, median, seed=0):
+    """n lists of G completions: any tokens, then <gen_emb>; lognormal lengths with one of the longest in each group."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(np.log(median), 0.5, (n, G)).clip(4, longest).astype(int)
+    lengths[:, 0] = longest
+    words = np.setdiff1d(np.arange(len(embedder.tokenizer)), [*embedder.banned.tolist(), embedder.end_id])
+    return [[[*rng.choice(words, length - 1).tolist(), embedder.gen_id] for length in group] for group in lengths]
+
+
+# ---- the official recipe ---------------------------------------------------------------------------------------
+
+
+class Forced(LogitsProcessor):
+    """Lets generate() compute and sample as always, with one token per row that is certain."""
+
+    def __init__(self, completions, prompt_length):
+        longest = max(map(len, completions))
+        self.tokens = torch.tensor([c + c[-1:] * (longest - len(c)) for c in completions])
+        self.prompt_length = prompt_length
+
+    def __call__(self, ids, scores):
+        return scores.scatter_(1, self.tokens[:, ids.shape[1] - self.prompt_length, None], 1e5)
+
+
+def official_inputs(embedder, rows):
+    """Every prompt and its pictures G times, padded on the left, as the trainer's sampler and processor give them."""
+    return processor_inputs(embedder, [row for row in rows for _ in range(G)], left=True)[0]
+
+
+def official_rollout(embedder, inputs, script):
+    """-> ids [n * G, prompt + longest completion]"""
+    embedder.backbone.model.rope_deltas = None
+    flat = [c + [embedder.end_id] for group in script for c in group]
+    with torch.no_grad():
+        return embedder.backbone.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=50, max_new_tokens=512, eos_token_id=embedder.end_id,
+            pad_token_id=embedder.pad_id, logits_processor=[Forced(flat, inputs["input_ids"].shape[1])],
+        )  # fmt: skip
+
+
+def official_pass(embedder, inputs, ids, states=False):
+    """log p of the completion tokens [B, T], their mask, and the normalised states of the whole rows [B, L, D]."""
+    n = inputs["input_ids"].shape[1]
+    written = ids[:, n:]
+    mask = written != embedder.pad_id
+    kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(written)], 1)
+    attention = torch.cat([inputs["attention_mask"], mask.long()], 1)
+    embedder.backbone.model.rope_deltas = None
+    out = embedder.backbone(
+        **inputs | {"input_ids": ids, "attention_mask": attention, "mm_token_type_ids": kinds},
+        output_hidden_states=states, use_cache=False,
+    )  # fmt: skip
+    logits = out.logits[:, :-1]  # all positions, then row by row
+    logp = torch.stack([row.log_softmax(-1).gather(1, y[:, None])[:, 0] for row, y in zip(logits, ids[:, 1:])])
+    return logp[:, n - 1 :], mask, F.normalize(out.hidden_states[-1], dim=-1) if states else None
+
+
+def official_embedding(embedder, ids, n, states):
+    """The state at the last <gen_emb> of each completion, [n, G, D]."""
+    at = [int((row == embedder.gen_id).nonzero()[-1]) for row in ids]
+    return states[torch.arange(len(ids)), at].view(n, G, -1)
+
+
+def official_loss(embedder, sides, ref_logps, advantages):
+    """The policy's pass: the graphs of both sides live until the one backward. advantages: None asks for rewards."""
+    done = [official_pass(embedder, inputs, ids, states=True) for inputs, ids in sides]
+    if advantages is None:
+        n = len(sides[0][1]) // G
+        q, t = (official_embedding(embedder, ids, n, d[2].detach()) for (_, ids), d in zip(sides, done))
+        texts = [embedder.tokenizer.decode(row) for _, ids in sides for row in ids]
+        rewards = torch.cat([embedding_reward(q, t), embedding_reward(t, q)]) + format_reward(texts).view(2 * n, G)
+        advantages = group_advantages(rewards)
+    loss = 0
+    for (logp, mask, _), ref, a in zip(done, ref_logps, advantages.chunk(2)):
+        loss = loss + rl.grpo_loss(logp, logp.detach(), ref, a.flatten(), mask)[0]
+    loss.backward()
+
+
+def official_reference(reference, sides):
+    with torch.no_grad():
+        return [official_pass(reference, inputs, ids)[0] for inputs, ids in sides]
+
+
+def official_step(embedder, reference, optimizer, inputs, script):
+    n = len(script) // 2
+    sides = [(x, official_rollout(embedder, x, s)) for x, s in zip(inputs, (script[:n], script[n:]))]
+    official_loss(embedder, sides, official_reference(reference, sides), None)
+    torch.nn.utils.clip_grad_norm_([p for p in embedder.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------
+
+
+def our_rollout(embedder, rows, script, args):
+    for row in rows:
+        row.vit = None
+    with scripted(embedder, script):
+        embedder.see_rows(rows, len(rows))
+        return rl.rollout(embedder, rows, args, seeds=range(len(rows)))
+
+
+def our_reference(reference, rows, rollouts, args):
+    """The part of rl.update that fills its cache."""
+    cache = {}
+    with torch.no_grad():
+        for k in range(len(rows)):
+            batch, predict, labels, read, _, _ = rl.pack_groups(reference, rows[k : k + 1], rollouts[k : k + 1])
+            embeddings, logp, _ = reference(batch, read, predict, labels, args.temperature, True)
+            cache[k] = logp, logp, embeddings
+    return cache
+
+
+def our_step(embedder, reference, optimizer, rows, script, args):
+    """A step of rl.main on p pairs."""
+    p = len(rows) // 2
+    rollouts = our_rollout(embedder, rows, script, args)
+    gen = torch.stack([r.gen for r in rollouts]).view(2, p, G, -1)
+    texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
+    rewards = torch.cat([embedding_reward(gen[0], gen[1]), embedding_reward(gen[1], gen[0])])
+    advantages = group_advantages(rewards + format_reward(texts).view(2 * p, G))
+    rl.update(embedder, reference, rows, rollouts, advantages, torch.ones(2 * p, dtype=torch.bool), args, {}, 0)
+    torch.nn.utils.clip_grad_norm_([p for p in embedder.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- the cases: name -> (official, ours), each a function without arguments ---------------------------------------
+
+
+def rollout_case(tokens, vocab=SMALL):
+    n = 2 if tokens == 300 else 1
+    embedder, args = random_model(vocab), rl.Settings(micro_batch=n, max_new_tokens=512, bf16=False)
+    rows, script = prompts(embedder, n, tokens), completions(embedder, n, 128, 55)
+    inputs = official_inputs(embedder, rows)
+    return lambda: official_rollout(embedder, inputs, script), lambda: our_rollout(embedder, rows, script, args)
+
+
+def update_case(part, vocab=REAL):
+    """One pair: a query and a target prompt of 300 tokens, 8 completions each. part: "update" or "reference".
+
+    Of the update, the time of the rows' features is not counted on our side: the rollout has paid for them.
+    """
+    embedder, args = random_model(vocab), rl.Settings(max_new_tokens=512, bf16=False)
+    embedder.train()
+    rows, script = prompts(embedder, 2, 300), completions(embedder, 2, 128, 55)
+    script.sort(key=lambda group: sum(map(len, group)))  # the order in which rl.update takes them
+    embedder.see_rows(rows, 2)  # the rollout did it
+    rollouts = []
+    for group in script:
+        ids = [c + [embedder.end_id] for c in group]
+        zeros = torch.zeros(512), torch.zeros(G, 512), torch.ones(G, dtype=torch.bool)
+        rollouts.append(Rollouts(*zeros, ids, [[0.0] * len(c) for c in ids], [len(c) - 2 for c in ids]))
+    sides = []
+    for row, r in zip(rows, rollouts):
+        x, longest = official_inputs(embedder, [row]), max(map(len, r.ids))
+        tail = torch.tensor([c + [embedder.pad_id] * (longest - len(c)) for c in r.ids])
+        sides.append((x, torch.cat([x["input_ids"], tail], 1)))
+    if part == "reference":
+        return lambda: official_reference(embedder, sides), lambda: our_reference(embedder, rows, rollouts, args)
+    A = torch.randn(2, G, generator=torch.Generator().manual_seed(0))
+    # not the first inner step: the values of the reference and of the sampling policy are there (any will do)
+    refs = [torch.full_like(ids[:, x["input_ids"].shape[1] :], -10.0, dtype=torch.float32) for x, ids in sides]
+    old = [torch.full((sum(map(len, r.ids)),), -10.0) for r in rollouts]
+    cache = {k: (old[k], old[k], torch.zeros(1 + G, 512)) for k in range(2)}
+    ok = torch.ones(2, dtype=torch.bool)
+
+    def official():
+        official_loss(embedder, sides, refs, A)
+        embedder.zero_grad()
+
+    def ours():
+        rl.update(embedder, embedder, rows, rollouts, A, ok, args, cache, 1)
+        embedder.zero_grad()
+
+    return official, ours
+
+
+def step_case(vocab=SMALL):
+    """One pair, 300 tokens each side: rollout, reference, rewards, update, optimiser."""
+    embedder, args = random_model(vocab), rl.Settings(micro_batch=2, max_new_tokens=512, bf16=False)
+    reference = copy.deepcopy(embedder).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in embedder.parameters() if p.requires_grad], lr=1e-6)
+    rows, script = prompts(embedder, 2, 300), completions(embedder, 2, 128, 55)
+    inputs = [official_inputs(embedder, rows[:1]), official_inputs(embedder, rows[1:])]
+    return (
+        lambda: official_step(embedder, reference, optimizer, inputs, script),
+        lambda: our_step(embedder, reference, optimizer, rows, script, args),
+    )
+
+
+CASES = {
+    "rollout 300": (lambda: rollout_case(300), f"rollout, 2 prompts of 300 tokens, V = {SMALL:,}"),
+    "rollout 1350": (lambda: rollout_case(1350), f"rollout, 1 prompt of 1,350 tokens, V = {SMALL:,}"),
+    "update": (lambda: update_case("update"), f"update pass of a pair, 300-token prompts, V = {REAL:,}"),
+    "reference": (lambda: update_case("reference"), f"reference pass of the same pair, V = {REAL:,}"),
+    "step": (step_case, f"whole RL step of a pair, 300-token prompts, V = {SMALL:,}"),
+}
+
+
+def seconds(function):
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def status(key):
+    """A figure of /proc/self/status in MB: VmRSS now, VmHWM the peak."""
+    return next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith(key)) / 1024
+
+
+def peak(name, which):
+    """Peak MB above the loaded model; run in a fresh process."""
+    function = CASES[name][0]()[which]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of building the case does not count
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def fresh_peak(name, which):
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench_engine as b; "
+    code += f"b.torch.set_num_threads(1); print(b.peak({name!r}, {which}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if out.returncode:
+        raise RuntimeError(out.stderr[-2000:])
+    return float(out.stdout.split()[-1])
+
+
+def compare(names, repeats=3):
+    torch.set_num_threads(1)
+    print("| | official s | ours s | faster | official MB | ours MB | less |\n|---|---|---|---|---|---|---|")
+    for name in names:
+        both = CASES[name][0]()
+        times = [[seconds(f) for f in both] for _ in range(repeats)]
+        a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
+        x, y = (fresh_peak(name, k) for k in (0, 1))
+        print(
+            f"| {CASES[name][1]} | {a:.2f} | {b:.2f} | **{a / b:.1f}x** | {x:.0f} | {y:.0f} | **{x / y:.1f}x** |",
+            flush=True,
+        )
+
+
+def embed(n=1000, slots=16):
+    """Decode steps of embed() on lengths as they come, beside static batches of the same inputs (toy architecture).
+
+    n is the number of queries of an MMEB task: with few inputs, the last ones that run alone weigh more.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        toy_model(folder)
+        embedder = Embedder.from_pretrained(folder)
+    lengths = np.random.default_rng(0).lognormal(np.log(180), 0.5, n).astype(int)
+    words = np.setdiff1d(np.arange(len(embedder.tokenizer)), [*embedder.banned.tolist(), embedder.end_id])
+    script = [[[*np.resize(words, length - 1).tolist(), embedder.gen_id]] for length in lengths]
+    inputs, steps, real = [{"text": f"{i:04}"} for i in range(n)], [0], embedder.decode_step
+
+    def counted(live, cache):
+        steps[-1] += 1
+        return real(live, cache)
+
+    embedder.decode_step, found = counted, []
+    for size in (n, slots):  # all at once; then one call for each static batch
+        began = time.process_time()
+        for start in range(0, n, size):
+            with scripted(embedder, script[start : start + size]):
+                out = embedder.embed(inputs[start : start + size], batch_size=slots)
+            assert out.valid.all()
+        found.append((steps[-1], time.process_time() - began))
+        steps.append(0)
+    (ours, t), (static, s) = found
+    print(f"| {n} inputs, lengths lognormal (180, 0.5), {slots} slots | decode steps | CPU s |\n|---|---|---|")
+    print(f"| static batches | {static:,} | {s:.1f} |\n| embed() | {ours:,} | {t:.1f} |")
+    print(f"| fewer, faster | **{static / ours:.2f}x** | {s / t:.2f}x |")
