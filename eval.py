@@ -1,6 +1,6 @@
-"""Evaluation: embed the queries and candidates of every task, rank, score (paper, experiments).
+"""Evaluation: MMEB-V1 and V2 (78 tasks) and your own tasks, in every mode (paper, experiments).
 
-A model reads every distinct input once, greedily, which gives two embeddings: disc, at <disc_emb> of the
+A model reads every distinct input of all tasks once, greedily, which gives two embeddings: disc, at <disc_emb> of the
 prompt, and gen, at the last <gen_emb> of its own reasoning. With --samples k it reads the queries again, k times
 at --temperature. Modes (a task's value is the mean over its queries):
 
@@ -17,50 +17,75 @@ Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>; the official code reads the token behind it.
 2. Greedy decoding; there the checkpoint's generation_config decides (Qwen2-VL's samples at low temperature).
 3. A generation without <gen_emb> is a miss: such a query has 0 in every metric and such a candidate is left out of
-   the ranking. The official code reads another token in its place.
+   the ranking; so is an input with a picture that cannot be read, in all modes. The official code reads another token
+   in its place, or drops the picture.
 4. Scores are float64 dot products in a stable order (float32 and an unstable sort there): candidates with equal
    embeddings keep the order of the list, so a model that sees no difference ranks the first one first.
-5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks.
-6. Inputs with equal content, in any task, are embedded once.
+5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
+   scores.json has that value beside ours, as "published_ndcg".
+6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
+7. Frames of at most 25,088 pixels, as in training; the official evaluation sets no bound (--video_max_pixels).
+   MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
+
+Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
+tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
+and its media's bytes: none is ever stale. All media are read for it at every start (an estimated 50 GB for
+MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
+    python eval.py --check --root data/MMEB                                   # what is missing, and how to get it
     python eval.py --preset 2b --model runs/2b/rl --root data/MMEB            # 1 GPU
     torchrun --nproc_per_node 8 eval.py --preset 2b --model runs/2b/rl --root data/MMEB              # 8 GPUs
-The result does not depend on the number of processes. Writes OUT/args.json, OUT/<model name>/scores.json and
-per_query.json; with several models it also prints the change from the first to the last.
+The result does not depend on the number of processes (they share the disk). Writes OUT/args.json and, per model,
+OUT/<model name>/scores.json, per_query.json and leaderboard_<mode>.json; with several models it also prints the
+change from the first to the last.
 
 Shapes: N distinct inputs, Q queries and C candidates of a task, S samples, D dimensions.
 """
 
+import hashlib
 import json
 import math
+import os
+import re
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+import transformers
+from huggingface_hub import metadata_load
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import content_key
+from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows
 from model import Embedder, check_model, parse_args, setting, stable_hash, start_processes, write_args, write_json
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 METRICS = [f"{name}@{k}" for name in NAMES for k in KS]
 MODES = ("disc", "gen", "oracle", "gen_disc", "disc_gen", "mean")
+ASSET = json.loads((Path(__file__).parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
+MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data; the columns are the published tables'
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
 
 PRESETS = {
     "toy": dict(model=["runs/toy/sft", "runs/toy/rl"], root="runs/toy/data", out="runs/toy/eval", samples=16,
-                max_new_tokens=128, batch_size=64),
+                max_new_tokens=128, batch_size=64, workers=1),
     "2b": dict(model=["runs/2b/rl"], root="data/MMEB", out="runs/2b/eval", samples=0,
                max_new_tokens=8192, batch_size=8),  # 8,192: the official command, the paper gives none
     "7b": dict(model=["runs/7b/rl"], root="data/MMEB", out="runs/7b/eval", samples=0,
@@ -72,8 +97,10 @@ PRESETS = {
 class Settings:
     preset: Literal["toy", "2b", "7b"] = setting("toy", "read first, sets the defaults")
     model: list[str] = field(default_factory=list, metadata={"help": "model folders or hub ids, compared in order"})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "task names; none: all of ROOT/tasks/test"})
-    root: str = setting("", "folder of the data: tasks/NAME.json, and where media paths start")
+    tasks: list[str] = field(default_factory=list, metadata={
+        "help": "tasks, groups (I-QA) or modalities (image); none: ROOT/tasks/test and what is in ROOT/annotations"})
+    root: str = setting("", "folder of the data: tasks/NAME.json or annotations/, and where media paths start")
+    check: bool = setting(False, "only look whether the tasks' files are there, without a model")
     out: str = setting("", "results go to OUT/<model name>/")
     samples: int = setting(0, "samples per query for mean and pass@k; 0 leaves them out")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
@@ -81,6 +108,11 @@ class Settings:
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
     seed: int = setting(0, "of the samples")
     blank_image: bool = setting(True, "put a blank picture on inputs without media")
+    video_max_pixels: int = setting(PIXELS["video"][1], "of a video's frame; the official evaluation has no bound")
+    vidore_instruction: bool = setting(True, "false: ViDoRe and OOD without instructions, as in tables before 2025-11")
+    ablate: Literal["none", "trace"] = setting("none", "trace: embed again without, and with another input's reasoning")
+    save_every: int = setting(256, "inputs per process that a killed run has to encode again")
+    workers: int = setting(4, "background processes per process that read and resize pictures")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,12 +135,15 @@ def known_tasks(root):
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json"))
 
 
-def load_task(name, root) -> Task:
-    """Reads ROOT/tasks/NAME.json; media paths come back joined to ROOT. Nothing else knows how a task is stored.
+def load_task(name, root, vidore_instruction=True) -> Task:
+    """Reads ROOT/tasks/NAME.json or, for one of the 78, the published files; media paths come back joined to ROOT.
 
-    A label that is not a candidate is allowed: it cannot be hit and stays in the denominators.
+    Nothing else knows how a task is stored. A label that is not a candidate is allowed: it cannot be hit and stays in
+    the denominators.
     """
     path = Path(root) / "tasks" / f"{name}.json"
+    if name in MMEB and not path.is_file():
+        return load_mmeb(MMEB[name], Path(root), vidore_instruction)
     if not path.is_file():
         known = ", ".join(known_tasks(root)) or "none (is --root right?)"
         raise FileNotFoundError(f"no task {name!r}, {path} does not exist; known tasks: {known}")
@@ -145,46 +180,413 @@ def as_labels(labels):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Embedding
+# The 78 tasks of MMEB: their published annotation files, and what the published parsers make of a row
 
 
-def embed_all(embedder, inputs, settings, *, samples=0, results=None, title=""):
-    """Embeds the inputs, shared out over the processes; returns arrays on process 0, None on the others.
+def load_mmeb(about, root, vidore_instruction):
+    """about: an entry of assets/mmeb_v2.json. The pool keeps the order in which keys are first seen, the rows' before
+    the corpus', and a key's first content."""
+    folder = root / "annotations" / about["repo"]
+    media = next((root / m for m in about["media"] if (root / m).is_dir()), root / about["media"][0])
+    if about["modality"] == "visdoc":
+        parsed, corpus = visdoc_rows(about, folder, media, vidore_instruction)
+    else:
+        rows = [row | {"subset": config} for config in about["configs"]
+                for path in annotation_files(folder, config, about["split"])
+                for row in read_table(path, about["columns"])]  # fmt: skip
+        parsed = (parse_row(about, row, media, root, f"{folder}, row {i} of {about['name']}")
+                  for i, row in enumerate(rows[: about.get("first_rows")]))  # fmt: skip
+        corpus = [(label, partial(mmeb_input, label)) for label in about.get("labels", [])]
+    queries, pool = [], {}
+    for item, candidates, labels, grades in parsed:
+        for key, build in candidates:
+            if key not in pool:
+                pool[key] = build()
+        # interned: a thousand names a query would else be a thousand new strings
+        own = [sys.intern(key) for key, _ in candidates] if about["eval_type"] == "local" else None
+        queries.append({"input": item, "labels": as_labels(labels), "grades": grades, "candidates": own})
+    pool |= {key: build() for key, build in corpus if key not in pool}
+    if not queries:
+        raise ValueError(f"{folder}: no rows for {about['name']}")
+    fields = [about[key] for key in ("name", "modality", "group", "eval_type", "main_metric")]
+    return Task(*fields, queries, pool)
 
-    samples 0: both embeddings, greedy; samples k: k gen embeddings of each. What one call to embed() holds, and its
-    seed, do not depend on the number of processes: process r makes the calls r, r + world, ...
-    Arrays: disc [N, D] (greedy only), gen [N, S, D], valid [N, S], tokens [N, S], texts [N, S],
-    seconds [N] of one process. results: the process group that brings them together.
+
+def annotation_files(folder, config, split):
+    """The files of one config and split: as the dataset card's configs say, else by their names."""
+    card = metadata_load(folder / "README.md") if (folder / "README.md").is_file() else None
+    configs = {entry.get("config_name"): entry.get("data_files") for entry in (card or {}).get("configs", [])}
+    only = next(iter(configs.values())) if len(configs) == 1 and not config else None
+    parts = [part for part in configs.get(config or "default", only) or [] if isinstance(part, dict)]
+    patterns = [p for part in parts if part["split"] == split for p in as_labels(part["path"])]
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    for path in [] if files else sorted(folder.rglob("*")):
+        words, stem = path.relative_to(folder).parts, path.stem
+        mine = config is None or config in words or stem.endswith(config)
+        if mine and (split in stem or stem.endswith(str(config))) and path.suffix in (".parquet", ".json", ".jsonl"):
+            files.append(path)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no files of config {config or 'default'}, split {split}; "
+                                "how to get them: python eval.py --check --root ROOT")  # fmt: skip
+    return files
+
+
+def read_table(path, columns):
+    """Rows of a parquet, json or jsonl file as dicts."""
+    file = pq.ParquetFile(path) if path.suffix == ".parquet" else None
+    rows = [] if file else read_rows(path)
+    there = set(file.schema_arrow.names) if file else set.intersection(*map(set, rows)) if rows else set(columns)
+    if lacking := set(columns) - there:
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
+    return file.read(columns).to_pylist() if file else rows
+
+
+def mmeb_input(text, images=(), video=()):
+    """UME-R1 gives the media first and the text stripped, without the published marks of their places."""
+    text = re.sub(r"<\|(image_1|image_pad|video_pad)\|>", "", text)
+    return {"text": text.strip(), "images": [str(path) for path in images], "video": list(video)}
+
+
+def sample_frames(folder, n=NUM_FRAMES):
+    """n frames, evenly spread, of a folder of frame files in natural order (2 before 10); all where there are fewer.
+
+    A folder that is missing or empty stands for itself: it cannot be read as a picture, so the input is a miss.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mode = dict(mode="gen", samples=samples, temperature=settings.temperature) if samples else dict(mode="both")
-    # Long inputs first: like beside like, and if memory runs out it does so at once.
-    order = sorted(range(len(inputs)), key=lambda n: [-len(inputs[n][x]) for x in ("video", "images", "text")])
-    size = max(1, 16 * settings.batch_size // max(1, samples))  # long enough to keep the decoding slots full
-    calls = [order[start : start + size] for start in range(0, len(order), size)]
-    parts = []
-    bar = tqdm(total=len(inputs), desc=title, unit="input", disable=rank > 0)
-    for c in range(rank, len(calls), world):
-        start = time.time()
-        out = embedder.embed([inputs[n] for n in calls[c]], **mode, seed=stable_hash(settings.seed, c),
-                             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png"))]
+    names.sort(key=lambda name: [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)])
+    if n and len(names) >= n:
+        names = [names[i] for i in np.linspace(0, len(names) - 1, n).astype(int)]
+    return [os.path.join(folder, name) for name in names] or [str(folder)]
+
+
+def parse_row(about, row, media, root, name):
+    """-> query, [(key, function that builds the candidate)], labels, grades; a candidate is built for a new key only:
+    lists of a thousand repeat from row to row."""
+    try:
+        return image_row(about, row, media) if about["modality"] == "image" else video_row(about, row, media, root)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: not in the published form ({error!r})") from error
+
+
+def image_row(about, row, media):
+    kind, captions, paths = about["parser"], row["tgt_text"], row["tgt_img_path"]
+    instruction, target = (row[key].replace("<|image_1|>", "") for key in ("qry_inst", "tgt_inst"))
+
+    def tidy(text):  # as MMEB-V1 had it
+        return text.replace(" \n", "\n")
+
+    if kind == "image_t2i":
+        query = mmeb_input(f"{instruction} {row['qry_text']}")
+    else:
+        instruction = instruction.strip() if kind in ("image_qa", "image_i2i_vg") else instruction
+        text = instruction + (f" {row['qry_text']}" if row["qry_text"] else "")
+        query = mmeb_input(tidy(text), [os.path.join(media, row["qry_img_path"])])
+    if kind in ("image_t2i", "image_i2i_vg"):  # a first caption that is blank says that there are none
+        def build(path, caption):
+            return mmeb_input(tidy(f"{target} {caption}" if captions[0].strip() else target), [media / path])
+
+        keys = [p if kind == "image_t2i" else f"{p}:" + caption.strip('"') for p, caption in zip(paths, captions)]
+        candidates = [(key, partial(build, *side)) for key, *side in zip(keys, paths, captions)]
+    else:
+        candidates = [(caption, partial(mmeb_input, caption)) for caption in captions]
+    return query, candidates, candidates[0][0], None  # the right one stands first
+
+
+def video_row(about, row, media, root):
+    kind, ask, target = about["parser"], about["query_instruction"], about["target_instruction"]
+
+    def clip(folder, n=NUM_FRAMES):  # a candidate video; its key is the folder's path below the root
+        return folder.relative_to(root).as_posix(), lambda: mmeb_input(target, video=sample_frames(folder, n))
+
+    if kind in ("video_classification", "ssv2"):
+        query = mmeb_input(ask, video=sample_frames(media / str(row["video_id"])))
+        keys = as_labels(row[about["columns"][-1]])
+        return query, [(key, partial(mmeb_input, key)) for key in keys], row["pos_text"], None
+    if about["group"] == "V-QA":
+        folder, text, options, label = video_question(kind, row)
+        query = mmeb_input(f"{ask} {text}", video=sample_frames(media / str(folder)))
+        return query, [(key, partial(mmeb_input, option)) for key, option in options], label, None
+    if about["group"] == "V-RET":
+        name, caption = (row[column] for column in about["columns"])
+        name = Path(name).stem if kind == "didemo" else name  # a file name there, a name elsewhere
+        query = mmeb_input(f"{ask} {as_labels(caption)[0]}")
+        return query, [(name, clip(media / str(name))[1])], name, None
+    if kind == "moment_retrieval":  # the folders beside "query" are the candidates
+        folder = media / Path(row["video_path"]).stem
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist; its sub-folders are the query and the candidates")
+        others = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "query")
+        right = [clip(path)[0] for path in others if path.name.startswith("positive")]
+        if not right:
+            raise FileNotFoundError(f"{folder} has no sub-folder positive*")
+        query = mmeb_input(f"{ask} {row['query']}", video=sample_frames(folder / "query"))
+        return query, [clip(path) for path in others], right[-1:], None
+    # MomentSeeker: the query has a video, a picture or only text; all saved frames are used
+    given, frames = row["input_frames"], media / "video_frames"
+
+    def saved(path):
+        return frames / path.replace("/", "_").split(".mp4")[0]
+
+    if given.endswith(".mp4"):
+        query = mmeb_input(f"{ask['video']} {row['query']}", video=sample_frames(saved(given), None))
+    elif given.endswith(".jpg"):
+        query = mmeb_input(f"{ask['image']} {row['query']}", [media / f"query_{given}"])
+    else:
+        query = mmeb_input(f"{ask['text only']} {row['query']}")
+    right, wrong = ([clip(saved(entry["output_path"]), None) for entry in row[f"{side}_frames"]]
+                    for side in ("positive", "negative"))  # fmt: skip
+    return query, right + wrong, [key for key, _ in right], None
+
+
+def video_question(kind, row):
+    """-> folder of the frames, text of the question, [(key, text) of the options], key of the right one."""
+    if kind == "activitynetqa":
+        text, options = f"{row['question']}? (A) yes; (B) no.", [(x, x) for x in ("yes", "no")]
+        return f"v_{row['video_name']}", text, options, row["answer"]
+    if kind in ("mvbench", "nextqa"):
+        plain = row["candidates"] if kind == "mvbench" else [row[f"a{i}"] for i in range(5)]
+        lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(plain)]
+        text = "\n".join([row["question"], "Options:", *lettered]).rstrip()
+        if kind == "nextqa":
+            return row["video"], text, [(x, x) for x in plain], plain[int(row["answer"])]
+        at = max((i for i, option in enumerate(plain) if option == row["answer"]), default=-1)  # "(@) .." if nowhere
+        return f"{row['subset']}/{row['video']}", text, [(x, x) for x in lettered], f"({chr(65 + at)}) {row['answer']}"
+    options = row["options"] if kind == "videomme" else row["option"]
+    bare = [(x, x[x.find(". ") :].strip(". ")) for x in options]  # "A. Apples." -> "Apples", published, right or wrong
+    if kind == "videomme":
+        return row["videoID"], "\n".join([row["question"], *options]), bare, options["ABCD".index(row["answer"])]
+    return row["video_idx"], row["question"] + " ".join(options), bare, options[int(row["answer"])]
+
+
+def visdoc_rows(about, folder, media, with_instruction):
+    """-> rows as from the other parsers, and the corpus: every page is a candidate of every query.
+
+    Pages lie as files in the media folder; those that do not are written there from the corpus table, which holds
+    their bytes (as the official loader does).
+    """
+    ask, target = (about[f"{side}_instruction"] * (with_instruction or about["parser"] == "visrag")
+                   for side in ("query", "target"))  # fmt: skip
+
+    def table(config, *columns):
+        return [row for path in annotation_files(folder, config, about["split"]) for row in read_table(path, columns)]
+
+    def page(key):
+        stem, ending = os.path.splitext(str(key))
+        short = f"{stem[:50]}_{hashlib.md5(str(key).encode()).hexdigest()[:8]}{ending}"
+        return media / (f"{key}.png" if about["parser"] == "vidore" else short)
+
+    def candidate(key):
+        return key, lambda: mmeb_input(target, [page(key)])
+
+    corpus = [row["corpus-id"] for row in table("corpus", "corpus-id")]
+    absent = {key: page(key) for key in corpus if not page(key).exists()}
+    for file in annotation_files(folder, "corpus", about["split"]) if absent else []:
+        for batch in pq.ParquetFile(file).iter_batches(16, columns=["corpus-id", "image"]):
+            for row in batch.to_pylist():
+                if path := absent.pop(row["corpus-id"], None):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_file(path, lambda temporary, row=row: temporary.write_bytes(row["image"]["bytes"]))
+    relevant = {}  # query -> {page: highest grade}, in order of first appearance
+    for row in table("qrels", "query-id", "corpus-id", "score"):
+        if row["score"] > 0:
+            grades = relevant.setdefault(row["query-id"], {})
+            grades[row["corpus-id"]] = max(row["score"], grades.get(row["corpus-id"], 0))
+    rows = []
+    for row in table("queries", "query-id", "query"):
+        grades = relevant.get(row["query-id"])
+        if not grades:
+            raise ValueError(f"{about['repo']}: query {row['query-id']} has no relevant page in the qrels")
+        query = mmeb_input(f"{ask} {row['query']}")
+        rows.append((query, [candidate(key) for key in grades], list(grades), list(grades.values())))
+    return rows, [candidate(key) for key in corpus]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Embedding, and the cache on disk
+
+
+def processes():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all(group):
+    if dist.is_initialized():
+        dist.barrier(group=group)
+
+
+def write_file(path, write):
+    """Calls write(temporary path), then renames: whatever kills us, path is complete or absent."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def media_of(item):
+    return item["images"] + item["video"]
+
+
+def inputs_of(task):
+    return [query["input"] for query in task.queries] + list(task.candidates.values())
+
+
+def hash_media(tasks):
+    """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there."""
+
+    def digest(path):
+        if not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    paths = {task.name: {path for item in inputs_of(task) for path in media_of(item)} for task in tasks}
+    every = sorted(set().union(*paths.values()))
+    with ThreadPoolExecutor(16) as pool:
+        found = dict(zip(every, pool.map(digest, every)))
+    for name, mine in paths.items():  # before hours of work; single files that are missing count as misses
+        absent = sorted(path for path in mine if not found[path])
+        if len(absent) > len(mine) / 2:
+            raise SystemExit(f"{name}: {len(absent)} of {len(mine)} media files do not exist, e.g. {absent[0]}; "
+                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
+    return found
+
+
+def input_key(item, digests):
+    """What the model sees of an input. A file that is not there counts as its path, until it is there."""
+    media = [[digests[path] or path for path in item[kind]] for kind in ("images", "video")]
+    return hashlib.blake2b(json.dumps([item["text"].strip(), *media]).encode(), digest_size=16).hexdigest()
+
+
+def hash_model(embedder):
+    """Everything that decides an embedding, but for the input and the settings."""
+    about = [embedder.backbone.config.to_json_string(), embedder.tokenizer.backend_tokenizer.to_str()]
+    about += [Path(__file__).with_name(name).read_text() for name in ("model.py", "data.py")]
+    about += [torch.__version__, transformers.__version__, embedder.device.type]
+    found = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    for name, p in embedder.named_parameters():
+        found.update(f"{name} {p.dtype}".encode())
+        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def generated(embedder, inputs, keys, settings, samples):
+    """Yields (key, problem, disc [D], gen [S, D], valid [S], tokens [S], texts) as the generations end.
+
+    One stream of inputs: a finished generation leaves its place to the next input, whatever its task. The seed of an
+    input is its own, so it does not matter what runs beside it.
+    """
+
+    def read(batch):  # in a background worker: an input as a Row, or why it cannot be one
+        try:
+            return encode_input(embedder.tokenizer, batch[0], blank_image=settings.blank_image,
+                                name=f"the input {batch[0]['text'][:60]!r}")  # fmt: skip
+        except Skip as error:
+            return str(error)
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
+    workers = min(settings.workers, len(inputs))
+    loader = DataLoader(inputs, batch_size=1, collate_fn=read, num_workers=workers, generator=torch.Generator(),
+                        multiprocessing_context="fork" if workers else None)  # fmt: skip
+    at, seeds, failed = [], [], []
+
+    def rows():
+        for key, row in zip(keys, loader):
+            if isinstance(row, str):
+                failed.append((key, row))
+            else:
+                at.append(key)
+                seeds.append(stable_hash(settings.seed, key))
+                yield row
+
+    S, D = max(1, samples), embedder.backbone.config.text_config.hidden_size
+    for i, r in embedder.generate(rows(), G=S, temperature=settings.temperature if samples else 0.0, seeds=seeds,
+                                  max_new_tokens=settings.max_new_tokens, slots=settings.batch_size):  # fmt: skip
+        ids = [x[:-1] if x[-1] == embedder.end_id else x for x in r.ids]
+        yield (at[i], "", r.disc.float().cpu().numpy(), r.gen.float().cpu().numpy(), r.valid.numpy(),
+               [len(x) for x in r.ids], embedder.tokenizer.batch_decode(ids))  # fmt: skip
+    for key, reason in failed:
+        yield key, reason, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S  # a miss
+
+
+def reread(embedder, inputs, keys, settings, traces):
+    """The same for assistant texts that are given: read, not generated."""
+    for start in range(0, len(inputs), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        out = embedder.embed(inputs[part], mode="both", traces=traces[part], batch_size=settings.batch_size,
                              blank_image=settings.blank_image)  # fmt: skip
-        part = {"gen": out.gen.cpu().numpy(), "valid": out.valid.cpu().numpy(),
-                "tokens": out.num_tokens.cpu().numpy(), "texts": np.array(out.texts, dtype=object),
-                "seconds": np.full(len(calls[c]), (time.time() - start) / len(calls[c]))}  # fmt: skip
-        parts.append((calls[c], part if samples else part | {"disc": out.disc.cpu().numpy()}))
-        bar.update(sum(len(rows) for rows in calls[c : c + world]))  # process 0 speaks for all
-    bar.close()
-    if world > 1:
-        gathered = [None] * world if rank == 0 else None
-        dist.gather_object(parts, gathered, dst=0, group=results)
-        if rank > 0:
-            return None
-        parts = [part for of_process in gathered for part in of_process]
-    rows = np.concatenate([rows for rows, _ in parts])
-    assert sorted(rows) == list(range(len(inputs))), "inputs were lost or doubled between the processes"
-    back = np.argsort(rows)
-    return {name: np.concatenate([part[name] for _, part in parts])[back] for name in parts[0][1]}
+        rows = (out.disc.numpy(), out.gen.numpy(), out.valid.numpy(), out.num_tokens.tolist(), out.texts)
+        yield from zip(keys[part], [""] * settings.batch_size, *rows)
+
+
+def shards(folder):
+    """(rows as [key, problem, texts], open file) of every shard of a cache folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            yield json.loads(file.metadata()["rows"]), file
+
+
+def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, traces=None, group=None, title=""):
+    """Embeds the inputs that the cache folder lacks, shared out over the processes; returns how many they were.
+
+    samples 0: both embeddings, greedy; samples k: k gen embeddings of each. Each process writes shards of its own,
+    early enough that no more than --save_every of its inputs are begun and not saved (but one batch).
+    """
+    rank, world = processes()
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {key for rows, _ in shards(folder) for key, problem, _ in rows if not problem}  # those are tried again
+    for path in folder.glob("*.tmp") if rank == 0 else []:  # of a killed run
+        path.unlink()
+    wait_for_all(group)  # nobody writes before all have looked: all share out the same list
+
+    def cost(n):  # frames, bytes of the pictures, text: long beside long, and what does not fit into memory shows first
+        sizes = [os.path.getsize(path) for path in inputs[n]["images"] if os.path.exists(path)]
+        return len(inputs[n]["video"]), sum(sizes), len(inputs[n]["text"])
+
+    todo = sorted((n for n in range(len(inputs)) if keys[n] not in done), key=cost, reverse=True)
+    mine = todo[rank::world]
+    own, own_keys = [inputs[n] for n in mine], [keys[n] for n in mine]
+    results = (reread(embedder, own, own_keys, settings, [traces[n] for n in mine]) if traces
+               else generated(embedder, own, own_keys, settings, samples))  # fmt: skip
+    waiting, last = [], time.time()
+
+    def save():
+        nonlocal waiting, last
+        key, problem, disc, gen, valid, tokens, texts = zip(*waiting)
+        seconds = np.full(len(waiting), (time.time() - last) / len(waiting))  # decoded together, they share the time
+        arrays = {"disc": np.stack(disc).astype(np.float32), "gen": np.stack(gen).astype(np.float32),
+                  "valid": np.stack(valid), "tokens": np.array(tokens), "seconds": seconds}  # fmt: skip
+        rows = json.dumps(list(zip(key, problem, texts)))
+        write_file(folder / f"{time.time_ns()}-{rank}.safetensors", lambda t: save_file(arrays, t, {"rows": rows}))
+        waiting, last = [], time.time()
+
+    for result in tqdm(results, total=len(mine), desc=title, unit="input", disable=rank > 0 or not mine):
+        waiting.append(result)
+        if len(waiting) >= max(1, settings.save_every - settings.batch_size):
+            save()
+    if waiting:
+        save()
+    wait_for_all(group)
+    return len(todo)
+
+
+def collect(folder, keys):
+    """The cached results in the order of keys: disc [N, D], gen [N, S, D], valid [N, S], tokens [N, S], seconds [N],
+    texts [N] lists, problem [N] ("": the input could be read)."""
+    at, out = {key: n for n, key in enumerate(keys)}, {}
+    texts, problem, found = [None] * len(keys), [""] * len(keys), set()
+    for rows, file in shards(folder):
+        wanted = [(i, at[key]) for i, (key, *_) in enumerate(rows) if key in at]
+        if not wanted:
+            continue
+        source, target = (list(x) for x in zip(*wanted))
+        found.update(target)
+        for name in file.keys():  # noqa: SIM118 (the file is no dict)
+            array = file.get_tensor(name)
+            out.setdefault(name, np.zeros((len(keys), *array.shape[1:]), array.dtype))[target] = array[source]
+        for i, n in wanted:
+            _, problem[n], texts[n] = rows[i]
+    assert len(found) == len(keys), f"{folder} lacks {len(keys) - len(found)} inputs: was it changed during the run?"
+    return out | {"texts": texts, "problem": np.array(problem)}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -248,6 +650,13 @@ def ranking_metrics(ranked, labels, grades=None, ks=KS):
     return {f"{name}@{k}": out[name, k] for name in NAMES for k in ks}
 
 
+def published_ndcg(ranked, labels, grades):
+    """ndcg as in the published tables: there the labels go through a set and the grades do not, so that grades land
+    on wrong labels. For integer keys the order of the set is always the same."""
+    metrics = ranking_metrics(ranked, list(set(labels)), grades)
+    return {name: x for name, x in metrics.items() if name.startswith("ndcg")}
+
+
 def pass_at_k(n, c, k):
     """The chance that k of n samples, drawn without replacement, contain one of the c hits."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -260,7 +669,7 @@ def mean_embedding(gen, valid):
 
 
 def score_task(task, queries, candidates, sampled=None):
-    """Scores of all modes from the arrays of embed_all(), their rows in the order of the task.
+    """Scores of all modes from the arrays of collect(), their rows in the order of the task.
 
     Returns ({mode: {metric: mean}}, "pass@k" among the modes, and {column: main metric or pass@k of each query}).
     """
@@ -270,28 +679,34 @@ def score_task(task, queries, candidates, sampled=None):
         lists = [np.array([index[key] for key in query["candidates"]]) for query in task.queries]
     q_disc, q_gen, q_ok = queries["disc"], queries["gen"][:, 0], queries["valid"][:, 0]
     c_disc, c_gen, c_ok = candidates["disc"], candidates["gen"][:, 0], candidates["valid"][:, 0]
-    every_q, every_c = np.ones_like(q_ok), np.ones_like(c_ok)  # disc is always there
+    every_q, every_c = queries["problem"] == "", candidates["problem"] == ""  # disc: all that could be read
+    graded = task.name in MMEB and any(len(set(query["grades"] or [])) > 1 for query in task.queries)
+    quirk = {}  # what the published tables have, per mode
 
-    def measure(q, c, q_ok, c_ok):
+    def measure(q, c, q_ok, c_ok, mode):
         """Per query {metric: x}; all zero, recall of no labels too, where the query has no embedding."""
-        ranked = rank_candidates(q, c, q_ok, c_ok, lists)
-        return [ranking_metrics([keys[i] for i in best], query["labels"], query["grades"]) if ok
-                else dict.fromkeys(METRICS, 0.0)
+        ranked = [[keys[i] for i in best] for best in rank_candidates(q, c, q_ok, c_ok, lists)]
+        if graded:
+            x = [published_ndcg(best, q["labels"], q["grades"]) for best, q in zip(ranked, task.queries)]
+            quirk[mode] = {m: fmean(row[m] for row in x) for m in x[0]}
+        return [ranking_metrics(best, query["labels"], query["grades"]) if ok else dict.fromkeys(METRICS, 0.0)
                 for best, query, ok in zip(ranked, task.queries, q_ok)]  # fmt: skip
 
-    disc, gen = measure(q_disc, c_disc, every_q, every_c), measure(q_gen, c_gen, q_ok, c_ok)
+    disc, gen = measure(q_disc, c_disc, every_q, every_c, "disc"), measure(q_gen, c_gen, q_ok, c_ok, "gen")
     modes = {
         "disc": disc,
         "gen": gen,
         "oracle": [{m: max(d[m], g[m]) for m in METRICS} for d, g in zip(disc, gen)],
-        "gen_disc": measure(q_gen, c_disc, q_ok, every_c),
-        "disc_gen": measure(q_disc, c_gen, every_q, c_ok),
+        "gen_disc": measure(q_gen, c_disc, q_ok, every_c, "gen_disc"),
+        "disc_gen": measure(q_disc, c_gen, every_q, c_ok, "disc_gen"),
     }
     if sampled:
         valid = sampled["valid"]
-        modes["mean"] = measure(mean_embedding(sampled["gen"], valid), c_gen, valid.any(1), c_ok)
+        modes["mean"] = measure(mean_embedding(sampled["gen"], valid), c_gen, valid.any(1), c_ok, "mean")
     entry = {mode: {m: fmean(x[m] for x in per_query) for m in METRICS} for mode, per_query in modes.items()}
     columns = {mode: [x[task.main_metric] for x in per_query] for mode, per_query in modes.items()}
+    if graded:
+        entry["published_ndcg"] = quirk
     if sampled:
         n = valid.shape[1]
         hits = np.zeros(len(valid), int)  # samples that put a label first
@@ -309,27 +724,34 @@ def score_task(task, queries, candidates, sampled=None):
 
 
 def summary(entry):
-    """A row of the report: the main metric in every mode, pass@k, share of invalid generations, tokens per input."""
+    """A row of the report: the main metric in every mode, pass@k, share of invalid generations, and the cost."""
     row = {mode: entry[mode][entry["main_metric"]] for mode in MODES if mode in entry}
     row |= {f"pass@{k}": x for k, x in entry.get("pass@k", {}).items()}
     if "invalid" in entry:
         row["invalid"] = entry["invalid"] / (entry["num_queries"] + entry["num_candidates"])
-        row["tokens"] = entry["tokens_per_input"]
+        row["tokens"], row["seconds"] = entry["tokens_per_input"], entry["seconds"]
+        row["inputs/s"] = (entry["num_queries"] + entry["num_candidates"]) / max(entry["seconds"], 1e-9)
     return row
 
 
-def aggregate(tasks):
-    """Plain means over tasks of their summaries, in groups, in modalities and overall (the paper's "All")."""
+def mean_summary(entries):
+    rows = [summary(entry) for entry in entries]
+    return {column: fmean(row[column] for row in rows) for column in rows[0]}
 
-    def mean(entries):
-        rows = [summary(entry) for entry in entries]
-        return {column: fmean(row[column] for row in rows) for column in rows[0]}
+
+def aggregate(tasks):
+    """Plain means over tasks of their summaries, in groups, in modalities and overall (the paper's "All").
+
+    A part of the 78 has no overall: the number would look like the published ones and be another one.
+    """
 
     def means_by(key):
         values = dict.fromkeys(entry[key] for entry in tasks.values())
-        return {value: mean([entry for entry in tasks.values() if entry[key] == value]) for value in values}
+        return {value: mean_summary(entry for entry in tasks.values() if entry[key] == value) for value in values}
 
-    return {"groups": means_by("group"), "modalities": means_by("modality"), "overall": mean(tasks.values())}
+    part = tasks.keys() & MMEB.keys() and MMEB.keys() - tasks.keys()
+    overall = None if part else mean_summary(tasks.values())
+    return {"groups": means_by("group"), "modalities": means_by("modality"), "overall": overall}
 
 
 def paired_change(first, last):
@@ -350,18 +772,72 @@ def text_table(rows):
 
 
 def score_table(scores):
-    rows = {name: summary(entry) for name, entry in scores["tasks"].items()}
+    tasks, rows = scores["tasks"], {}
+    for name, entry in tasks.items():
+        rows[name] = summary(entry)
+        if entry["modality"] == "visdoc":
+            rows[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in MODES if mode in entry}
     for kind in ("groups", "modalities"):
         if len(scores[kind]) > 1:
             rows |= {f"= {name}": row for name, row in scores[kind].items()}
-    rows["= mean"] = mean = scores["overall"]
-    cells = [[name, *(f"{row[c] * (1 if c == 'tokens' else 100):.1f}" for c in mean)] for name, row in rows.items()]
-    text = f"\n{scores['model']}: main metric and invalid generations in %, tokens per input\n"
-    text += text_table([["task", *mean], *cells])
+    rows["= mean" if scores["overall"] else "= mean of these"] = mean = mean_summary(tasks.values())
+    rest = ("tokens", "seconds", "inputs/s")  # no shares
+    cells = [[name, *(f"{row[c] * (1 if c in rest else 100):.1f}" if c in row else "" for c in mean)]
+             for name, row in rows.items()]  # fmt: skip
+    text = (f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, "
+            f"seconds of one process\n{text_table([['task', *mean], *cells])}")  # fmt: skip
+    for name, entry in tasks.items():
+        if "published_ndcg" in entry:
+            x, y = (part["gen"][entry["main_metric"]] for part in (entry, entry["published_ndcg"]))
+            text += f"\n{name}, {entry['main_metric']} of gen: {100 * x:.1f}, as in published tables {100 * y:.1f}"
     if "pass@2" in mean:
         text += (f"\noracle of disc and gen {100 * mean['oracle']:.1f}, "
                  f"oracle of two gen samples (pass@2) {100 * mean['pass@2']:.1f}")  # fmt: skip
+    if "ablate" in next(iter(tasks.values())):
+        for kind in ("removed", "swapped"):
+            changes = [entry["ablate"][kind]["gen"][entry["main_metric"]] for entry in tasks.values()]
+            cosines = [x for entry in tasks.values() if (x := entry["ablate"][kind]["cosine"]) is not None]
+            text += (f"\nreasoning {kind}: gen {100 * (fmean(changes) - mean['gen']):+.1f}, "
+                     f"cosine to the original {fmean(cosines or [math.nan]):.3f}")  # fmt: skip
     return text
+
+
+def paper_table(scores):
+    """Our modes and the published rows in the columns of the paper's main table."""
+    tasks, columns = scores["tasks"].keys() & MMEB.keys(), ASSET["columns"]
+    whole = {c: {name for name, t in MMEB.items() if c in (t["group"], t["modality"], "All")} for c in columns}
+    means = aggregate({name: scores["tasks"][name] for name in sorted(tasks)})
+    means = means["groups"] | means["modalities"] | {"All": means["overall"]}
+    rows = [["", *columns]]
+    for mode in [mode for mode in MODES if mode in means[next(iter(means))]]:
+        cells = [f"{100 * means[c][mode]:.1f}{'*' * (not whole[c] <= tasks)}" if means.get(c) else "-"
+                 for c in columns]  # fmt: skip
+        rows.append([f"{scores['model']} {mode}", *cells])
+    rows += [[name, *(f"{x:.1f}" for x in row)] for name, row in ASSET["published"].items()]
+    text = f"\nMMEB-V2 beside published results (hit@1 of image and video, ndcg@5 of visdoc, in %)\n{text_table(rows)}"
+    if len(tasks) < len(MMEB):
+        text += (f"\n{len(tasks)} of {len(MMEB)} tasks: no overall; * some of the group's tasks are missing, in all "
+                 f"{', '.join(name for name in MMEB if name not in tasks)}")  # fmt: skip
+    return text
+
+
+def leaderboard(scores, mode, backbone):
+    """The file that the MMEB leaderboard takes; fill in the dates and the url before you submit it.
+
+    ndcg of the three graded tasks is the aligned one (departure 5).
+    """
+    S = {"image": {}, "video": {}, "visdoc": {}}
+    for name, task in MMEB.items():
+        entry, fixed = scores["tasks"].get(name), name in ("ViDoSeek-page", "MMLongBench-page")
+        counts = {"num_pred": entry["num_queries"], "num_data": entry["num_queries"]} if entry else {}
+        S[task["modality"]][name + "-fixed" * fixed] = entry[mode] | counts if entry else "FILE_N/A"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    metadata = {"model_name": scores["model"], "model_backbone": backbone.config.model_type,
+                "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+                "embedding_dimension": backbone.config.text_config.hidden_size, "max_length_tokens": None,
+                "model_release_date": now[:10], "data_source": "Self-Reported", "url": "",
+                "report_generated_date": now}  # fmt: skip
+    return {"metadata": metadata, "metrics": S}
 
 
 def change_table(names, first, last):
@@ -390,32 +866,109 @@ def model_names(models):
 # Main
 
 
-def evaluate(embedder, tasks, settings, name, results=None):
+def choose_tasks(settings):
+    """Names of the wanted tasks. Without --tasks: ROOT/tasks/test and those of the 78 that have annotations."""
+    root = Path(settings.root)
+    own = [name for name in known_tasks(root) if name.startswith("test/")]
+    here = [name for name, task in MMEB.items() if settings.check or (root / "annotations" / task["repo"]).is_dir()]
+    if not settings.tasks:
+        return own + here if not (settings.check and own) else own
+    names = []
+    for wanted in settings.tasks:
+        of_kind = [name for name, task in MMEB.items() if wanted in (task["group"], task["modality"])]
+        names += [name for name in of_kind if name in here] or [wanted]
+    return list(dict.fromkeys(names))
+
+
+def check_files(names, settings):
+    """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there"""
+    rows, lacking = [["task", "queries", "known", "candidates", "files", "unusable", "first problem"]], {}
+
+    def problem(path):  # every picture is decoded, as a run would
+        try:
+            open_picture(path)
+        except Skip as error:
+            return str(error)
+        return ""
+
+    for name in tqdm(names, desc="check", unit="task"):
+        about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
+        try:
+            task = load_task(name, settings.root, settings.vidore_instruction)
+            paths, need = sorted({path for item in inputs_of(task) for path in media_of(item)}), about["archive"]
+            with ThreadPoolExecutor(16) as pool:
+                wrong = [text for text in pool.map(problem, paths) if text]
+            counts = [len(task.queries), about["num_queries"], len(task.candidates), len(paths), len(wrong)]
+        except (FileNotFoundError, ValueError) as error:
+            wrong, need, counts = [str(error)], about["repo"], ["", about["num_queries"], "", "", ""]
+        if wrong:
+            lacking.setdefault(need, []).append(name)
+        rows.append([name, *map(str, counts), (wrong or [""])[0]])
+    whole, other = len(names) - sum(map(len, lacking.values())), sum(row[1] != row[2] != "" for row in rows[1:])
+    print(text_table(rows))
+    print(f"{whole} of {len(names)} tasks are complete; {other} have not the known number of queries")
+    for what, tasks in lacking.items():
+        hub = [f"hf download --repo-type dataset {what} --local-dir ROOT/annotations/{what}"] * bool(what)
+        get = [line.replace("ROOT", settings.root) for line in ASSET["archives"].get(what, hub)]
+        print(*[f"\nmissing for {', '.join(tasks)}:", *get], sep="\n    ")
+    return not lacking
+
+
+def ablate_trace(texts):
+    """{kind: texts} with the reasoning removed, and with the reasoning of the next input that has another one."""
+    parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
+    thoughts = [(n, part[2]) for n, part in enumerate(parts) if part]
+    out, k = {"removed": [], "swapped": []}, 0
+    for text, part in zip(texts, parts):
+        k += bool(part)  # thoughts[k] is the next one
+        other = next((x for _, x in thoughts[k:] + thoughts[:k] if part and x != part[2]), None)
+        out["removed"].append(part[1] + part[3] if part else text)
+        out["swapped"].append(text if other is None else part[1] + other + part[3])
+    return out
+
+
+def evaluate(embedder, tasks, digests, settings, name, group=None):
     """(content of scores.json, content of per_query.json) on process 0, None on the others."""
-    where, inputs = {}, []  # content -> row of inputs
+    where, inputs = {}, []  # key of the content -> row of inputs
 
     def rows_of(items):
-        for item in items:
-            if where.setdefault(key(item), len(inputs)) == len(inputs):
+        keys = [input_key(item, digests) for item in items]
+        for key, item in zip(keys, items):
+            if where.setdefault(key, len(inputs)) == len(inputs):
                 inputs.append(item)
-        return np.array([where[key(item)] for item in items])
-
-    def key(item):
-        return content_key(item["text"], item["images"], item["video"])
+        return np.array([where[key] for key in keys])
 
     query_rows = [rows_of([query["input"] for query in task.queries]) for task in tasks]
-    num_queries = len(inputs)  # queries come first
-    candidate_rows = [rows_of(task.candidates.values()) for task in tasks]
-    greedy = embed_all(embedder, inputs, settings, results=results, title=f"{name} greedy")
-    sampled = None
+    Q = len(inputs)  # queries come first
+    candidate_rows = [rows_of(list(task.candidates.values())) for task in tasks]
+    keys, how = list(where), [hash_model(embedder), settings.max_new_tokens, settings.blank_image, PIXELS]
+    rank, encoded = processes()[0], {}
+
+    def embed(kind, keys, inputs, *more, **kwargs):
+        folder = hashlib.blake2b(repr([how, more]).encode(), digest_size=8).hexdigest()
+        folder = Path(settings.out) / name / "cache" / f"{kind}-{folder}"
+        title = f"{name} {kind}"
+        encoded[kind] = encode_missing(embedder, inputs, keys, folder, settings, group=group, title=title, **kwargs)
+        if rank == 0:
+            print(f"{title}: {encoded[kind]:,} of {len(keys):,} inputs embedded, the others from {folder}", flush=True)
+        return collect(folder, keys) if rank == 0 or settings.ablate == "trace" else None
+
+    greedy, sampled, ablated = embed("greedy", keys, inputs), None, {}
     if settings.samples:
-        sampled = embed_all(embedder, inputs[:num_queries], settings, samples=settings.samples, results=results,
-                            title=f"{name} queries x {settings.samples}")  # fmt: skip
-    if greedy is None:
+        sampled = embed("samples", keys[:Q], inputs[:Q], settings.samples, settings.temperature, settings.seed,
+                        samples=settings.samples)  # fmt: skip
+    if settings.ablate == "trace":
+        some = np.flatnonzero(greedy["valid"][:, 0])
+        for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items():
+            traced = [f"{keys[n]}-{stable_hash(trace):x}" for n, trace in zip(some, traces)]
+            x = embed(kind, traced, [inputs[n] for n in some], traces=traces)
+            ablated[kind] = greedy | {"gen": greedy["gen"].copy()}  # a generation without <gen_emb> stays a miss
+            ablated[kind]["gen"][some] = x["gen"]
+    if rank > 0:
         return None
 
     def take(arrays, rows):
-        return arrays and {key: arrays[key][rows] for key in ("disc", "gen", "valid") if key in arrays}
+        return arrays and {key: arrays[key][rows] for key in ("disc", "gen", "valid", "problem")}
 
     scores, per_query = {}, {}
     for task, q, c in zip(tasks, query_rows, candidate_rows):
@@ -425,37 +978,56 @@ def evaluate(embedder, tasks, settings, name, results=None):
             "modality": task.modality, "group": task.group, "main_metric": task.main_metric,
             "num_queries": len(q), "num_candidates": len(c), **entry,
             "invalid": int((~greedy["valid"][both]).sum()),  # greedy generations without <gen_emb>
+            "unreadable": int((greedy["problem"][both] != "").sum()),  # pictures: misses in every mode
             "tokens_per_input": float(greedy["tokens"][both].mean()),  # generated, greedy
             "seconds": float(greedy["seconds"][np.unique(both)].sum()),  # of one process, greedy, each input once
         }  # fmt: skip
-        per_query[task.name] = columns | {"texts": greedy["texts"][q, 0].tolist()}
-    return {"model": name, "args": asdict(settings), "tasks": scores, **aggregate(scores)}, per_query
+        for kind, other in ablated.items():
+            ok = both[greedy["valid"][both, 0]]
+            cosine = (greedy["gen"][ok, 0] * other["gen"][ok, 0]).sum(-1)
+            scores[task.name].setdefault("ablate", {})[kind] = {
+                "gen": score_task(task, take(other, q), take(other, c))[0]["gen"],
+                "cosine": float(cosine.mean()) if len(ok) else None}  # fmt: skip
+        per_query[task.name] = columns | {"texts": [greedy["texts"][n][0] for n in q]}
+    problems = [problem for problem in greedy["problem"] if problem]
+    if problems:
+        print(f"{len(problems)} inputs cannot be read and count as misses; the first: {problems[0]}", flush=True)
+    about = {"model": name, "args": asdict(settings)}
+    return about | {"tasks": scores, **aggregate(scores), "encoded": encoded}, per_query
 
 
 def main(argv=None):
     settings = parse_args(Settings, PRESETS, argv)
     if settings.samples and settings.temperature <= 0:
         raise SystemExit("--samples needs a --temperature above 0")
-    task_names = settings.tasks or [name for name in known_tasks(settings.root) if name.startswith("test/")]
-    if not task_names:
-        raise SystemExit(f"no task files in {settings.root}/tasks/test; the toy world is made by: python data.py toy")
-    tasks = [load_task(name, settings.root) for name in dict.fromkeys(task_names)]
+    names = choose_tasks(settings)
+    if not names:
+        raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "
+                         "world is made by: python data.py toy; MMEB: python eval.py --check --root ROOT")  # fmt: skip
+    if settings.check:
+        raise SystemExit(0 if check_files(names, settings) else 1)
     for model in settings.model:  # all of them before the first one is embedded
         check_model(model)
-    names = model_names(settings.model)
+    model_dirs = model_names(settings.model)
+    PIXELS["video"] = (PIXELS["video"][0], settings.video_max_pixels)
 
     rank, world, device = start_processes()
-    # Results travel as main memory, over gloo; a process that is done may wait hours for the slowest one.
-    results = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
+    # A process that is done may wait hours for the slowest one.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
+    for turn in range(2):  # process 0 goes first: it may have to write pages
+        if (rank > 0) == turn:
+            tasks = [load_task(name, settings.root, settings.vidore_instruction) for name in names]
+        wait_for_all(group)
+    digests = hash_media(tasks)
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
-        for name in names:
+        for name in model_dirs:
             (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
         write_args(settings.out, settings)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     every = []  # per model {task: {column: [x of each query]}}
-    for model, name in zip(settings.model, names):
+    for model, name in zip(settings.model, model_dirs):
         embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
-        result = evaluate(embedder, tasks, settings, name, results)
+        result = evaluate(embedder, tasks, digests, settings, name, group)
         if rank > 0:
             continue
         scores, per_query = result
@@ -463,9 +1035,13 @@ def main(argv=None):
         write_json(folder / "scores.json", scores)
         write_json(folder / "per_query.json", per_query)
         print(score_table(scores), flush=True)
+        if scores["tasks"].keys() & MMEB.keys():
+            for mode in [mode for mode in MODES if mode != "mean" or settings.samples]:
+                write_json(folder / f"leaderboard_{mode}.json", leaderboard(scores, mode, embedder.backbone))
+            print(paper_table(scores), flush=True)
         every.append({task: {c: x for c, x in row.items() if c != "texts"} for task, row in per_query.items()})
     if len(every) > 1:
-        print(change_table(names, every[0], every[-1]), flush=True)
+        print(change_table(model_dirs, every[0], every[-1]), flush=True)
     if world > 1:
         dist.destroy_process_group()
 

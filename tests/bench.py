@@ -7,6 +7,7 @@ python tests/bench.py rl                # update pass, reference pass and a whol
 python tests/bench.py embed             # decode steps of continuous batching
 python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors (some minutes)
 python tests/bench.py sft               # SFT step: memory and time against the official recipe (some minutes)
+python tests/bench.py eval              # encoding for evaluation beside the official way (bench_eval.py)
 """
 
 import argparse
@@ -219,6 +220,8 @@ if __name__ == "__main__":
     p.add_argument("--split", choices=("dev", "test"), default="test")
     p.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
     p.add_argument("--seed", type=int, default=0)
+    p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
+    p.add_argument("--inputs", type=int, default=96)
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
     if args.command == "data":
@@ -235,4 +238,8 @@ if __name__ == "__main__":
         import bench_scale
 
         sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
+    if args.command == "eval":
+        from bench_eval import bench_eval
+
+        raise SystemExit(bench_eval(args.inputs))
     toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)

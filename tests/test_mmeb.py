@@ -1,0 +1,434 @@
+"""The 78 tasks of MMEB-V2 on a miniature data root: what is read, what a killed run loses, when the cache is used.
+
+tests/data holds the root (made-up rows in the published layouts) and what the published parsers make of 27 tasks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, run_processes
+
+import eval as ev
+from data import Skip, open_picture
+from model import Embedder
+
+DATA = Path(__file__).parent / "data"
+FEW = ["VOC2007", "HMDB51", "VisRAG_ArxivQA"]  # one task of each modality, for runs that must be short
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """The miniature root, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("mini")
+    with tarfile.open(DATA / "mini_mmeb_root.tar.gz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "mini_mmeb_root"
+
+
+@pytest.fixture
+def own(mini, tmp_path):
+    """A copy that the test may break."""
+    return Path(shutil.copytree(mini, tmp_path / "root", symlinks=True))
+
+
+def below(root, paths):
+    return [os.path.relpath(path, root) for path in paths]
+
+
+def as_read(task, root):
+    """A task without the place of its root, to compare."""
+    plain = lambda item: (item["text"], below(root, ev.media_of(item)))  # noqa: E731
+    queries = [(plain(q["input"]), q["labels"], q["grades"], q["candidates"]) for q in task.queries]
+    return queries, [(key, *plain(item)) for key, item in task.candidates.items()]
+
+
+# ---- what is read ------------------------------------------------------------------------------------------------
+
+
+def test_given_tasks_equal_the_published_parsers(mini):
+    """27 tasks: text without pads and stripped, media, lists, labels and grades of every row, and the pool in order."""
+    expected = json.loads((DATA / "expected_some_tasks.json").read_text())["tasks"]
+    assert len(expected) == 27
+
+    def text_of(published):
+        return published.replace("<|image_pad|>", "").replace("<|video_pad|>", "").strip()
+
+    for name, want in expected.items():
+        task = ev.load_task(name, mini)
+        assert (task.modality, task.eval_type) == (want["modality"], want["eval_type"])
+        assert len(task.queries) == len(want["rows"])
+        for got, row in zip(task.queries, want["rows"]):
+            assert got["input"]["text"] == text_of(row["query_text"]), name
+            assert below(mini, ev.media_of(got["input"])) == row["query_media"], name
+            assert (got["labels"], got["grades"]) == (row["labels"], row["rel_scores"]), name
+            if name == "QVHighlight":  # in directory order there
+                assert set(got["candidates"]) == set(row["candidates"])
+            elif task.eval_type == "local":
+                assert got["candidates"] == row["candidates"], name
+        pool = [(key, item["text"], below(mini, ev.media_of(item))) for key, item in task.candidates.items()]
+        target = [(c["name"], text_of(c["text"]), c["media"]) for c in want["candidates"]]
+        by_name = name == "QVHighlight"
+        assert (sorted(pool) if by_name else pool) == (sorted(target) if by_name else target), name
+
+
+def test_all_tasks_are_there(mini):
+    """36 + 18 + 24 tasks in 12 groups; each has queries, and every file of every input can be read as a picture."""
+    counts, groups, seen = {}, {}, set()
+    for name in ev.MMEB:
+        task = ev.load_task(name, mini)
+        counts[task.modality] = counts.get(task.modality, 0) + 1
+        groups[task.group] = groups.get(task.group, 0) + 1
+        assert len(task.queries) >= 3
+        assert task.main_metric == ("ndcg_linear@5" if task.modality == "visdoc" else "hit@1")
+        for item in [*(q["input"] for q in task.queries), *task.candidates.values()]:
+            assert "<|" not in item["text"] and item["text"] == item["text"].strip()
+            seen.update(ev.media_of(item))
+    assert counts == {"image": 36, "video": 18, "visdoc": 24}
+    assert list(groups.values()) == [10, 10, 12, 4, 5, 5, 5, 3, 10, 4, 6, 4]
+    assert all(open_picture(path).size for path in seen)
+
+
+def test_rules_beyond_the_given_tasks(mini):
+    """Classes come whole from the list, clip folders beside "query" are candidates, pages are the corrected sets'."""
+    kinetics = ev.load_task("K700", mini)
+    assert set(ev.MMEB["K700"]["labels"]) <= set(kinetics.candidates) and len(ev.MMEB["K700"]["labels"]) == 700
+    clips = ev.load_task("Charades-STA", mini)
+    folder = "video-tasks/frames/video_mret/Charades_STA/UP2ZY/"
+    assert {folder + clip for clip in ("a_clip", "positive_clip_0", "queryish", "zz_clip")} <= set(clips.candidates)
+    assert folder + "query" not in clips.candidates
+    fixed = ev.load_task("ViDoSeek-page", mini)
+    stale = pq.read_table(mini / "annotations/VLM2Vec/ViDoSeek-page/qrels/test-00000-of-00001.parquet").to_pylist()
+    assert [q["labels"] for q in fixed.queries] != [[row["corpus-id"]] for row in stale[: len(fixed.queries)]]
+    grades = [g for q in ev.load_task("ViDoSeek-doc", mini).queries for g in q["grades"]]
+    assert set(grades) == {2, 3}
+    bare = ev.load_task("ViDoRe_arxivqa", mini, vidore_instruction=False)  # as in tables before November 2025
+    assert "Find a document" not in bare.queries[0]["input"]["text"] and bare.candidates[0]["text"] == ""
+    always = ev.load_task("VisRAG_ArxivQA", mini, vidore_instruction=False)
+    assert always.queries[0]["input"]["text"].startswith("Find a document image")
+
+
+def test_something_something_has_the_first_thousand_rows(own):
+    """The published run cuts this task, and no other, to 1,000 rows."""
+    file = own / "annotations/VLM2Vec/SmthSmthV2/data/test.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    file.write_text("".join(json.dumps(row | {"pos_text": f"row {i}"}) + "\n" for i in range(1005)))
+    assert [q["labels"] for q in ev.load_task("SmthSmthV2", own).queries][::999] == [["row 0"], ["row 999"]]
+    assert len(ev.load_task("SmthSmthV2", own).queries) == 1000
+
+
+def test_frames(tmp_path):
+    """Natural order, capitals, and what is no picture; an empty or missing folder is a path that cannot be read."""
+    for name in ("f10.jpg", "f9.JPG", "f1.png", "notes.txt", "f2.jpg.bak"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [Path(path).name for path in ev.sample_frames(tmp_path)] == ["f1.png", "f9.JPG", "f10.jpg"]
+    for i in range(11, 20):
+        (tmp_path / f"f{i}.jpg").write_bytes(b"x")
+    names = [Path(path).name for path in ev.sample_frames(tmp_path)]
+    assert names == ["f1.png", "f9.JPG", "f11.jpg", "f12.jpg", "f14.jpg", "f15.jpg", "f17.jpg", "f19.jpg"]
+    assert len(ev.sample_frames(tmp_path, None)) == 12
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(Skip):
+            open_picture(ev.sample_frames(tmp_path / folder)[0])
+
+
+def test_cards_and_links_are_not_needed(mini, own):
+    """Without dataset cards the files are found by their names, decoys beside them; without the links that stand for
+    the yaml's paths media are found where the archives put them."""
+    for card in own.rglob("README.md"):
+        card.unlink()
+    for name in ev.MMEB:
+        assert as_read(ev.load_task(name, own), own) == as_read(ev.load_task(name, mini), mini), name
+    card = own / "annotations/VLM2Vec/MSVD/README.md"  # other forms of a card: a bare pattern, no config name
+    for config in ('"*_test.json"', '["*.json"]', ""):
+        card.write_text(f"---\nconfigs:\n- data_files: {config}\n---\n")
+        assert as_read(ev.load_task("MSVD", own), own) == as_read(ev.load_task("MSVD", mini), mini)
+    links = [path for path in own.rglob("*") if path.is_symlink() and path.parent.name != "images"]
+    assert len(links) > 30
+    for link in links:
+        link.unlink()
+    for name in ev.MMEB:
+        task = ev.load_task(name, own)
+        paths = [path for item in [*(q["input"] for q in task.queries), *task.candidates.values()]
+                 for path in ev.media_of(item)]  # fmt: skip
+        assert all(os.path.isfile(path) for path in paths), name
+        assert len(task.queries) == len(ev.load_task(name, mini).queries)
+
+
+def test_pages_come_out_of_the_annotations(mini, own):
+    """No page archive needed: the corpus tables hold the pages; they are written once, as the official loader does."""
+    shutil.rmtree(own / "visdoc-tasks")
+    for name in ("ViDoRe_docvqa", "VisRAG_SlideVQA"):  # the first one's corpus has two shards
+        got, want = ev.load_task(name, own), ev.load_task(name, mini)
+        assert as_read(got, own) == as_read(want, mini)
+        for key in want.candidates:
+            mine, theirs = (Path(task.candidates[key]["images"][0]) for task in (got, want))
+            assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_errors_name_the_file_and_the_cure(own):
+    """Wrong columns, missing folders and queries without a page each say where and what."""
+    with pytest.raises(FileNotFoundError, match="known tasks: none"):
+        ev.load_task("CIFAR", own)
+    file = own / "annotations/VLM2Vec/VATEX/vatex_test/test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file).rename_columns(["id", *pq.read_schema(file).names[1:]]), file)
+    with pytest.raises(ValueError, match=r"VATEX.*lacks the columns videoID"):
+        ev.load_task("VATEX", own)
+    file = own / "annotations/VLM2Vec/Video-MME/videomme/test-00000-of-00001.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["answer"] = "E"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    with pytest.raises(ValueError, match=r"VLM2Vec/Video-MME, row 1 of Video-MME: not in the published form"):
+        ev.load_task("Video-MME", own)
+    shutil.rmtree(own / "annotations/VLM2Vec/MSVD")
+    with pytest.raises(FileNotFoundError, match=r"VLM2Vec/MSVD has no files of config default, split test"):
+        ev.load_task("MSVD", own)
+    file = own / "annotations/vidore/tatdqa_test_beir/qrels/test-00000-of-00001.parquet"
+    table = pq.read_table(file).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row for row in table if row["query-id"] != table[0]["query-id"]]), file)
+    with pytest.raises(ValueError, match=f"query {table[0]['query-id']} has no relevant page"):
+        ev.load_task("ViDoRe_tatdqa", own)
+    shutil.rmtree(own / "video-tasks/frames/video_mret/QVHighlight/NUsG9BgSes0_210.0_360.0/positive")
+    with pytest.raises(FileNotFoundError, match=r"NUsG9BgSes0_210.0_360.0 has no sub-folder positive"):
+        ev.load_task("QVHighlight", own)
+
+
+def test_check(own, capsys):
+    """All there: exit 0. A lost picture, a broken one and a lost annotation: exit 1, each named, with the commands."""
+    check = ["--check", "--root", str(own), "--tasks", "I-VG", "CIRR", "MSVD", "VisRAG_PlotQA"]
+    with pytest.raises(SystemExit) as stop:
+        ev.main(check)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "7 of 7 tasks are complete; 7 have not the known number" in printed
+    (own / "image-tasks/CIRR/cand_3.png").unlink()
+    broken = next((own / "image-tasks/RefCOCO").rglob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    shutil.rmtree(own / "annotations/VLM2Vec/MSVD")
+    with pytest.raises(SystemExit) as stop:
+        ev.main(check)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 1 and "4 of 7 tasks are complete" in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line}
+    assert "cand_3.png: no such file" in rows["CIRR"]
+    assert f"{broken.name}: cannot be read as a picture" in rows["RefCOCO"]
+    assert f"download --repo-type dataset VLM2Vec/MSVD --local-dir {own}/annotations/VLM2Vec/MSVD" in printed
+    assert f"tar xzf {own}/download/image-tasks/mmeb_v1.tar.gz" in printed and "video_ret.tar.gz" not in printed
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def run(root, model, out, *flags, tasks=FEW):
+    ev.main(["--root", str(root), "--model", str(model), "--out", str(out), "--tasks", *tasks, "--samples", "0",
+             "--max_new_tokens", "20", "--batch_size", "4", "--workers", "0", *map(str, flags)])  # fmt: skip
+    return json.loads((Path(out) / Path(model).name / "scores.json").read_text())
+
+
+def test_a_part_of_the_tasks_has_no_overall(mini, writer_dir, tmp_path, capsys):
+    """3 of 78: group means are marked, there is no overall, published rows stand beside ours; the leaderboard's files
+    have its keys, the missing tasks as it writes them, and the corrected page sets' names."""
+    scores = run(mini, writer_dir, tmp_path / "out", "--samples", 2, "--workers", 1)
+    assert list(scores["tasks"]) == FEW and scores["overall"] is None
+    printed = capsys.readouterr().out
+    assert "3 of 78 tasks: no overall" in printed and "UME-R1 2B gen" in printed and "VisRAG_ArxivQA hit@1" in printed
+    line = next(line for line in printed.splitlines() if f"{writer_dir.name} disc" in line)
+    assert line.count("*") == 6 and line.split()[-1] == "-"  # three groups, three modalities, no overall
+    board = json.loads((tmp_path / "out" / writer_dir.name / "leaderboard_gen.json").read_text())
+    assert list(board["metadata"])[:3] == ["model_name", "model_backbone", "model_size"]
+    assert {kind: len(tasks) for kind, tasks in board["metrics"].items()} == {"image": 36, "video": 18, "visdoc": 24}
+    assert board["metrics"]["visdoc"]["ViDoSeek-page-fixed"] == "FILE_N/A" and "CIRR" in board["metrics"]["image"]
+    got = board["metrics"]["image"]["VOC2007"]
+    assert list(got) == [*ev.METRICS, "num_pred", "num_data"] and got["num_data"] == 5
+    assert got["hit@1"] == scores["tasks"]["VOC2007"]["gen"]["hit@1"]
+    assert {path.name for path in (tmp_path / "out" / writer_dir.name).glob("leaderboard_*")} == {
+        f"leaderboard_{mode}.json" for mode in ev.MODES}  # fmt: skip
+    assert set(scores["tasks"]["HMDB51"]["pass@k"]) == {"1", "2"}
+
+
+def counting(monkeypatch, log, kill_after=None):
+    """Embedder.generate() that notes every row it is given in a file, and dies as a process does, without a word."""
+    real = Embedder.generate
+
+    def generate(self, rows, **given):
+        def counted():
+            for row in rows:
+                with open(log, "a") as file:
+                    file.write(row.name + "\n")
+                if kill_after and len(log.read_text().splitlines()) == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield row
+
+        return real(self, counted(), **given)
+
+    monkeypatch.setattr(Embedder, "generate", generate)
+
+
+def test_killed_run_goes_on(mini, writer_dir, tmp_path, monkeypatch):
+    """kill -9 after 45 of about 100 inputs, and again: the same scores as in one go, at most --save_every inputs twice
+    per kill, and the shards hold every input once."""
+    whole = run(mini, writer_dir, tmp_path / "whole", "--save_every", 10)
+    N, log = whole["encoded"]["greedy"], tmp_path / "log"
+    assert N > 80
+    for kill_after in (45, 60):
+        child = os.fork()
+        if child == 0:
+            counting(monkeypatch, log, kill_after)
+            run(mini, writer_dir, tmp_path / "killed", "--save_every", 10)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    counting(monkeypatch, log)
+    again = run(mini, writer_dir, tmp_path / "killed", "--save_every", 10)
+    assert N < len(log.read_text().splitlines()) <= N + 2 * 10
+    assert 0 < again["encoded"]["greedy"] < N
+    for scores in (whole, again):
+        for entry in scores["tasks"].values():
+            del entry["seconds"]
+    assert again["tasks"] == whole["tasks"]
+    (cache,) = (tmp_path / "killed" / writer_dir.name / "cache").iterdir()
+    keys = [key for rows, _ in ev.shards(cache) for key, *_ in rows]
+    assert len(keys) == len(set(keys)) == N
+
+
+def test_a_stale_result_is_never_used(own, writer_dir, tmp_path):
+    """What changes the result makes it new: a picture's bytes under the same name, size and time, a weight, a setting.
+    What does not, another place of the data, uses the cache."""
+    model = shutil.copytree(writer_dir, tmp_path / "model")
+    encoded = lambda root, *flags: run(root, model, tmp_path / "out", *flags, tasks=["VOC2007"])["encoded"]  # noqa: E731
+    first = encoded(own)["greedy"]
+    assert first > 10 and encoded(own) == {"greedy": 0}
+    moved = own.rename(tmp_path / "moved")
+    assert encoded(moved) == {"greedy": 0}
+    path = moved / "image-tasks/VOC2007/VOC2007_0.jpg"
+    content, times = bytearray(path.read_bytes()), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    content[-10] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    assert encoded(moved) == {"greedy": 1}
+    assert encoded(moved, "--max_new_tokens", 11) == {"greedy": first}
+    assert encoded(moved, "--blank_image", "false") == {"greedy": first}
+    assert encoded(moved, "--samples", 2)["samples"] == encoded(moved, "--samples", 2, "--seed", 1)["samples"] > 0
+    embedder = Embedder.from_pretrained(model)
+    with torch.no_grad():
+        embedder.backbone.lm_head.weight[5, 5] += 1e-3
+    embedder.save_pretrained(model)
+    assert encoded(moved) == {"greedy": first}
+
+
+def test_unreadable_pictures_are_counted(own, writer_dir, tmp_path, capsys):
+    """One broken and one lost picture are misses in all modes, and said; a task without its media stops the run."""
+    (own / "image-tasks/VOC2007/VOC2007_0.jpg").unlink()
+    next((own / "image-tasks/VOC2007").glob("VOC2007_1.*")).write_bytes(b"no picture")
+    scores = run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
+    assert scores["tasks"]["VOC2007"]["unreadable"] == 2
+    per_query = json.loads((tmp_path / "out" / writer_dir.name / "per_query.json").read_text())["VOC2007"]
+    assert per_query["disc"][:2] == per_query["oracle"][:2] == [0, 0] and per_query["texts"][0] == ""
+    assert "2 inputs cannot be read" in capsys.readouterr().out
+    shutil.rmtree(own / "image-tasks/VOC2007")
+    with pytest.raises(SystemExit, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
+        run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
+
+
+def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
+    """A disk that fails once must not leave a miss in the cache: the bytes, and so the input's key, are the same."""
+    real = ev.encode_input
+
+    def failing(tokenizer, item, **given):
+        if "VOC2007_2" in "".join(item["images"]):
+            raise Skip("the disk does not answer")
+        return real(tokenizer, item, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "encode_input", failing)
+        assert run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
+    scores = run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])
+    assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
+
+
+def test_batch_size_and_processes_do_not_change_scores(mini, writer_dir, tmp_path):
+    """Two processes share the inputs, each with shards of its own; the scores, samples too, are those of one."""
+    flags = ["--samples", 2, "--save_every", 16]
+    one = run(mini, writer_dir, tmp_path / "one", *flags, "--batch_size", 3)
+    run_processes(ev, ["--root", mini, "--model", writer_dir, "--out", tmp_path / "two", "--tasks", *FEW,
+                       "--max_new_tokens", 20, "--batch_size", 4, "--workers", 1, *flags])  # fmt: skip
+    two = json.loads((tmp_path / "two" / writer_dir.name / "scores.json").read_text())
+    for scores in (one, two):
+        for entry in scores["tasks"].values():
+            del entry["seconds"]
+    assert two["tasks"] == one["tasks"] and two["encoded"] == one["encoded"]
+    names = [path.stem for path in (tmp_path / "two").rglob("*.safetensors")]
+    assert {name.split("-")[1] for name in names} == {"0", "1"}
+
+
+def test_equal_inputs_are_embedded_once(mini, writer_dir, tmp_path):
+    """The page and the document task of ViDoSeek rank the same pages, which lie in two folders."""
+    page, doc = (ev.load_task(name, mini) for name in ("ViDoSeek-page", "ViDoSeek-doc"))
+    texts = {q["input"]["text"] for task in (page, doc) for q in task.queries}
+    assert len(page.candidates) == len(doc.candidates)
+    scores = run(mini, writer_dir, tmp_path / "out", tasks=["ViDoSeek-page", "ViDoSeek-doc"])
+    pages = {Path(item["images"][0]).read_bytes() for task in (page, doc) for item in task.candidates.values()}
+    assert scores["encoded"]["greedy"] == len(texts) + len(pages) < len(page.candidates) + len(doc.candidates)
+    assert ["published_ndcg" in entry for entry in scores["tasks"].values()] == [False, True]
+
+
+def test_ablated_texts():
+    """The reasoning goes, or is another one's; what has none, and a lone reasoning, stay as they are."""
+    texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
+    got = ev.ablate_trace(texts)
+    assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
+    assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
+                              "<think>a</think>3"]  # fmt: skip
+    assert ev.ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
+
+
+def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
+    """Without the reasoning, or with another's, embeddings are others; the second time all comes from the cache."""
+    scores = run(mini, writer_dir, tmp_path / "out", "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+    ablate = scores["tasks"]["VOC2007"]["ablate"]
+    assert set(ablate) == {"removed", "swapped"} and list(ablate["removed"]["gen"]) == ev.METRICS
+    assert 0 < ablate["removed"]["cosine"] < 0.9999
+    assert "reasoning removed" in capsys.readouterr().out
+    again = run(mini, writer_dir, tmp_path / "out", "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+    assert again["tasks"] == scores["tasks"] and again["encoded"]["greedy"] == 0
+
+
+def test_model_in_the_layout_of_the_hub(mini, writer_dir, tmp_path):
+    """UME-R1's folders have the flat configuration of older versions and the two tokens already: same scores, and
+    nothing is added or initialised anew."""
+    hub = Path(shutil.copytree(writer_dir, tmp_path / writer_dir.name))
+    config = json.loads((hub / "config.json").read_text())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    rope = text.pop("rope_parameters")
+    flat = {key: value for key, value in text.items() if key not in ("dtype", "model_type", "layer_types")}
+    flat["rope_theta"] = rope["rope_theta"]
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config |= flat | {"torch_dtype": "float32", "transformers_version": "4.49.0", "model_type": "qwen2_vl"}
+    config["vision_config"] = {key: value for key, value in vision.items() if key != "dtype"}
+    (hub / "config.json").write_text(json.dumps(config))
+    mine = run(mini, writer_dir, tmp_path / "mine", tasks=["VOC2007"])
+    theirs = run(mini, hub, tmp_path / "theirs", tasks=["VOC2007"])
+    for scores in (mine, theirs):
+        del scores["tasks"]["VOC2007"]["seconds"]
+    assert theirs["tasks"] == mine["tasks"] and theirs["tasks"]["VOC2007"]["invalid"] < 15
+
+
+@pytest.mark.slow
+def test_all_78_tasks_in_one_command(mini, tmp_path, capsys):
+    """Read, encoded with the toy model, ranked and aggregated on a CPU; every group and the overall are there."""
+    ev.main(["--root", str(mini), "--model", str(ROOT / "assets/toy_base"), "--out", str(tmp_path), "--samples", "2",
+             "--max_new_tokens", "8"])  # fmt: skip
+    scores = json.loads((tmp_path / "toy_base/scores.json").read_text())
+    assert list(scores["tasks"]) == list(ev.MMEB) and scores["overall"]["disc"] > 0
+    values = [entry["disc"][entry["main_metric"]] for entry in scores["tasks"].values()]
+    assert scores["overall"]["disc"] == pytest.approx(np.mean(values))
+    assert "no overall" not in capsys.readouterr().out
+    graded = [name for name, entry in scores["tasks"].items() if "published_ndcg" in entry]
+    assert graded == ["ViDoRe_esg_reports_human_labeled_v2", "ViDoSeek-doc", "MMLongBench-doc"]
