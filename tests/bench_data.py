@@ -30,7 +30,8 @@ def data(run, world, out, sft, split, cross, seed):
             subprocess.run([sys.executable, ROOT / "data.py", *map(str, command)], cwd=ROOT, check=True)
         if not (folder / "model.safetensors").exists():
             run("sft.py", "--data", world / "sft.json", "--media_root", world, "--seed", seed, "--out", folder, *flags)
-    run("eval.py", "--root", world, "--tasks", *tasks, "--model", *jobs, "--out", out / "eval")
+    run("eval.py", "--root", world, "--tasks", *tasks, "--model", *jobs, "--out", out / "eval",
+        "--samples", 0)  # fmt: skip
     names = ["sft", *(folder.name for folder in list(jobs)[1:])]
     read = {name: [json.loads((out / "eval" / folder.name / f"{file}.json").read_text())
                    for file in ("scores", "per_query")] for name, folder in zip(names, jobs)}  # fmt: skip
