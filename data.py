@@ -934,7 +934,7 @@ def annotate(args):
     where it was; with all answers there, only the filters run (again)."""
     from transformers import AutoConfig
 
-    from model import check_model, start_processes, write_json
+    from model import check_model, stable_hash, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
     check_model(args.teacher)
@@ -945,7 +945,9 @@ def annotate(args):
         if world > 1:
             dist.barrier(group)
 
-    asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")} | {"ask": ASK}
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(args.teacher).glob("*.safe*")]
+    asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
+    asked |= {"weights": stable_hash(*sorted(weights)), "ask": ASK}  # another model may come under the same name
     known = folder / "settings.json"
     before = json.loads(known.read_text()) if known.exists() else asked
     if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:

@@ -1,6 +1,7 @@
 """CoT annotation by a teacher, its filters, the RL subset and the check of a file."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -271,6 +272,14 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
     assert rows_of(out) == [] and re.search(r"all +12 +0.0% +0.0% +100.0%", report)
     refused = annotate(world, out, writer_dir, "--temperature", 1)
     assert "temperature 0.0 -> 1.0" in refused and "another --out" in refused
+    # a teacher that was trained anew in its folder once went on where the old one had stopped
+    (tmp_path / "teacher").mkdir()
+    for path in writer_dir.iterdir():
+        shutil.copy(path, tmp_path / "teacher")
+    os.utime(tmp_path / "teacher/model.safetensors", (0, 0))
+    settings = Path(f"{out}.answers/settings.json")
+    settings.write_text(settings.read_text().replace(str(writer_dir), str(tmp_path / "teacher")))
+    assert "weights" in annotate(world, out, tmp_path / "teacher")
     assert "is one of the files of --pairs" in annotate(world, world / "rl.json", writer_dir)
 
 
