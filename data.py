@@ -1,4 +1,4 @@
-"""Data: conversations, pictures and videos to patches, datasets, batches; at the end the toy world.
+"""Data: conversations, pictures and videos to patches, datasets, batches; annotation, check; last the toy world.
 
 What a row becomes (paper section 3, DESIGN 3): one string in Qwen2-VL's chat format,
 
@@ -17,6 +17,9 @@ Where this departs from the official code
  4. A text that truly has no picture works; the official text-only branch raises a TypeError.
 
 Commands
+    torchrun --nproc_per_node 8 data.py annotate --pairs PAIRS --media_root DIR --teacher MODEL --out sft.json
+    python data.py rl-subset --pairs PAIRS --sft sft.json --out rl.json      # a balanced draw of what SFT leaves over
+    python data.py check sft.json --media_root DIR --model MODEL             # before a run
     python data.py toy [--out runs/toy/data] [--seed 0]     # writes the toy world, in the published formats
 """
 
@@ -30,17 +33,20 @@ import os
 import re
 import signal
 import sys
+import time
 import zlib
 from array import array
-from collections import namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -354,7 +360,8 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
     size = path.stat().st_size if path.is_file() else 0
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
         for i, (start, end, row) in enumerate(scan_rows(path)):
-            check_row(row, kind, needs, f"{path}, row {i}")
+            if kind:
+                check_row(row, kind, needs, f"{path}, row {i}")
             spans.extend((start, end))
             dataset.append(names.setdefault(str(row.get("dataset_name", "")), len(names)))
             bar.update(end - bar.n)
@@ -478,7 +485,7 @@ class PairData(Dataset):
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
-        self.rows = Rows(files, kind, needs, cache)
+        self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs, cache)
         if not len(self.rows):
             raise ValueError(f"{', '.join(map(str, files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
@@ -616,6 +623,508 @@ def signal_with_parent(number):
     """Linux sends this process the signal when the one that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Annotation (the paper's cold-start data): bare pairs -> a teacher's reasoning and summaries -> filters -> SFT rows
+
+ASK = (
+    "This is the {role} of a search: {what}. Think it through first, between <think> and </think>: what it shows or "
+    "says, which details matter, what it asks for and what follows from it, step by step. Then write one short summary "
+    "between <answer> and </answer> that could be searched for in its place: the answer where there is a question, "
+    "otherwise what it is about, with the names, numbers and actions that set it apart. If the {role} is a single word "
+    "or phrase, the summary is exactly that word or phrase."
+)
+ROLES = {"qry": ("query", "what somebody looks for"), "pos": ("candidate", "one of the things that can be found")}
+FRAME_SIDE = 448  # a foreign teacher sees a video as pictures no larger than this: 256 tokens each for most
+OWN_CALL = 8  # batches in one call of our decode loop, which refills ended places
+STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(?:gen|disc)_emb>|\[/?INST\]")
+
+
+def read_pairs(files):
+    """Files of pairs -> list of {"dataset_name", "qry": input, "pos": input}, reasoning left out. Four formats:
+
+    {"dataset_name", "qry": {"text", "images": [path], "video": [frame path]}, "pos": {...}} (all but one key of a side
+    optional); RL rows; SFT rows; MMEB-train's parquet (its dataset is named by the folder).
+    """
+    pairs = []
+    for file in files:
+        if Path(file).suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+            rows = [{"dataset_name": Path(file).resolve().parent.name, **row} for row in rows]
+        else:
+            rows = read_rows(file)
+        for i, row in enumerate(rows):
+            sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
+            pairs.append({"dataset_name": row.get("dataset_name") or "", **sides})
+    return pairs
+
+
+def bare_side(row, side, name):
+    """One side of a pair in any of read_pairs' formats -> input dict: media paths, and the text without marks."""
+    given, video = row.get(side), []
+    if isinstance(given, dict) and "conversations" in given:
+        text, images, video, _ = sft_side(given, name)
+        text = text.split(f"\n{DISC}")[0]
+    elif isinstance(given, dict):
+        text, images, video = given.get("text"), as_list(given.get("images")), as_list(given.get("video"))
+    elif f"{side}_image_path" in row:  # MMEB-train calls the query's text "qry", the target's "pos_text"
+        text, images = given if side == "qry" else row.get("pos_text"), as_list(row[f"{side}_image_path"])
+    else:
+        text, images, video = rl_side(row, side, name).values()
+    text = re.sub(rf"{IMAGE_MARK}|{VIDEO_MARK}|<\|image_\d+\|>", "", text or "").strip()
+    images = [path for path in images if Path(path).name != "blank.jpg"]  # it says "no picture"
+    if not (text or images or video):
+        raise ValueError(f"{name}: neither text nor media; fill the side or take the row out")
+    if images and video:
+        raise ValueError(f"{name}: has both an image and a video; SFT files allow one of them")
+    check_text(text, [], [], None, name)
+    return {"text": text, "images": images, "video": video}
+
+
+def side_key(side, item):
+    return f"{side} {content_key(**item)}"
+
+
+def sft_row(pair, answers):
+    """The SFT row of a pair; answers: (reasoning, summary) of each side."""
+    row = {"dataset_name": pair["dataset_name"]}
+    for side, (think, summary) in answers.items():
+        item = pair[side]
+        kind, media = ("video", item["video"]) if item["video"] else ("image", item["images"] or ["images/blank.jpg"])
+        marks = VIDEO_MARK if item["video"] else IMAGE_MARK * len(media)
+        turns = [("human", f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"),
+                 ("gpt", f"<think>{think}</think><answer>{summary}{GEN}")]  # fmt: skip
+        row[side] = {kind: media, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    return row
+
+
+def write_rows(path, rows):
+    """A .json list or .jsonl lines, one row a line; atomic."""
+    temporary, lines = Path(f"{path}.tmp"), str(path).endswith(".jsonl")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write("" if lines else "[")
+        for i, row in enumerate(rows):
+            file.write(("" if lines else ",\n" if i else "\n") + json.dumps(row) + ("\n" if lines else ""))
+        file.write("" if lines else "\n]\n")
+    os.replace(temporary, path)
+
+
+# Teachers: functions (inputs with opened pictures, their keys) -> [{"text", "tokens", "ended"}] in this order
+
+
+def own_teacher(args, device):
+    """A Qwen2-VL, read by our decode loop: one with the embedding tokens speaks our format, others are asked for it."""
+    from transformers import AutoTokenizer
+
+    from model import Embedder, stable_hash
+
+    ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # Embedder would add it
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    embedder = Embedder.from_pretrained(args.teacher, device=device, dtype=dtype)
+
+    def encode_one(item, key):
+        if ours:
+            return encode_input(embedder.tokenizer, item, name=key)
+        human = IMAGE_MARK * len(item["images"]) + VIDEO_MARK * bool(item["video"]) + question(item, key)
+        return encode(embedder.tokenizer, human, item["images"], item["video"], name=key)
+
+    def ask(items, keys):
+        rows = [encode_one(item, key) for item, key in zip(items, keys)]
+        seeds, answers = [stable_hash(args.seed, key) for key in keys], {}
+        for i, out in embedder.generate(rows, temperature=args.temperature, seeds=seeds, slots=args.batch_size,
+                                        max_new_tokens=args.max_new_tokens):  # fmt: skip
+            ids, ended = out.ids[0], out.ids[0][-1] == embedder.end_id
+            text = embedder.tokenizer.decode(ids[: len(ids) - ended])
+            answers[i] = {"text": text, "tokens": len(ids), "ended": ended}
+        return [answers[i] for i in range(len(rows))]
+
+    return ask
+
+
+def foreign_teacher(args, device):
+    """Any other image-text-to-text model of transformers, by its own processor and generate(); videos as pictures."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from model import stable_hash
+
+    try:
+        processor = AutoProcessor.from_pretrained(args.teacher)
+    except ImportError as error:  # of the video part of most processors
+        cure = "pip install torchvision" if "orchvision" in str(error) else str(error).strip()
+        raise SystemExit(f"--teacher {args.teacher}: its processor needs another package: {cure}") from error
+    if not hasattr(processor, "image_processor") or not processor.chat_template:
+        raise SystemExit(f"--teacher {args.teacher}: has no picture processor or no chat template")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(args.teacher, dtype=dtype).to(device).eval()
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+    how = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
+
+    def ask(items, keys):
+        torch.manual_seed(stable_hash(args.seed, *keys))  # samples do not depend on the calls before
+        conversations = []
+        for item, key in zip(items, keys):
+            for frame in item["video"]:
+                frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
+            content = [{"type": "image", "image": picture} for picture in item["images"] + item["video"]]
+            frames = "The pictures are frames of one video, in order.\n" * bool(item["video"])
+            content.append({"type": "text", "text": frames + question(item, key)})
+            conversations.append([{"role": "user", "content": content}])
+        inputs = processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(device, dtype=dtype)  # fmt: skip
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=bool(how), **how)
+        answers = []
+        for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
+            n = next((i for i, t in enumerate(ids) if t in ends), len(ids))  # behind it is padding
+            answers.append({"text": tokenizer.decode(ids[:n]), "tokens": n, "ended": n < len(ids)})
+        return answers
+
+    return ask
+
+
+def question(item, key):
+    """The text that a teacher is asked, below the side's media."""
+    role, what = ROLES[key.split()[0]]
+    return f"{item['text']}\n\n{ASK.format(role=role, what=what)}"
+
+
+def opened(item, root):
+    """The input with its pictures opened, a video thinned out. Raises Skip where one cannot be used."""
+    keep = np.linspace(0, len(item["video"]) - 1, min(len(item["video"]), NUM_FRAMES)).astype(int)
+    images = [on_white(open_picture(path, root)) for path in item["images"]]
+    video = [on_white(open_picture(item["video"][i], root)) for i in keep]
+    for picture in images + video:
+        if max(picture.size) > 200 * min(picture.size):  # patchify's bound
+            raise Skip(f"picture of {picture.width} x {picture.height} pixels: one side is more than 200 x the other")
+    return item | {"images": images, "video": video}
+
+
+def teacher_calls(items, size):
+    """Which inputs are asked together, as lists of numbers: same numbers of frames and pictures, long texts first.
+
+    A function of the inputs only: whatever was killed in between and however many processes share the calls, every
+    answer is computed beside the same others, so that rounding is the same too.
+    """
+    shape = [(len(item["video"]), len(item["images"]), len(item["text"])) for item in items]
+    order = sorted(range(len(items)), key=lambda n: (*(-x for x in shape[n]), n))
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda n: shape[n][:2])]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def find_answers(folder):
+    """key -> (side file, offset) of every complete line; a last line that a kill has torn is not there."""
+    found = {}
+    for path in sorted(Path(folder).glob("answers-*.jsonl")):
+        with open(path, "rb") as file:
+            start = 0
+            for line in file:
+                if line.endswith(b"\n"):
+                    found[json.loads(line)["key"]] = path, start
+                start += len(line)
+    return found
+
+
+# Filters: pure functions of one answer
+
+
+def too_long(answer, bound):
+    return not answer["ended"] or answer["tokens"] > bound  # not ended: cut off at --max_new_tokens
+
+
+def split_answer(text):
+    """(reasoning, summary), or None where the form is wrong. The opening <think> may stand in the teacher's prompt,
+    <answer> may be missing or a box (GLM-4.1V and 4.5V), <gen_emb> or </answer> may close it."""
+    text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
+    form = r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    return (match[1].strip("\n"), match[2].strip("\n")) if match and match[1].strip() else None
+
+
+def repeated_share(text, n=4, window=200):
+    """Share of a text's n-word sequences that occurred before in it: the worst of the whole and of its windows.
+
+    Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5. A short text may say a
+    list twice: fewer than 50 sequences count as 50.
+    """
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w{1,20}|[^\w\s]", text.lower())  # Chinese by character
+    grams = list(zip(*(words[k:] for k in range(n))))
+    parts = [grams] + [grams[s : s + window] for s in range(0, len(grams) - window // 2, window // 2)]
+    return max((len(part) - len(set(part))) / max(len(part), 50) for part in parts)
+
+
+def judge(answer, max_tokens, max_repeat):
+    """(reason to reject, None), or ("", (reasoning, summary)). The first reason counts."""
+    if "error" in answer:
+        return "media", None
+    if too_long(answer, max_tokens):
+        return "too long", None
+    parts = split_answer(answer["text"])
+    if parts is None:
+        return "malformed", None
+    if any(STRAY.search(part) for part in parts):
+        return "stray token", None
+    if not parts[1].strip():
+        return "empty summary", None
+    if max(repeated_share(part) for part in parts) > max_repeat:
+        return "repetition", None
+    return "", parts
+
+
+REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "repetition")
+
+
+def filter_answers(pairs, folder, args):
+    """Writes --out and, beside the raw answers, rejected.jsonl and report.txt."""
+    found, counts, lengths = find_answers(folder), {}, {"qry": Counter(), "pos": Counter()}
+
+    def answer(key):
+        path, start = found[key]
+        with open(path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())
+
+    def kept(rejected):
+        for i, pair in enumerate(pairs):
+            answers = {side: answer(side_key(side, pair[side])) for side in ("qry", "pos")}
+            judged = {side: judge(a, args.max_tokens, args.max_repeat) for side, a in answers.items()}
+            bad = {side: reason for side, (reason, _) in judged.items() if reason}
+            count = counts.setdefault(pair["dataset_name"], Counter())
+            count[next(iter(bad.values()), "kept")] += 1  # a pair counts once, the query's reason first
+            if bad:
+                line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": bad}
+                rejected.write(json.dumps(line) + "\n")
+                continue
+            for side, a in answers.items():
+                lengths[side][a["tokens"].bit_length()] += 1
+            yield sft_row(pair, {side: parts for side, (_, parts) in judged.items()})
+
+    with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
+        write_rows(args.out, kept(rejected))
+    report = filter_report(counts, lengths)
+    (folder / "report.txt").write_text(report + "\n", encoding="utf-8")
+    print(f"{report}\nwrote {args.out}; raw answers, rejected.jsonl and report.txt are in {folder}")
+
+
+def filter_report(counts, lengths):
+    """Kept share and reasons per dataset, and how long the good answers are, as text."""
+    total = sum(counts.values(), Counter())
+    lines = [f"{'dataset':24}{'pairs':>9}{'kept':>8}" + "".join(f"{reason:>15}" for reason in REASONS)]
+    for name, count in [*sorted(counts.items()), ("all", total)]:
+        n = sum(count.values())
+        shares = "".join(f"{count[reason] / n:15.1%}" for reason in REASONS)
+        lines.append(f"{name[:23]:24}{n:9,}{count['kept'] / n:8.1%}{shares}")
+    for side, histogram in lengths.items():
+        lines.append(f"\ntokens of the kept answers, {ROLES[side][0]}")
+        for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):
+            share = histogram[bits] / sum(histogram.values())
+            lines.append(f"{f'below {1 << bits:,}':>14}{share:7.1%} {'#' * round(50 * share)}")
+    return "\n".join(lines)
+
+
+def annotate(args):
+    """Asks the teacher for every distinct side, shared out over the processes, then filters. A killed run goes on
+    where it was; with all answers there, only the filters run (again)."""
+    from transformers import AutoConfig
+
+    from model import check_model, stable_hash, start_processes, write_json
+
+    pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
+    check_model(args.teacher)
+    rank, world, device = start_processes()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest
+
+    def wait():
+        if world > 1:
+            dist.barrier(group)
+
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(args.teacher).glob("*.safe*")]
+    asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
+    asked |= {"weights": stable_hash(*sorted(weights)), "ask": ASK}  # another model may come under the same name
+    known = folder / "settings.json"
+    before = json.loads(known.read_text()) if known.exists() else asked
+    if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:
+        raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
+    wait()  # all have read it
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(known, asked)
+    sides = {side_key(side, pair[side]): pair[side] for pair in pairs for side in ("qry", "pos")}
+    own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
+    found, keys = find_answers(folder), list(sides)
+    calls = teacher_calls([sides[key] for key in keys], args.batch_size * (OWN_CALL if own else 1))
+    calls = [[keys[n] for n in call] for call in calls]
+    todo = [call for call in calls if not all(key in found for key in call)]
+    wait()  # all have read the side files before one writes: they agree on what is left to do
+
+    if mine := todo[rank::world]:
+        ask = (own_teacher if own else foreign_teacher)(args, device)
+        bar = tqdm(total=len(sides), initial=len(sides) - sum(map(len, todo)), desc="annotate", unit="side",
+                   disable=rank > 0, smoothing=0.1)  # fmt: skip
+        with open(folder / f"answers-{time.time_ns()}-{rank}.jsonl", "x", encoding="utf-8") as file:
+            for c, call in enumerate(mine):
+                inputs, answers = {}, {}
+                for key in call:
+                    try:
+                        inputs[key] = opened(sides[key], args.media_root)
+                    except Skip as error:
+                        answers[key] = {"error": str(error)}
+                if inputs:
+                    answers |= zip(inputs, ask(list(inputs.values()), list(inputs)))
+                file.write("".join(json.dumps({"key": key, **answers[key]}) + "\n" for key in call))
+                file.flush()
+                bar.update(sum(map(len, todo[c * world : (c + 1) * world])))  # process 0 speaks for all
+        bar.close()
+    wait()
+    if rank == 0:
+        filter_answers(pairs, folder, args)
+    if world > 1:
+        dist.barrier(group)
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The RL subset
+
+
+def rl_subset(args):
+    """A balanced draw from --pairs without what --sft holds: one pair of each modality in turn, in it one of each
+    dataset in turn; where one runs out the others fill up."""
+    pairs = read_pairs(args.pairs)
+
+    def content(pair):
+        return content_key(**pair["qry"]), content_key(**pair["pos"])
+
+    def modality(pair):
+        if re.search(args.visdoc, pair["dataset_name"], re.IGNORECASE):
+            return "visdoc"
+        return "video" if pair["qry"]["video"] or pair["pos"]["video"] else "image"
+
+    seen = {content(pair) for pair in read_pairs(args.sft)}
+    pools, n_sft = {"image": {}, "video": {}, "visdoc": {}}, len(seen)
+    for i in np.random.default_rng(args.seed).permutation(len(pairs)):
+        if content(pairs[i]) not in seen:
+            seen.add(content(pairs[i]))
+            pools[modality(pairs[i])].setdefault(pairs[i]["dataset_name"], []).append(pairs[i])
+    turns, chosen = {kind: deque(pool[name] for name in sorted(pool)) for kind, pool in pools.items()}, []
+    while len(chosen) < args.size and any(turns.values()):
+        for queue in filter(None, turns.values()):
+            chosen.append(queue[0].pop())
+            queue.rotate(-1) if queue[0] else queue.popleft()
+    chosen = chosen[: args.size]
+    write_rows(args.out, (rl_row(pair) for pair in chosen))
+    counts = Counter((modality(pair), pair["dataset_name"]) for pair in chosen)
+    print("\n".join(f"{kind:8}{name:32}{n:7,}" for (kind, name), n in sorted(counts.items())))
+    print(f"{len(chosen):,} of {len(pairs):,} pairs, none of the {n_sft:,} of --sft; wrote {args.out}")
+
+
+def rl_row(pair):
+    row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
+    for side in ("qry", "pos"):
+        text, images, video = pair[side].values()
+        row |= {f"{side}_text": text, f"{side}_image": images[0] if len(images) == 1 else images or "",
+                f"{side}_video": video or [""]}  # fmt: skip
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checking a file before a run
+
+PROBLEMS = ("schema", "media", "too long", "left out")
+Found = namedtuple("Found", "dataset problem message tokens pictures target", defaults=("", "", 0, 0, 0))
+
+
+@dataclass
+class Checked(Dataset):
+    """What the loader makes of each row, as a Found; without a tokenizer only its form and whether the files exist."""
+
+    data: PairData
+
+    def __getitem__(self, i):
+        (name, row), data = self.data.rows[i], self.data
+        found = Found(str(row.get("dataset_name", "")))
+        try:
+            check_row(row, data.kind, data.needs, name)
+            sides = [side_of(row, data.kind, side, name) for side in ("qry", "pos")]
+            paths = [path for _, _, images, video, _ in sides for path in images + video]
+            found = found._replace(pictures=len(paths), target=content_key(*sides[1][1:4]))
+            if data.tokenizer is None:
+                for path in paths:
+                    if not Path(data.root, path).exists() and Path(path).name != "blank.jpg":
+                        raise Skip(f"{Path(data.root, path)}: no such file (is --media_root right?)")
+                return found
+            pair = data.pair(i)  # as in training
+            if not pair.ok:
+                raise Skip(pair.reason)
+            return found._replace(tokens=max(len(pair.query.ids), len(pair.target.ids)))
+        except Skip as error:
+            kind = "too long" if "--max_length" in str(error) else "media"
+            return found._replace(problem=kind, message=f"{name}: {str(error).removeprefix(f'{name}, ')}")
+        except Exception as error:  # whatever would stop a run at this row
+            message = str(error) if isinstance(error, ValueError) else f"{name}: {error!r}"
+            return found._replace(problem="schema", message=message)
+
+
+def check(args):
+    """Prints what the loader makes of every row -> whether all is well."""
+    tokenizer = None
+    if args.model:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks
+    rows = Rows([args.file], kind=None)
+    kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
+    data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
+    loader = DataLoader(Checked(data), sampler=range(len(rows)), batch_size=64, collate_fn=list,
+                        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)  # fmt: skip
+    found = []
+    with tqdm(total=len(rows), desc="check", unit="row") as bar:
+        for part in loader:
+            found += part
+            bar.update(len(part))
+    sizes = Counter(row.dataset for row in found)
+    for i, row in enumerate(found):
+        if sizes[row.dataset] < args.batch_size and not row.problem:  # BatchOrder leaves the whole dataset out
+            message = f"{row.dataset} has {sizes[row.dataset]} rows, fewer than --batch_size {args.batch_size}"
+            found[i] = row._replace(problem="left out", message=message)
+    print(check_report(found, args))
+    return not any(row.problem for row in found)
+
+
+def check_report(found, args):
+    of = {}
+    for row in found:
+        of.setdefault(row.dataset, []).append(row)
+    head = ("rows", "share", "tokens", "longest", "pictures", "most", "same target", *PROBLEMS)
+    lines = [f"{'dataset':24}" + "".join(f"{title:>12}" for title in head)]
+    for name, rows in [*sorted(of.items()), ("all", found)]:
+        tokens = [row.tokens for row in rows if not row.problem] or [0]
+        pictures = [row.pictures for row in rows]
+        targets = Counter(row.target for row in rows)
+        same = sum(n for n in targets.values() if n > 1) / len(rows)
+        cells = [f"{len(rows):,}", f"{len(rows) / len(found):.1%}", f"{np.mean(tokens):.0f}", f"{max(tokens):,}",
+                 f"{np.mean(pictures):.2f}", f"{max(pictures)}", f"{same:.1%}"]  # fmt: skip
+        cells += [f"{sum(row.problem == problem for row in rows):,}" for problem in PROBLEMS]
+        lines.append(f"{name[:23]:24}" + "".join(f"{cell:>12}" for cell in cells))
+    for problem in PROBLEMS:
+        lines += list(dict.fromkeys(f"{problem}: {row.message}" for row in found if row.problem == problem))[:5]
+    bad = Counter(row.problem for row in found)
+    stop = f" and does not start before {bad['schema']:,} are mended" if bad["schema"] else ""
+    settings = f"--max_length {args.max_length} --batch_size {args.batch_size}"
+    skipped = bad["media"] + bad["too long"] + bad["left out"]
+    lines.append(f"A run with {settings} skips {skipped:,} of {len(found):,} rows{stop}.")
+    if not args.model:
+        lines.append("Without --model: media only looked up, tokens not counted.")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------- the toy world
@@ -840,10 +1349,54 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=700, dev=60, test=120, candidate
         (out / f"{name}.json").write_text(json.dumps(rows[name]))
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    toy = parser.add_subparsers(dest="command", required=True).add_parser("toy", help="write the toy world")
-    toy.add_argument("--out", default="runs/toy/data", help="folder")
-    toy.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, help):
+        return commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    p = command("annotate", "bare pairs and a teacher -> SFT rows")
+    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, see read_pairs: .json, .jsonl, .parquet")
+    p.add_argument("--media_root", default=".", help="folder that the media paths start from")
+    p.add_argument("--teacher", required=True, help="folder or hub id of an image-text-to-text model")
+    p.add_argument("--out", required=True, help="SFT file; raw answers go to OUT.answers/")
+    p.add_argument("--batch_size", type=int, default=16, help="answers written at once by each process")
+    p.add_argument("--max_new_tokens", type=int, default=8192, help="an answer is cut off here")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--seed", type=int, default=0, help="of the samples, where --temperature is above 0")
+    p.add_argument("--max_tokens", type=int, default=8192, help="filter: longer answers are rejected (paper: 8192)")
+    p.add_argument("--max_repeat", type=float, default=0.3, help="filter: largest share of repeated 4-word sequences")
+    p = command("rl-subset", "a balanced RL file out of pairs that SFT does not see")
+    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, as for annotate")
+    p.add_argument("--sft", nargs="*", default=[], help="SFT files whose pairs are left out")
+    p.add_argument("--out", required=True, help="RL file")
+    p.add_argument("--size", type=int, default=11_000, help="pairs (the paper has about 11,000)")
+    p.add_argument("--visdoc", default=r"colpali|visrag|vidore|visdoc|\bdoc\b",
+                   help="datasets of visual documents; nothing in a row tells them from pictures")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="of the draw")
+    p = command("check", "an SFT or RL file before a run; exit code 1 where a row cannot be used")
+    p.add_argument("file")
+    p.add_argument("--media_root", default=".", help="folder that the media paths start from")
+    p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
+    p.add_argument("--max_length", type=int, default=12_288, help="longer rows are skipped in training")
+    p.add_argument("--batch_size", type=int, default=1, help="a dataset with fewer rows is left out in training")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p = command("toy", "write the toy world")
+    p.add_argument("--out", default="runs/toy/data", help="folder")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
     args = parser.parse_args()
-    write_toy(args.out, args.seed)
+    if any(Path(file).resolve() == Path(args.out).resolve() for file in getattr(args, "pairs", [])):
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs; give another name")
+    if args.command == "annotate":
+        annotate(args)
+    elif args.command == "rl-subset":
+        rl_subset(args)
+    elif args.command == "check":
+        sys.exit(0 if check(args) else 1)
+    else:
+        write_toy(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,11 +21,13 @@ Where this departs from the paper or the official code
     cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
     to make all its embeddings equal (loss ln B for hundreds of steps; CLIP starts at 0.07 for the same reason).
     Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, and AdamW's second beta is 0.98.
+ 7. --cross_weight (default 0: the paper) adds InfoNCE between gen and disc, one space for both kinds of embedding.
 
 Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
     python sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft             # 1 GPU
     torchrun --nproc_per_node 8 sft.py --preset 2b --data UME-sft-train.json --media_root MMEB-train --out runs/2b/sft
+    torchrun --nproc_per_node 8 sft.py --preset 7b --data UME-sft-train.json --media_root MMEB-train          # sharded
 """
 
 import contextlib
@@ -45,6 +47,7 @@ from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
 from model import (
     Embedder,
     Guard,
+    Stopped,
     all_sum,
     begin_run,
     first_on_node,
@@ -86,6 +89,7 @@ class Settings:
     w_disc: float = setting(1.0, "weight of the discriminative InfoNCE")
     w_gen: float = setting(1.0, "weight of the generative InfoNCE")
     w_ce: float = setting(1.0, "weight of the next-token loss of each side")
+    cross_weight: float = setting(0.0, "weight of the InfoNCE between gen and disc embeddings; not in the paper")
     tau_start: float = setting(0.02, "temperature at the first step; not in the paper")
     tau_steps: int = setting(0, "steps over which it falls from there to tau, geometrically")
     mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
@@ -138,8 +142,8 @@ def tau_at(step, *, start, tau, steps):
     return start * (tau / start) ** min(1.0, step / steps) if steps else tau
 
 
-def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_same_target):
-    """Both InfoNCE terms of the global batch, with the gradient for this process's own embeddings only.
+def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_same_target, w_cross=0.0):
+    """The InfoNCE terms of the global batch, with the gradient for this process's own embeddings only.
 
     own [b, 4, D] (query disc, query gen, target disc, target gen), requires grad; everyone [B, 4, D] the gathered ones;
     mine: this process's rows of it; ok bool [B]: usable pairs; keys int64 [B]: targets' identities.
@@ -148,7 +152,11 @@ def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_sam
     same = (keys[:, None] == keys[None, :])[ok][:, ok] if mask_same_target else None
     l_disc = info_nce(x[:, 0], x[:, 2], tau, same)
     l_gen = info_nce(x[:, 1], x[:, 3], tau, same)
-    return w_disc * l_disc + w_gen * l_gen, l_disc.detach(), l_gen.detach()
+    loss, l_cross = w_disc * l_disc + w_gen * l_gen, torch.zeros_like(l_disc)
+    if w_cross:  # one space for both: gen queries find disc targets and the reverse
+        l_cross = (info_nce(x[:, 1], x[:, 2], tau, same) + info_nce(x[:, 0], x[:, 3], tau, same)) / 2
+        loss = loss + w_cross * l_cross
+    return loss, l_disc.detach(), l_gen.detach(), l_cross.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -198,7 +206,7 @@ def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
     embeddings = torch.zeros(2 * b, 2, D, device=device)
     if kept:
         embeddings[micro[0]] = kept[0][0].detach()
-    elif w_disc or w_gen:
+    elif w_disc or w_gen or args.cross_weight:
         with torch.no_grad():
             for numbers in micro:
                 poll()
@@ -207,11 +215,11 @@ def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
     # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
     ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
     if not ok_all.any():
-        raise RuntimeError(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
+        raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
     mine = torch.arange(b, device=device) * world + rank
-    loss, l_disc, l_gen = contrastive_loss(
-        own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target
+    loss, l_disc, l_gen, l_cross = contrastive_loss(
+        own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target, args.cross_weight
     )
     (grad,) = torch.autograd.grad(loss, own)
     grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
@@ -230,8 +238,9 @@ def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
                 ce += ce_part.detach()
             (loss * world).backward()
     ce = all_sum(ce)
-    total = w_disc * l_disc + w_gen * l_gen + w_ce * ce.sum()
+    total = w_disc * l_disc + w_gen * l_gen + args.cross_weight * l_cross + w_ce * ce.sum()
     parts = {"loss": total, "disc": l_disc, "gen": l_gen, "ce_query": ce[0], "ce_target": ce[1]}
+    parts |= {"cross": l_cross} if args.cross_weight else {}
     tokens_read = all_sum(torch.tensor(sum(len(row.ids) for row in rows), device=device))
     return {key: float(value) for key, value in parts.items()}, int(tokens_read)
 
@@ -258,7 +267,7 @@ def main():
         raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
-    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w]
+    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
     digests = first_on_node(lambda: [str(index_rows(file, "sft", needs, args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
@@ -288,7 +297,7 @@ def main():
     # data
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs,
-                    answers=bool(args.w_gen or args.w_ce), cache=args.cache)  # fmt: skip
+                    answers=bool(args.w_gen or args.w_ce or args.cross_weight), cache=args.cache)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
     n_params = sum(p.numel() for p in parameters)
     if rank == 0:

@@ -216,7 +216,7 @@ def main():
         p = commands.add_parser(name, help="beside the official recipe")
         p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
-    p.add_argument("--inputs", type=int, default=64)
+    p.add_argument("--inputs", type=int, default=96)
     commands.add_parser("embed", help="decode steps of Embedder.embed")
     commands.add_parser("sft", help="SFT step beside the official recipe")
     commands.add_parser("memory", help="memory plan of the real sizes")
@@ -241,8 +241,6 @@ def main():
 
         cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
         bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
-        if args.command == "rl":
-            bench_engine.trl()
 
 
 if __name__ == "__main__":

@@ -81,8 +81,12 @@ def plain_step(model, pairs, tau, w, mask_same_target):
     same = torch.tensor([[a.target_key == b.target_key for b in good] for a in good]) if mask_same_target else None
     disc, gen = (twin_info_nce(q[:, k], t[:, k], tau, same) for k in (0, 1))
     loss = w[0] * disc + w[1] * gen + w[2] * sum(ce)
+    parts = dict(disc=disc, gen=gen, ce_query=ce[0], ce_target=ce[1])
+    if w[3:]:  # gen queries on disc targets and the reverse
+        parts["cross"] = sum(twin_info_nce(q[:, k], t[:, 1 - k], tau, same) for k in (0, 1)) / 2
+        loss = loss + w[3] * parts["cross"]
     loss.backward()
-    parts = dict(loss=loss, disc=disc, gen=gen, ce_query=ce[0], ce_target=ce[1])
+    parts["loss"] = loss
     return {name: float(x.detach()) for name, x in parts.items()}
 
 
@@ -117,6 +121,8 @@ CASES = [  # micro_batch, checkpointing, skipped pair, mask_same_target, train_v
     (6, True, True, True, True, (1.0, 0.5, 2.0)),  # one micro-batch for all
     (6, False, True, True, False, (0.5, 0.0, 0.0)),
     (6, False, False, True, False, (0.0, 0.0, 1.0)),
+    (2, False, True, True, False, (1.0, 0.5, 1.0, 0.7)),  # with --cross_weight
+    (4, False, False, True, False, (0.0, 0.0, 0.0, 1.0)),
 ]
 
 
@@ -132,10 +138,11 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
     model.zero_grad()
     if checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
-    args = Settings(micro_batch=micro_batch, tau=0.1, mask_same_target=mask, train_vision=vision)
-    parts, _ = sft_step(model, pairs, args, w)
+    args = Settings(micro_batch=micro_batch, tau=0.1, mask_same_target=mask, train_vision=vision,
+                    cross_weight=sum(w[3:]))  # fmt: skip
+    parts, _ = sft_step(model, pairs, args, w[:3])
     for name in want:
-        if name.startswith("ce") and not w[2] or name in ("disc", "gen") and not (w[0] or w[1]):
+        if name.startswith("ce") and not w[2] or name in ("disc", "gen") and not (w[0] or w[1] or w[3:]):
             continue  # not computed, 0 in the log
         assert parts[name] == pytest.approx(want[name], abs=1e-5), name
     got = gradients(model)

@@ -1,0 +1,89 @@
+"""Toy-world tables about the data: annotations by a teacher, reasoning of another model, --cross_weight."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EMPTY = "<think></think><answer><gen_emb>"  # a trace that says nothing
+
+
+def data(run, world, out, sft, split, cross, seed):
+    """Trains on annotations of the toy SFT model and with --cross_weight; scores them beside the SFT model itself.
+
+    run: bench.run; world: the toy world; sft: a trained SFT model, made where it is missing; cross: the weights.
+    """
+    world, out = Path(world), Path(out)
+    tasks = [f"{split}/{path.stem}" for path in sorted((world / "tasks" / split).glob("*.json"))]
+    sft = Path(sft) if sft else out / "sft"
+    annotated = out / "annotated.json"
+    jobs = {sft: [], out / "self": ["--data", annotated]}
+    jobs |= {out / f"cross_{w}": ["--cross_weight", w] for w in cross}
+    for folder, flags in jobs.items():  # finished ones are not trained again
+        if folder.name == "self":
+            command = ["annotate", "--pairs", world / "sft.json", "--media_root", world, "--teacher", sft, "--out",
+                       annotated, "--batch_size", 64, "--max_new_tokens", 128]  # fmt: skip
+            subprocess.run([sys.executable, ROOT / "data.py", *map(str, command)], cwd=ROOT, check=True)
+        if not (folder / "model.safetensors").exists():
+            run("sft.py", "--data", world / "sft.json", "--media_root", world, "--seed", seed, "--out", folder, *flags)
+    run("eval.py", "--root", world, "--tasks", *tasks, "--model", *jobs, "--out", out / "eval",
+        "--samples", 0)  # fmt: skip
+    names = ["sft", *(folder.name for folder in list(jobs)[1:])]
+    read = {name: [json.loads((out / "eval" / folder.name / f"{file}.json").read_text())
+                   for file in ("scores", "per_query")] for name, folder in zip(names, jobs)}  # fmt: skip
+    text = "\n".join([*score_lines(names, read), "", *reasoner_lines({"sft": sft, "self": out / "self"}, tasks, world)])
+    (out / "table.md").write_text(text + "\n")
+    print(text)
+
+
+def score_lines(names, read):
+    from eval import paired_change
+
+    columns = ["disc", "gen", "oracle", "gen_disc", "disc_gen"]
+    lines = [f"| hit@1, % | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        overall = read[name][0]["overall"]
+        lines.append(f"| {name} | {' | '.join(f'{100 * overall[c]:.1f}' for c in columns)} |")
+    for name in names[1:]:  # paired over the queries; the error holds the queries' noise only
+        cells = []
+        for column in columns:
+            first, last = ({t: x[column] for t, x in read[n][1].items()} for n in ("sft", name))
+            gain, error = paired_change(first, last)
+            cells.append(f"{100 * gain:+.1f} ± {100 * error:.1f}")
+        lines.append(f"| {name} - sft | {' | '.join(cells)} |")
+    return lines
+
+
+def reasoner_lines(models, tasks, world):
+    """gen hit@1 where one model reasons (rows) and another one reads its text and embeds (columns)."""
+    from eval import load_task
+    from model import Embedder
+
+    torch.set_num_threads(1)
+    tasks = [load_task(name, world) for name in tasks]
+    embedders = {name: Embedder.from_pretrained(path) for name, path in models.items()}
+    inputs = [[query["input"] for query in task.queries] + list(task.candidates.values()) for task in tasks]
+    traces = {name: [[x[0] for x in embedder.embed(some, max_new_tokens=128, batch_size=64).texts] for some in inputs]
+              for name, embedder in embedders.items()}  # fmt: skip
+    traces["nobody"] = [[EMPTY] * len(some) for some in inputs]
+    lines = [f"| reasoner, gen hit@1 in % | {' | '.join(f'embedder {name}' for name in embedders)} |"]
+    lines.append("|---" * (len(embedders) + 1) + "|")
+    for reasoner, texts in traces.items():
+        cells = []
+        for embedder in embedders.values():
+            hits = []
+            for task, some, trace in zip(tasks, inputs, texts):
+                found = embedder.embed(some, traces=trace, batch_size=64)
+                n, keys = len(task.queries), list(task.candidates)
+                gen, valid = found.gen[:, 0], found.valid[:, 0]
+                scores = (gen[:n] @ gen[n:].T).masked_fill(~valid[n:], -2)  # no <gen_emb>: never found, finds nothing
+                first = [keys[c] for c in scores.argmax(1)]
+                right = [key in query["labels"] for key, query in zip(first, task.queries)]
+                hits.append(float((torch.tensor(right) & valid[:n]).double().mean()))
+            cells.append(f"{100 * np.mean(hits):.1f}")
+        lines.append(f"| {reasoner} | {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,502 @@
+"""CoT annotation by a teacher, its filters, the RL subset and the check of a file."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, picture, read_log, run_here, run_processes
+
+import data
+from data import DISC, GEN, INSTRUCTION, judge, read_pairs, repeated_share, split_answer
+from model import Embedder
+
+REAL = ROOT.parent / "shared" / "real_data"
+
+
+def run(*argv):
+    """A command of data.py in this process -> its exit code."""
+    before, sys.argv = sys.argv, ["data.py", *map(str, argv)]
+    try:
+        data.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def rows_of(path):
+    return json.loads(Path(path).read_text())
+
+
+# ---- bare pairs ------------------------------------------------------------------------------------------------
+
+
+def as_minimal(pair):
+    return {"dataset_name": pair["dataset_name"]} | {
+        side: {key: value for key, value in pair[side].items() if value} for side in ("qry", "pos")
+    }
+
+
+def test_four_formats_hold_the_same_pairs(world, tmp_path):
+    """SFT, RL, MMEB-train and our own form of the same pairs are read as the same pairs, marks and stand-ins gone."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pairs = read_pairs([world / "rl.json"])
+    assert pairs[1] == {"dataset_name": "one", "qry": {"text": "what 1", "images": ["images/1.png"], "video": []},
+                        "pos": {"text": "thing 0", "images": [], "video": []}}  # fmt: skip
+    assert pairs[0]["qry"]["video"] == ["images/1.png", "images/2.png"]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(as_minimal(pair)) for pair in pairs))
+    assert read_pairs([tmp_path / "own.jsonl"]) == pairs
+
+    answers = {"qry": ("so", "x"), "pos": ("so", "x")}
+    data.write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in pairs))
+    assert read_pairs([tmp_path / "sft.json"]) == pairs
+    data.write_rows(tmp_path / "rl.jsonl", map(data.rl_row, pairs))
+    assert read_pairs([tmp_path / "rl.jsonl"]) == pairs
+
+    pictures = [pair | {"dataset_name": "OneTask"} for pair in pairs if not pair["qry"]["video"]]
+    table = {"qry": [f"<|image_1|>\n{pair['qry']['text']}\n" for pair in pictures],
+             "qry_image_path": [pair["qry"]["images"][0] for pair in pictures],
+             "pos_text": [pair["pos"]["text"] for pair in pictures], "pos_image_path": [""] * len(pictures),
+             "neg_text": [[]] * len(pictures)}  # fmt: skip
+    (tmp_path / "OneTask").mkdir()
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "OneTask/original.parquet")
+    assert read_pairs([tmp_path / "OneTask/original.parquet"]) == pictures
+
+
+def test_published_sft_rows_lose_their_reasoning(world):
+    """An annotated file can be annotated anew: nothing of the old answer or of the prompt's frame is left."""
+    pairs, rows = read_pairs([world / "sft.json"]), rows_of(world / "sft.json")
+    assert len(pairs) == len(rows) == 12
+    assert pairs[0]["qry"] == {"text": "what is it", "images": ["images/0.png"], "video": []}
+    assert pairs[2]["qry"]["video"] == ["images/2.png", "images/3.png", "images/4.png"]
+    assert pairs[0]["pos"] == {"text": "thing 0", "images": [], "video": []}, "blank.jpg stands for no picture"
+    assert not re.search(f"<image>|{DISC}|{GEN}|think|summarize", json.dumps(pairs))
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ({}, "neither text nor media"),
+        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "neither text nor media"),
+        ({"images": ["a.png"], "video": ["b.png"]}, "both an image and a video"),
+        ({"text": "a <|im_end|> b"}, "control token <|im_end|>"),
+        (None, "lacks qry_text"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_named_before_the_teacher_starts(side, message, tmp_path):
+    """Hours of a teacher must not end in a bad row: all rows are read first, the message names file, row and side."""
+    data.write_rows(tmp_path / "p.json", [{"qry": {"text": "x"}, "pos": {"text": "y"}}, {"qry": side, "pos": {}}])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_pairs([tmp_path / "p.json"])
+    assert "p.json, row 1, qry" in str(error.value)
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think>a b</think><answer>c<gen_emb>", ("a b", "c")),  # ours
+        ("<think> a</think><answer> c<gen_emb>", (" a", " c")),  # the toy's words begin with a space
+        ("<think>\na\nb\n</think>\n\n<answer>c</answer>\n", ("a\nb", "c")),
+        ("a</think>c", ("a", "c")),  # the prompt ended in <think>, no answer tag
+        ("<think>a</think><answer><|begin_of_box|>c<|end_of_box|></answer>", ("a", "c")),  # GLM-4.1V
+        ("<think>a</think>\n<|begin_of_box|>c<|end_of_box|>", ("a", "c")),  # GLM-4.5V
+        ("<think>a</think><answer></answer>", ("a", "")),
+        ("<think>a</think>", ("a", "")),
+        ("a red star", None),
+        ("<think>a<answer>c</answer>", None),
+        ("<think> \n</think><answer>c</answer>", None),
+        ("", None),
+    ],
+)
+def test_answers_of_several_families_are_read(text, parts):
+    assert split_answer(text) == parts
+
+
+ESSAY = (
+    "The picture shows a narrow street in an old town, taken from a low angle on a rainy evening. On the left "
+    "there is a bakery whose window is lit, with three loaves and a small handwritten sign. A woman in a green "
+    "coat is walking towards us and holds a red umbrella; behind her a child is pulling at her sleeve. The "
+    "question asks what the sign says, so I need to look at the window more closely. The letters are partly "
+    "hidden by the reflection of a lamp, but the first word seems to be fresh and the second one begins with a b. "
+    "Since it stands beside the loaves, bread is the most likely reading. The sign therefore says fresh bread, "
+    "and the summary should name it together with the bakery."
+)
+
+
+def test_repetition_is_told_from_prose():
+    """Prose and the toy world's lists are low; a loop is high at the end, in the middle and in Chinese."""
+    scene = " xa red star yc blue ring zb green cross then xa red star yc blue ring za green cross so zb za"
+    assert repeated_share(ESSAY) < 0.05
+    assert repeated_share(scene) < 0.2, "says its list twice: a first form of the filter rejected 15 % of such answers"
+    loop = "Wait, let me look at the sign again. "
+    assert repeated_share(ESSAY + loop * 12) > 0.5 and repeated_share(loop * 12 + ESSAY) > 0.5
+    rng = np.random.default_rng(0)
+    long = " ".join(f"word{n}" for n in rng.integers(0, 100_000, 4000))
+    assert repeated_share(long) < 0.05 < 0.5 < repeated_share(f"{long} {loop * 25} {long}"), "a loop of 3 % of the text"
+    assert repeated_share("这是一张图片" * 10) > 0.5 and repeated_share("a" * 5000) > 0.5
+    assert repeated_share("red star red star") < 0.1, "too short to tell"
+    assert repeated_share("red " * 40) > 0.5 and repeated_share("") == 0
+
+
+def test_each_filter_has_its_reason():
+    answer = {"text": f"<think>{ESSAY}</think><answer>fresh bread</answer>", "tokens": 150, "ended": True}
+
+    def reason(**change):
+        return judge(answer | change, max_tokens=200, max_repeat=0.3)[0]
+
+    assert judge(answer, 200, 0.3) == ("", (ESSAY, "fresh bread"))
+    assert reason(tokens=201) == reason(ended=False) == "too long"
+    assert reason(text="no form") == "malformed"
+    assert reason(text="<think>a <|image_pad|> b</think>c") == "stray token"
+    assert reason(text="<think>a <gen_emb> b</think>c") == reason(text="<think>a</think>b</s>") == "stray token"
+    assert reason(text="<think>a</think><answer>b</think></answer>") == "stray token"
+    assert reason(text="<think>a</think><answer> </answer>") == "empty summary"
+    assert reason(text=f"<think>{'so it is red. ' * 20}</think>c") == "repetition"
+    assert judge({"error": "a.png: no such file"}, 200, 0.3)[0] == "media"
+
+
+# ---- annotation ------------------------------------------------------------------------------------------------
+
+
+def annotate(world, out, teacher, *flags, pairs="rl.json"):
+    return run("annotate", "--pairs", world / pairs, "--media_root", world, "--teacher", teacher, "--out", out,
+               "--batch_size", 2, "--max_new_tokens", 40, *flags)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def annotated(world, writer_dir, tmp_path_factory):
+    """The RL pairs, annotated in one go by the tiny model that learned to write answers."""
+    out = tmp_path_factory.mktemp("annotated") / "sft.json"
+    assert annotate(world, out, writer_dir) == 0
+    return out
+
+
+def raw_answers(out):
+    lines = [line for path in Path(f"{out}.answers").glob("answers-*.jsonl") for line in path.read_text().splitlines()]
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
+    """What stands in the SFT file is what the model writes for that side alone, in the form that training reads."""
+    rows, pairs = rows_of(annotated), read_pairs([world / "rl.json"])
+    rejected = [json.loads(line) for line in Path(f"{annotated}.answers/rejected.jsonl").read_text().splitlines()]
+    assert len(rows) + len(rejected) == len(pairs) and len(rows) >= 6
+    good = [pair for i, pair in enumerate(pairs) if i not in {line["row"] for line in rejected}]
+    for row, pair in zip(rows, good):
+        for side in ("qry", "pos"):
+            human, answer = (turn["value"] for turn in row[side]["conversations"])
+            assert human.endswith(f"{pair[side]['text']}\n{DISC}\n{INSTRUCTION}")
+            item = {"text": pair[side]["text"]} | {
+                kind: [world / path for path in pair[side][kind]] for kind in ("images", "video")
+            }
+            (text,) = writer.embed([item], mode="gen", max_new_tokens=40).texts[0]
+            assert answer == text.removesuffix(GEN) + GEN
+    report = Path(f"{annotated}.answers/report.txt").read_text()
+    assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
+    assert len(raw_answers(annotated)) == len({data.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}) == 18
+
+
+def test_sft_trains_on_what_annotate_writes(annotated, world, tiny_dir, tmp_path, monkeypatch):
+    """The chain's joint: check finds nothing, the loader skips nothing, a step has finite losses."""
+    import sft
+
+    assert run("check", annotated, "--media_root", world, "--model", tiny_dir, "--workers", 0) == 0
+    run_here(sft, ["--model", tiny_dir, "--data", annotated, "--media_root", world, "--steps", 2, "--batch_size", 2,
+                   "--workers", 0, "--out", tmp_path / "out"], monkeypatch)  # fmt: skip
+    log = read_log(tmp_path / "out")
+    assert len(log) == 2 and all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in log)
+
+
+@pytest.mark.parametrize("kill", [1, 2, 3])
+def test_killed_anywhere_and_resumed_the_output_is_the_same(kill, annotated, world, writer_dir, tmp_path, monkeypatch):
+    """Killed in the kill-th call and with the last line torn: only what is missing is asked again, the file is the
+    one of the run that was never killed, byte for byte. Small calls: the 18 sides are several calls."""
+    out, asked, real = tmp_path / "sft.json", [], Embedder.generate
+
+    def counted(self, rows, **settings):
+        asked.append(len(rows))
+        if len(asked) == kill:
+            raise KeyboardInterrupt
+        return real(self, rows, **settings)
+
+    monkeypatch.setattr(data, "OWN_CALL", 2)
+    monkeypatch.setattr(Embedder, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(world, out, writer_dir)
+    assert not out.exists()
+    (torn,) = Path(f"{out}.answers").glob("answers-*.jsonl")
+    torn.write_bytes(torn.read_bytes()[:-7])
+    n_calls, done = 5, max(0, kill - 2)  # 18 sides: 5 kinds of them in calls of 4; a torn line costs its call
+    del asked[:]
+    kill = None
+    assert annotate(world, out, writer_dir) == 0
+    assert len(asked) == n_calls - done, asked
+    assert out.read_bytes() == annotated.read_bytes()
+    for name in ("rejected.jsonl", "report.txt"):
+        assert Path(f"{out}.answers", name).read_bytes() == Path(f"{annotated}.answers", name).read_bytes()
+
+
+def test_two_processes_write_the_same_file(annotated, world, writer_dir, tmp_path):
+    out = tmp_path / "sft.json"
+    run_processes(data, ["annotate", "--pairs", world / "rl.json", "--media_root", world, "--teacher", writer_dir,
+                         "--out", out, "--batch_size", 2, "--max_new_tokens", 40])  # fmt: skip
+    assert len(list(Path(f"{out}.answers").glob("answers-*.jsonl"))) == 2, "both have asked"
+    assert out.read_bytes() == annotated.read_bytes()
+    assert raw_answers(out) == raw_answers(annotated)
+
+
+def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp_path, monkeypatch):
+    """With all answers there another filter bound asks nobody; other questions to the teacher are refused."""
+    out = tmp_path / "sft.json"
+    shutil.copytree(f"{annotated}.answers", f"{out}.answers")
+    monkeypatch.setattr(Embedder, "from_pretrained", None)  # would fail if it were loaded
+    assert annotate(world, out, writer_dir, "--max_tokens", 3) == 0
+    report = Path(f"{out}.answers/report.txt").read_text()
+    assert rows_of(out) == [] and re.search(r"all +12 +0.0% +0.0% +100.0%", report)
+    refused = annotate(world, out, writer_dir, "--temperature", 1)
+    assert "temperature 0.0 -> 1.0" in refused and "another --out" in refused
+    # a teacher that was trained anew in its folder once went on where the old one had stopped
+    (tmp_path / "teacher").mkdir()
+    for path in writer_dir.iterdir():
+        shutil.copy(path, tmp_path / "teacher")
+    os.utime(tmp_path / "teacher/model.safetensors", (0, 0))
+    settings = Path(f"{out}.answers/settings.json")
+    settings.write_text(settings.read_text().replace(str(writer_dir), str(tmp_path / "teacher")))
+    assert "weights" in annotate(world, out, tmp_path / "teacher")
+    assert "is one of the files of --pairs" in annotate(world, world / "rl.json", writer_dir)
+
+
+def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
+    """Missing, or 225 times as wide as high (which ends processors too): counted as "media", the run goes on."""
+    (tmp_path / "images").symlink_to(world / "images")
+    picture(0, 900, 4).save(tmp_path / "thin.png")
+    paths = ("images/0.png", "no.png", "thin.png")
+    pairs = [{"qry": {"text": "what", "images": [path]}, "pos": {"text": "thing"}} for path in paths]
+    data.write_rows(tmp_path / "pairs.json", pairs)
+    assert annotate(tmp_path, tmp_path / "sft.json", writer_dir, pairs="pairs.json") == 0
+    rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["reasons"]["qry"]) for line in rejected] == [(1, "media"), (2, "media")]
+    assert "no such file" in json.dumps(raw_answers(tmp_path / "sft.json")) and len(rows_of(tmp_path / "sft.json")) == 1
+
+
+def test_a_plain_qwen2_vl_is_asked_for_the_form(world, tiny_dir, tmp_path, monkeypatch):
+    """A Qwen2-VL that has never seen <gen_emb> gets our question behind the pair's text, once per role."""
+    prompts, real = [], Embedder.generate
+
+    def spied(self, rows, **settings):
+        prompts.extend(self.tokenizer.decode(row.ids) for row in rows)
+        return real(self, rows, **settings)
+
+    monkeypatch.setattr(Embedder, "generate", spied)
+    assert annotate(world, tmp_path / "sft.json", tiny_dir, "--max_new_tokens", 4) == 0
+    query = next(prompt for prompt in prompts if "what 1\n" in prompt)
+    assert "<|image_pad|><|vision_end|>what 1\n\nThis is the query of a search" in query
+    assert any("thing 0\n\nThis is the candidate of a search" in prompt for prompt in prompts)
+    assert not any(GEN in prompt or DISC in prompt for prompt in prompts)
+
+
+# ---- teachers of other families --------------------------------------------------------------------------------
+
+GLM = "<think>\nIt glows.\n</think>\n<answer><|begin_of_box|>red<|end_of_box|></answer>"
+
+
+@pytest.fixture(scope="module")
+def llava_dir(tmp_path_factory):
+    """A tiny LLaVA, model, processor and picture code from transformers, that learned to answer in GLM-4.1V's form."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import PreTrainedTokenizerFast as Fast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    plain = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Fast(tokenizer_object=plain, eos_token="</s>", pad_token="<pad>", extra_special_tokens=["<image>"])
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"])
+    tokenizer.add_tokens([part for text in data.ROLES.values() for part in data.ASK.format(role=text[0], what=text[1])
+                          .split("<think>")])  # fmt: skip
+    template = ("{% for m in messages %}USER: {% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}"
+                "{% endfor %}{% endfor %}ASSISTANT:")  # fmt: skip
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, chat_template=template)  # fmt: skip
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**small, image_size=28, patch_size=14)
+    text = LlamaConfig(**small, vocab_size=len(tokenizer), num_key_value_heads=2, bos_token_id=None,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    )
+    answer = tokenizer(GLM + "</s>", return_tensors="pt").input_ids[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(80):
+        text = "what is it both of 12 thing 3"[-1 - 7 * step % 29 :]
+        question = data.question({"text": text}, ("qry", "pos")[step % 2])
+        ids = tokenizer(f"USER: {question}ASSISTANT:", return_tensors="pt").input_ids[0]
+        labels = torch.cat([torch.full_like(ids, -100), answer])[None]
+        model(input_ids=torch.cat([ids, answer])[None], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def test_another_family_by_its_own_processor(world, llava_dir, tmp_path):
+    """AutoProcessor and generate() with pictures, several pictures, videos as pictures and plain text, in batches;
+    the answer's form is brought to ours. Batch sizes change nothing but rounding."""
+    one, four = tmp_path / "one.json", tmp_path / "four.json"
+    assert annotate(world, one, llava_dir, "--batch_size", 1, pairs="sft.json") == 0
+    assert annotate(world, four, llava_dir, "--batch_size", 4, pairs="sft.json") == 0
+    assert one.read_bytes() == four.read_bytes()
+    rows = rows_of(four)
+    assert len(rows) >= 6
+    assert {len(row["qry"].get("image", [])) for row in rows} >= {1, 2}
+    answers = {row[side]["conversations"][1]["value"] for row in rows for side in ("qry", "pos")}
+    assert answers == {f"<think>It glows.</think><answer>red{GEN}"}
+    assert any(answer["text"] == GLM for answer in raw_answers(four).values()), "the side file has the raw text"
+
+
+def test_samples_of_a_teacher_are_seeded(world, llava_dir, tmp_path):
+    """--temperature: the same seed gives the same answers, also when the run was killed; another one others."""
+    raw = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        annotate(world, tmp_path / name, llava_dir, "--temperature", 2, "--seed", seed, "--max_new_tokens", 8)
+        raw.append(raw_answers(tmp_path / name))
+    assert raw[0] == raw[1] != raw[2]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision_says_so(writer_dir):
+    args = Namespace(teacher=str(writer_dir), temperature=0)
+    with pytest.raises(SystemExit, match="pip install torchvision"):
+        data.foreign_teacher(args, torch.device("cpu"))
+
+
+# ---- the RL subset ---------------------------------------------------------------------------------------------
+
+
+def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
+    """One third each of pictures, videos and documents as far as they reach, datasets even within; nothing that SFT
+    holds, whatever the file's form; the seed decides."""
+    sizes = {"many": 60, "few": 5, "clips": 40, "vidore_x": 3, "toy doc": 30}
+    pairs = []
+    for name, n in sizes.items():
+        for i in range(n):
+            media = {"video": ["a.png", "b.png"]} if name == "clips" else {"images": [f"{name}{i}.png"]}
+            pairs.append({"dataset_name": name, "qry": {"text": f"q {name} {i}", **media}, "pos": {"text": f"t {i}"}})
+    data.write_rows(tmp_path / "pairs.json", pairs + pairs[:3])
+    answers = {"qry": ("so", "x"), "pos": ("so", "x")}
+    first = read_pairs([tmp_path / "pairs.json"])[:30]
+    data.write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in first))
+    flags = ["--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--size", 45]
+    for out, seed in (("a.json", 0), ("b.json", 0), ("c.json", 1)):
+        assert run("rl-subset", *flags, "--out", tmp_path / out, "--seed", seed) == 0
+    chosen = read_pairs([tmp_path / "a.json"])
+    counts = {name: sum(pair["dataset_name"] == name for pair in chosen) for name in sizes}
+    assert counts == {"many": 10, "few": 5, "clips": 15, "vidore_x": 3, "toy doc": 12}
+    texts = [pair["qry"]["text"] for pair in chosen]
+    assert len(set(texts)) == 45 and not set(texts) & {pair["qry"]["text"] for pair in first}
+    a, b, c = ((tmp_path / name).read_text() for name in ("a.json", "b.json", "c.json"))
+    assert a == b != c
+    assert run("rl-subset", *flags[:-1], 1000, "--out", tmp_path / "all.json") == 0
+    assert len(rows_of(tmp_path / "all.json")) == sum(sizes.values()) - 30, "all that is left, none twice"
+
+
+# ---- check -----------------------------------------------------------------------------------------------------
+
+
+def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_path, capsys):
+    """Every kind of trouble by its name, file and row, and the exit code; the same with and without workers."""
+    rows = rows_of(world / "sft.json")
+    good = ["--media_root", world, "--workers", 0]
+    for file in ("sft.json", "sft.jsonl", "rl.json"):
+        assert run("check", world / file, *good) == run("check", world / file, *good, "--model", tiny_dir) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"one +6 +50.0% +\d+ +\d+ +2.\d+ +\d +100.0% +0 +0 +0 +0\n", table), table
+    assert "skips 0 of 12 rows." in table
+    assert run("check", world / "rl.json", *good, "--batch_size", 7) == 1
+    assert "left out: one has 6 rows, fewer than --batch_size 7\n" in capsys.readouterr().out
+
+    bad = json.loads(json.dumps(rows))
+    bad[0]["qry"]["image"] = "images/missing.png"
+    (tmp_path / "broken.png").write_bytes((world / "images/0.png").read_bytes()[:300])
+    bad[1]["qry"]["image"] = [str(tmp_path / "broken.png"), "images/0.png"]
+    bad[3]["qry"]["conversations"][0]["value"] += " word" * 400
+    bad[4]["pos"]["conversations"][1]["value"] = "<think>no token</think>"
+    bad[10]["qry"]["image"] = "images/0.png"  # its text has two marks
+    del bad[6]["pos"]
+    bad[7]["qry"]["conversations"][1]["value"] = 7
+    data.write_rows(tmp_path / "bad.json", bad)
+    (tmp_path / "images").symlink_to(world / "images")
+    flags = ["check", tmp_path / "bad.json", "--media_root", tmp_path, "--model", tiny_dir, "--max_length", 400]
+    assert run(*flags, "--workers", 0) == 1
+    table = capsys.readouterr().out
+    assert re.search(r"all +12 .* 4 +2 +1 +0\n", table), table
+    assert "skips 3 of 12 rows and does not start before 4 are mended." in table
+    for text in (f"row 0: {tmp_path}/images/missing.png: no such file", f"row 1: {tmp_path}/broken.png: cannot be read",
+                 "row 4, pos: no <gen_emb>", "tokens, above --max_length 400", "row 10, qry: the text has 2 <image>",
+                 "row 6: an SFT row needs", "row 7, qry: needs"):  # fmt: skip
+        assert text in table, (text, table)
+    assert run(*flags, "--workers", 2) == 1
+    assert capsys.readouterr().out == table
+    assert run("check", tmp_path / "bad.json", "--media_root", tmp_path, "--workers", 0) == 1, "without a tokenizer"
+    assert re.search(r"all +12 .* 4 +1 +0 +0\n", capsys.readouterr().out), "a broken picture is not opened there"
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
+def test_the_chain_on_real_pictures(tmp_path):
+    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as a user types it. The teacher is the toy
+    base after a short training on these pictures. annotate is killed with SIGKILL three times: same files."""
+    from test_pipeline import start
+
+    def command(name):
+        return ["annotate", "--pairs", REAL / "sft.json", "--media_root", REAL, "--teacher", tmp_path / "teacher",
+                "--out", tmp_path / name, "--batch_size", 1, "--max_new_tokens", 100]  # fmt: skip
+
+    start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", tmp_path / "teacher", "--steps", 150,
+          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+    start("data.py", *command("whole.json"))
+    answers = Path(f"{tmp_path / 'killed.json'}.answers")
+    for kill in (1, 2, 3):  # as soon as new answers are there
+        child = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *map(str, command("killed.json"))])
+        while child.poll() is None and len(list(answers.glob("answers-*"))) < kill:
+            time.sleep(0.05)
+        while child.poll() is None and not max(answers.glob("answers-*")).stat().st_size:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, "it was through before the kill"
+    assert not (tmp_path / "killed.json").exists()
+    start("data.py", *command("killed.json"))
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    report = (answers / "report.txt").read_text()
+    assert report == Path(f"{tmp_path / 'whole.json'}.answers/report.txt").read_text()
+    kept = len(rows_of(tmp_path / "whole.json"))
+    assert kept > 100, report
+    flags = ["--media_root", REAL, "--model", tmp_path / "teacher"]
+    assert f"skips 0 of {kept} rows" in start("data.py", "check", tmp_path / "whole.json", *flags)
+    start("sft.py", "--data", tmp_path / "whole.json", "--media_root", REAL, "--out", tmp_path / "sft", "--steps", 10,
+          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+    assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(tmp_path / "sft"))
