@@ -468,7 +468,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
 def test_the_chain_on_real_pictures(writer_dir, tmp_path):
-    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as a user types it. The teacher is the tiny
+    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as typed. The teacher is the tiny
     model that learned the form (what it says of a picture is nonsense). Killed with SIGKILL three times: same files."""
     from test_pipeline import start
 
