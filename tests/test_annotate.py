@@ -467,17 +467,16 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
-def test_the_chain_on_real_pictures(tmp_path):
-    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as a user types it. The teacher is the toy
-    base after a short training on these pictures. annotate is killed with SIGKILL three times: same files."""
+def test_the_chain_on_real_pictures(writer_dir, tmp_path):
+    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as typed. The teacher is the tiny
+    model that learned the form (what it says of a picture is nonsense). Killed with SIGKILL three times: same files."""
     from test_pipeline import start
 
     def command(name):
-        return ["annotate", "--pairs", REAL / "sft.json", "--media_root", REAL, "--teacher", tmp_path / "teacher",
-                "--out", tmp_path / name, "--batch_size", 1, "--max_new_tokens", 100]  # fmt: skip
+        return ["annotate", "--pairs", tmp_path / "pairs.json", "--media_root", REAL, "--teacher", writer_dir,
+                "--out", tmp_path / name, "--batch_size", 1, "--max_new_tokens", 50]  # fmt: skip
 
-    start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", tmp_path / "teacher", "--steps", 150,
-          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+    data.write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([REAL / "sft.json"])[::3]))
     start("data.py", *command("whole.json"))
     answers = Path(f"{tmp_path / 'killed.json'}.answers")
     for kill in (1, 2, 3):  # as soon as new answers are there
@@ -494,9 +493,9 @@ def test_the_chain_on_real_pictures(tmp_path):
     report = (answers / "report.txt").read_text()
     assert report == Path(f"{tmp_path / 'whole.json'}.answers/report.txt").read_text()
     kept = len(rows_of(tmp_path / "whole.json"))
-    assert kept > 100, report
-    flags = ["--media_root", REAL, "--model", tmp_path / "teacher"]
+    assert kept >= 32, report
+    flags = ["--media_root", REAL, "--model", writer_dir]
     assert f"skips 0 of {kept} rows" in start("data.py", "check", tmp_path / "whole.json", *flags)
     start("sft.py", "--data", tmp_path / "whole.json", "--media_root", REAL, "--out", tmp_path / "sft", "--steps", 10,
-          "--batch_size", 16, "--cache", tmp_path)  # fmt: skip
+          "--batch_size", 4, "--cache", tmp_path)  # fmt: skip
     assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(tmp_path / "sft"))
