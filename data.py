@@ -1,6 +1,6 @@
 """Data: conversations, pictures and videos to patches, datasets, batches; annotation, check; last the toy world.
 
-What a row becomes (paper section 3, DESIGN 3): one string in Qwen2-VL's chat format,
+What a row becomes (paper section 3): one string in Qwen2-VL's chat format,
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
@@ -476,18 +476,17 @@ class Pair:
 
 
 class PairData(Dataset):
-    """Pairs of one or more files; item i is the list of this process's encoded pairs of optimiser step i.
+    """Encoded pairs of one or more files; item i is row i. `order` says which rows make a step.
 
     kind: the files' format, "sft" or "rl". needs: the embedding tokens that a row must have. answers=False reads the
-    prompts of an SFT file only (DUME). The rows of a step are a pure function of (seed, step); each process takes its
-    share of them, so the global batch does not depend on their number.
+    prompts of an SFT file only (DUME).
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
         self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs, cache)
         if not len(self.rows):
-            raise ValueError(f"{', '.join(map(str, files))}: no rows")
+            raise ValueError(f"{', '.join(map(str, self.rows.files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
         self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
         if batch_size % world:
@@ -496,11 +495,7 @@ class PairData(Dataset):
         if rank == 0 and self.order.left_out:
             print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")
 
-    def __getitem__(self, step):
-        batch = self.order[step]
-        return [self.pair(i) for i in batch[self.rank :: self.world]]
-
-    def pair(self, i):
+    def __getitem__(self, i):
         name, row = self.rows[i]
         try:
             query, _ = self.side(row, "qry", name)
@@ -579,25 +574,16 @@ class BatchOrder:
         return self.epochs[epoch][step - self.starts[epoch]]
 
 
-@dataclass
-class Pairs(Dataset):
-    """The pairs of a PairData one by one, for the loader's workers."""
-
-    data: PairData
-
-    def __getitem__(self, i):
-        return self.data.pair(i)
-
-
 def step_loader(data, steps, workers):
-    """Yields data[step] for the given steps, prepared ahead by background workers (0: in this process).
+    """Yields this process's pairs of each of the given steps, prepared ahead by background workers (0: in here).
 
-    A worker's item is one pair, not one step: a step of 1,024 pairs with pictures is gigabytes of patches.
+    The rows of a step are a pure function of (seed, step); each process takes its share of them, so the global batch
+    does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
     share = data.order.batch_size // data.world
     loader = DataLoader(
-        Pairs(data),
+        data,
         batch_size=None,
         sampler=(int(i) for step in steps for i in data.order[step][data.rank :: data.world]),
         num_workers=workers,
@@ -934,16 +920,12 @@ def annotate(args):
     where it was; with all answers there, only the filters run (again)."""
     from transformers import AutoConfig
 
-    from model import check_model, stable_hash, start_processes, write_json
+    from model import barrier, check_model, stable_hash, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
     check_model(args.teacher)
     rank, world, device = start_processes()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest
-
-    def wait():
-        if world > 1:
-            dist.barrier(group)
 
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(args.teacher).glob("*.safe*")]
     asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
@@ -952,7 +934,7 @@ def annotate(args):
     before = json.loads(known.read_text()) if known.exists() else asked
     if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:
         raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
-    wait()  # all have read it
+    barrier(group)  # all have read it
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(known, asked)
@@ -962,7 +944,7 @@ def annotate(args):
     calls = teacher_calls([sides[key] for key in keys], args.batch_size * (OWN_CALL if own else 1))
     calls = [[keys[n] for n in call] for call in calls]
     todo = [call for call in calls if not all(key in found for key in call)]
-    wait()  # all have read the side files before one writes: they agree on what is left to do
+    barrier(group)  # all have read the side files before one writes: they agree on what is left to do
 
     if mine := todo[rank::world]:
         ask = (own_teacher if own else foreign_teacher)(args, device)
@@ -982,11 +964,11 @@ def annotate(args):
                 file.flush()
                 bar.update(sum(map(len, todo[c * world : (c + 1) * world])))  # process 0 speaks for all
         bar.close()
-    wait()
+    barrier(group)
     if rank == 0:
         filter_answers(pairs, folder, args)
     if world > 1:
-        dist.barrier(group)
+        barrier(group)
         dist.destroy_process_group()
 
 
@@ -1060,7 +1042,7 @@ class Checked(Dataset):
                     if not Path(data.root, path).exists() and Path(path).name != "blank.jpg":
                         raise Skip(f"{Path(data.root, path)}: no such file (is --media_root right?)")
                 return found
-            pair = data.pair(i)  # as in training
+            pair = data[i]  # as in training
             if not pair.ok:
                 raise Skip(pair.reason)
             return found._replace(tokens=max(len(pair.query.ids), len(pair.target.ids)))

@@ -71,7 +71,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows
-from model import Embedder, check_model, parse_args, setting, stable_hash, start_processes, write_args, write_json
+from model import (
+    Embedder,
+    barrier,
+    check_model,
+    parse_args,
+    processes,
+    setting,
+    stable_hash,
+    start_processes,
+    write_args,
+    write_file,
+    write_json,
+)
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -406,22 +418,6 @@ def visdoc_rows(about, folder, media, with_instruction):
 # Embedding, and the cache on disk
 
 
-def processes():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait_for_all(group):
-    if dist.is_initialized():
-        dist.barrier(group=group)
-
-
-def write_file(path, write):
-    """Calls write(temporary path), then renames: whatever kills us, path is complete or absent."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def media_of(item):
     return item["images"] + item["video"]
 
@@ -536,7 +532,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
     done = {key for rows, _ in shards(folder) for key, problem, _ in rows if not problem}  # those are tried again
     for path in folder.glob("*.tmp") if rank == 0 else []:  # of a killed run
         path.unlink()
-    wait_for_all(group)  # nobody writes before all have looked: all share out the same list
+    barrier(group)  # nobody writes before all have looked: all share out the same list
 
     def cost(n):  # frames, bytes of the pictures, text: long beside long, and what does not fit into memory shows first
         sizes = [os.path.getsize(path) for path in inputs[n]["images"] if os.path.exists(path)]
@@ -565,7 +561,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
             save()
     if waiting:
         save()
-    wait_for_all(group)
+    barrier(group)
     return len(todo)
 
 
@@ -1017,7 +1013,7 @@ def main(argv=None):
     for turn in range(2):  # process 0 goes first: it may have to write pages
         if (rank > 0) == turn:
             tasks = [load_task(name, settings.root, settings.vidore_instruction) for name in names]
-        wait_for_all(group)
+        barrier(group)
     digests = hash_media(tasks)
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
         for name in model_dirs:

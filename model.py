@@ -614,9 +614,9 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier():
+def barrier(group=None):
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 def first_on_node(make):
@@ -925,7 +925,6 @@ def begin_run(args, rank, digests):
         out.mkdir(parents=True, exist_ok=True)
         if args.resume == "none":  # another run's checkpoints would count as newer than this run's
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            (out / "skipped.jsonl").unlink(missing_ok=True)
         write_args(out, args)
     return settings
 
@@ -936,16 +935,20 @@ def open_log(out, start):
         path = Path(out) / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-        path.with_suffix(".tmp").write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
-        os.replace(path.with_suffix(".tmp"), path)
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
+        write_file(path, lambda temporary, kept=kept: temporary.write_text(kept))
     return open(Path(out) / "log.jsonl", "a", buffering=1)
 
 
-def write_json(path, data):
-    """Atomic: a reader sees the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, default=str))
+def write_file(path, write):
+    """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    write(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path, data):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1, default=str)))
 
 
 def write_args(out, args, **more):

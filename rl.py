@@ -55,6 +55,7 @@ from model import (
     open_log,
     pad_rows,
     parse_args,
+    processes,
     save_checkpoint,
     save_model,
     setting,
@@ -178,7 +179,7 @@ def rewards_of(embedder, rollouts, pairs, args):
     gen, valid = (gather(x.transpose(0, 1)).transpose(0, 1) for x in (gen, valid))  # [2, P, G, ..]
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))
     same = keys[:, None] == keys[None, :] if args.mask_same_target else None
-    mine = torch.arange(p, device=device) * (len(keys) // p) + (dist.get_rank() if dist.is_initialized() else 0)
+    mine = torch.arange(p, device=device) * (len(keys) // p) + processes()[0]
     parts = [embedding_reward_parts(gen[s], gen[1 - s], torch.stack([valid[s], valid[1 - s]]), same) for s in (0, 1)]
     share, gap = (torch.stack([part[k][mine] for part in parts]) for k in (0, 1))  # [2, p, G]
     texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
@@ -245,7 +246,7 @@ def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner,
     update has happened by then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
     """
     embedder = model.module if isinstance(model, DistributedDataParallel) else model
-    device, world = embedder.device, dist.get_world_size() if dist.is_initialized() else 1
+    device, world = embedder.device, processes()[1]
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids) + sum(map(len, rollouts[n].ids)))
     micro = [order[s : s + args.update_batch] for s in range(0, len(order), args.update_batch)]
     num_groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones

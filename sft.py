@@ -57,6 +57,7 @@ from model import (
     open_log,
     pad_rows,
     parse_args,
+    processes,
     save_checkpoint,
     save_model,
     setting,
@@ -163,15 +164,15 @@ def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_sam
 # One optimiser step's loss and gradients
 
 
-def sft_step(model, pairs, args, w, rank=0, world=1, poll=lambda: None):
+def sft_step(model, pairs, args, poll=lambda: None):
     """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021).
 
-    pairs: this process's pairs; w: the weights (disc, gen, ce) of this step; poll is called before every micro-batch,
-    at the same points in all processes. Gradients are left in .grad. Returns the loss parts and the number of tokens.
+    pairs: this process's pairs; poll is called before every micro-batch, at the same points in all processes.
+    Gradients are left in .grad. Returns the loss parts and the number of tokens.
     """
     embedder = model.module if isinstance(model, DistributedDataParallel) else model
     device, D = embedder.device, embedder.backbone.config.text_config.hidden_size
-    w_disc, w_gen, w_ce = w
+    (rank, world), w_disc, w_gen, w_ce = processes(), args.w_disc, args.w_gen, args.w_ce
     rows = [p.query for p in pairs] + [p.target for p in pairs]  # rows 0..b-1 queries, b..2b-1 targets
     b = len(pairs)
     ok = torch.tensor([p.ok for p in pairs], device=device)
@@ -318,8 +319,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             now = replace(args, tau=tau_at(step, start=args.tau_start, tau=args.tau, steps=args.tau_steps))
-            w = (args.w_disc, args.w_gen, args.w_ce)
-            parts, tokens = sft_step(model, pairs, now, w, rank, world, guard.poll)
+            parts, tokens = sft_step(model, pairs, now, guard.poll)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             norm = float(norm.full_tensor() if args.fsdp else norm)
             if guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs):

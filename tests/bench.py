@@ -63,7 +63,7 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     data = PairData([file], embedder.tokenizer, kind="rl", batch_size=batch_size, seed=0, root=root, needs=[DISC])
     out = {name: [] for name in ("reward", "format", "share", "gap")}
     for step in range(batches):
-        pairs = data[step]
+        pairs = [data[i] for i in data.order[step]]
         rows = [p.query for p in pairs] + [p.target for p in pairs]
         seeds = [stable_hash(seed, step, n) for n in range(len(rows))]
         rewards, parts = rl.rewards_of(embedder, rl.rollout(embedder, rows, args, seeds), pairs, args)

@@ -211,7 +211,7 @@ def step_alone(who, n, vocabulary, micro_batch, repeats):
         if who == "official":
             loss = official_step(model, pairs)
         else:
-            parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch), (1.0, 1.0, 1.0))
+            parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch))
             loss = parts["loss"]
         seconds.append(time.process_time() - began)
         model.zero_grad()

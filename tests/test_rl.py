@@ -252,7 +252,7 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
 @pytest.fixture(scope="module")
 def rl_pairs(writer, world):
     data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC])
-    pairs = [data.pair(i) for i in (0, 1, 2, 5)]  # 0 and 1 have the same target; 0 and 3 of the files have videos
+    pairs = [data[i] for i in (0, 1, 2, 5)]  # 0 and 1 have the same target; 0 and 3 of the files have videos
     assert pairs[0].target_key == pairs[1].target_key != pairs[2].target_key
     rollouts = rollout(writer, [p.query for p in pairs] + [p.target for p in pairs], args(G=3), seeds=range(8))
     assert torch.stack([r.valid for r in rollouts]).any()

@@ -39,13 +39,13 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
     want_gradients = gradients(model)
 
     def main():
-        rank, world_size, _ = model_file.start_processes()
+        rank, _, _ = model_file.start_processes()
         model = trainable(writer_dir)
         if checkpointing:
             model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        args = sft.Settings(micro_batch=micro_batch, tau=0.1)
-        parts, _ = sft.sft_step(replica, pairs[rank::2], args, (1.0, 0.5, 2.0), rank, world_size)
+        args = sft.Settings(micro_batch=micro_batch, tau=0.1, w_gen=0.5, w_ce=2.0)
+        parts, _ = sft.sft_step(replica, pairs[rank::2], args)
         torch.save((parts, gradients(model)), tmp_path / f"{rank}.pt")
 
     run_processes(SimpleNamespace(__name__="step", main=main), [])

@@ -100,7 +100,7 @@ def trainable(path):
 def some_pairs(model, world, skip=False):
     """Six pairs with pictures, videos and text; two of them have the same target, one may be a skipped one."""
     data = PairData([world / "sft.json"], model.tokenizer, kind="sft", batch_size=6, seed=0, root=world)
-    pairs = [data.pair(i) for i in (0, 1, 2, 4, 5, 8)]
+    pairs = [data[i] for i in (0, 1, 2, 4, 5, 8)]
     assert pairs[0].target_key == pairs[1].target_key and len({p.target_key for p in pairs}) == 4
     assert {len(p.query.grids) for p in pairs} == {1, 2} and {len(p.target.grids) for p in pairs} == {0, 1}
     if skip:
@@ -139,8 +139,8 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
     if checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     args = Settings(micro_batch=micro_batch, tau=0.1, mask_same_target=mask, train_vision=vision,
-                    cross_weight=sum(w[3:]))  # fmt: skip
-    parts, _ = sft_step(model, pairs, args, w[:3])
+                    w_disc=w[0], w_gen=w[1], w_ce=w[2], cross_weight=sum(w[3:]))  # fmt: skip
+    parts, _ = sft_step(model, pairs, args)
     for name in want:
         if name.startswith("ce") and not w[2] or name in ("disc", "gen") and not (w[0] or w[1] or w[3:]):
             continue  # not computed, 0 in the log
@@ -158,7 +158,7 @@ def test_content_of_a_skipped_pair_does_not_matter(writer_dir, world):
         pairs = some_pairs(model, world, skip=stand_in)
         pairs[3] = replace(pairs[3], ok=False)
         model.zero_grad()
-        parts, _ = sft_step(model, pairs, Settings(micro_batch=6, tau=0.1), (1.0, 1.0, 1.0))
+        parts, _ = sft_step(model, pairs, Settings(micro_batch=6, tau=0.1))
         found.append((parts, gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert_same_gradients(found[0][1], found[1][1])
@@ -171,7 +171,7 @@ def test_a_batch_of_skipped_pairs(writer_dir, world, micro_batch):
     model = trainable(writer_dir)
     pairs = [replace(pair, ok=False, reason="gone.png") for pair in some_pairs(model, world)]
     with pytest.raises(RuntimeError, match="no pair.*gone.png"):
-        sft_step(model, pairs, Settings(micro_batch=micro_batch), (1.0, 1.0, 1.0))
+        sft_step(model, pairs, Settings(micro_batch=micro_batch))
 
 
 def test_lr_at():
