@@ -510,8 +510,9 @@ def reread(embedder, inputs, keys, settings, traces):
         part = slice(start, start + settings.batch_size)
         out = embedder.embed(inputs[part], mode="both", traces=traces[part], batch_size=settings.batch_size,
                              blank_image=settings.blank_image)  # fmt: skip
+        problems = [out.skipped.get(n, "") for n in range(len(out.texts))]
         rows = (out.disc.numpy(), out.gen.numpy(), out.valid.numpy(), out.num_tokens.tolist(), out.texts)
-        yield from zip(keys[part], [""] * settings.batch_size, *rows)
+        yield from zip(keys[part], problems, *rows)
 
 
 def shards(folder):
@@ -958,8 +959,8 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
         for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items():
             traced = [f"{keys[n]}-{stable_hash(trace):x}" for n, trace in zip(some, traces)]
             x = embed(kind, traced, [inputs[n] for n in some], traces=traces)
-            ablated[kind] = greedy | {"gen": greedy["gen"].copy()}  # a generation without <gen_emb> stays a miss
-            ablated[kind]["gen"][some] = x["gen"]
+            ablated[kind] = greedy | {"gen": greedy["gen"].copy(), "valid": greedy["valid"].copy()}
+            ablated[kind]["gen"][some], ablated[kind]["valid"][some] = x["gen"], x["valid"]  # no <gen_emb>: a miss
     if rank > 0:
         return None
 
@@ -979,7 +980,7 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
             "seconds": float(greedy["seconds"][np.unique(both)].sum()),  # of one process, greedy, each input once
         }  # fmt: skip
         for kind, other in ablated.items():
-            ok = both[greedy["valid"][both, 0]]
+            ok = both[other["valid"][both, 0]]
             cosine = (greedy["gen"][ok, 0] * other["gen"][ok, 0]).sum(-1)
             scores[task.name].setdefault("ablate", {})[kind] = {
                 "gen": score_task(task, take(other, q), take(other, c))[0]["gen"],

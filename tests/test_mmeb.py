@@ -400,6 +400,26 @@ def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
     assert again["tasks"] == scores["tasks"] and again["encoded"]["greedy"] == 0
 
 
+def test_ablation_without_an_embedding_is_a_miss(mini, writer_dir, tmp_path, monkeypatch):
+    """Bug story: where <gen_emb> stood in the reasoning only, the text without it has none; its zero vector was ranked
+    as a valid one, equal to all candidates, and the first of them, the right one, won: hit@1 of 100."""
+    monkeypatch.setattr(ev, "ablate_trace", lambda texts: {
+        kind: [text.replace("<gen_emb>", "") for text in texts] for kind in ("removed", "swapped")})  # fmt: skip
+    scores = run(mini, writer_dir, tmp_path, "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+    for got in scores["tasks"]["VOC2007"]["ablate"].values():
+        assert got["gen"]["hit@1"] == 0 and got["cosine"] is None
+
+
+def test_rereading_an_unreadable_input(writer_dir):
+    """A picture that is gone by the time its trace is read is a problem, so that it is tried again, and not valid."""
+    settings, trace = ev.Settings(batch_size=2), "<think>a</think><answer>b<gen_emb>"
+    items = [{"text": text, "images": ["gone.png"] * (text == "b"), "video": []} for text in "abc"]
+    rows = ev.reread(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, [trace] * 3)
+    keys, problems, _, _, valid, *_ = zip(*rows)
+    assert keys == ("a", "b", "c") and [bool(x) for x in valid] == [True, False, True]
+    assert [bool(x) for x in problems] == [False, True, False] and "gone.png" in problems[1]
+
+
 def test_model_in_the_layout_of_the_hub(mini, writer_dir, tmp_path):
     """UME-R1's folders have the flat configuration of older versions and the two tokens already: same scores, and
     nothing is added or initialised anew."""
