@@ -923,6 +923,8 @@ def annotate(args):
     from model import barrier, check_model, stable_hash, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
+    if not pairs:
+        raise SystemExit(f"{', '.join(args.pairs)}: no rows")
     check_model(args.teacher)
     rank, world, device = start_processes()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest

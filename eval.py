@@ -70,7 +70,7 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows
+from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows, tie_to_parent
 from model import (
     Embedder,
     barrier,
@@ -482,7 +482,7 @@ def generated(embedder, inputs, keys, settings, samples):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
     workers = min(settings.workers, len(inputs))
     loader = DataLoader(inputs, batch_size=1, collate_fn=read, num_workers=workers, generator=torch.Generator(),
-                        multiprocessing_context="fork" if workers else None)  # fmt: skip
+                        worker_init_fn=tie_to_parent, multiprocessing_context="fork" if workers else None)  # fmt: skip
     at, seeds, failed = [], [], []
 
     def rows():

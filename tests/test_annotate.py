@@ -283,6 +283,13 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
     assert "is one of the files of --pairs" in annotate(world, world / "rl.json", writer_dir)
 
 
+def test_a_file_without_pairs_is_named(tmp_path, tiny_dir):
+    """The report divided by the number of pairs: an empty file ended in a ZeroDivisionError, after the model had loaded.
+    """
+    (tmp_path / "none.jsonl").write_text("")
+    assert "none.jsonl: no rows" in annotate(tmp_path, tmp_path / "sft.json", tiny_dir, pairs="none.jsonl")
+
+
 def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
     """Missing, or 225 times as wide as high (which ends processors too): counted as "media", the run goes on."""
     (tmp_path / "images").symlink_to(world / "images")
