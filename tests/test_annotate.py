@@ -284,8 +284,7 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
 
 
 def test_a_file_without_pairs_is_named(tmp_path, tiny_dir):
-    """The report divided by the number of pairs: an empty file ended in a ZeroDivisionError, after the model had loaded.
-    """
+    """The report divided by the number of pairs: an empty file ended in a ZeroDivisionError once all was loaded."""
     (tmp_path / "none.jsonl").write_text("")
     assert "none.jsonl: no rows" in annotate(tmp_path, tmp_path / "sft.json", tiny_dir, pairs="none.jsonl")
 
