@@ -920,7 +920,7 @@ def annotate(args):
     where it was; with all answers there, only the filters run (again)."""
     from transformers import AutoConfig
 
-    from model import barrier, check_model, stable_hash, start_processes, write_json
+    from model import barrier, check_model, end_processes, stable_hash, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
     if not pairs:
@@ -969,9 +969,8 @@ def annotate(args):
     barrier(group)
     if rank == 0:
         filter_answers(pairs, folder, args)
-    if world > 1:
-        barrier(group)
-        dist.destroy_process_group()
+    barrier(group)
+    end_processes()
 
 
 # ---------------------------------------------------------------------------------------------------------------

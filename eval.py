@@ -75,6 +75,7 @@ from model import (
     Embedder,
     barrier,
     check_model,
+    end_processes,
     parse_args,
     processes,
     setting,
@@ -1039,8 +1040,7 @@ def main(argv=None):
         every.append({task: {c: x for c, x in row.items() if c != "texts"} for task, row in per_query.items()})
     if len(every) > 1:
         print(change_table(model_dirs, every[0], every[-1]), flush=True)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -619,6 +619,17 @@ def barrier(group=None):
         dist.barrier(group)
 
 
+def end_processes():
+    """The last thing of a run with several processes.
+
+    gloo's thread frees the tensors of the last collective and needs Python's lock for that; the group's destructor
+    holds the lock and waits for the thread. Without a pause a finished run now and then never ends (torch 2.13).
+    """
+    if dist.is_initialized():
+        time.sleep(1)
+        dist.destroy_process_group()
+
+
 def first_on_node(make):
     """make() in one process of every node, then in the others, which find its work on the disk."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -687,8 +698,7 @@ class Guard:
                 if processes()[0] == 0:
                     saved = f"saved after step {self.completed}" if self.completed else "nothing new was saved"
                     print(f"\n{why}\n{saved}; the same command goes on from there", file=sys.stderr, flush=True)
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                end_processes()
                 raise SystemExit(why.code)
         finally:  # only now: a second signal must not end the saving
             for number, handler in self.before.items():

@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -48,7 +47,9 @@ from model import (
     Embedder,
     Guard,
     all_sum,
+    barrier,
     begin_run,
+    end_processes,
     first_on_node,
     gather,
     load_checkpoint,
@@ -402,9 +403,8 @@ def main():
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    barrier()
+    end_processes()
 
 
 if __name__ == "__main__":

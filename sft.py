@@ -37,7 +37,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +48,9 @@ from model import (
     Guard,
     Stopped,
     all_sum,
+    barrier,
     begin_run,
+    end_processes,
     first_on_node,
     gather,
     load_checkpoint,
@@ -341,9 +342,8 @@ def main():
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    barrier()
+    end_processes()
 
 
 if __name__ == "__main__":
