@@ -367,6 +367,7 @@ def main():
             guard.poll()  # the processes decode different numbers of tokens: they meet here
             # reward, advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
+            reward_sum = float(all_sum(rewards.sum()))  # a NaN would give its group the advantage 0, without a word
             advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
             rollout_seconds = time.perf_counter() - began
             # update
@@ -379,7 +380,8 @@ def main():
                 stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache,
                                inner, poll)  # fmt: skip
                 stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
-                if guard.finite(step, {"loss": stats["loss"], "gradient norm": stats["grad_norm"]}, pairs):
+                figures = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
+                if guard.finite(step, figures, pairs):
                     optimizer.step()
                     guard.completed = None  # until all inner steps are done
                     history.append(stats)

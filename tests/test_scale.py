@@ -350,6 +350,21 @@ def test_not_finite_stops_before_the_update(tiny_dir, world, tmp_path, capfd, pr
     assert all(torch.isfinite(x).all() for x in weights(tmp_path).values())
 
 
+def test_reward_that_is_not_finite_stops(writer_dir, world, tmp_path, monkeypatch, capsys):
+    """A NaN among the rewards has no spread to compare, so its group got the advantage 0 and learnt nothing, unseen."""
+    real = rl.rewards_of
+
+    def poisoned(*given):
+        rewards, parts = real(*given)
+        return rewards.index_fill(1, torch.tensor([0]), float("nan")), parts
+
+    monkeypatch.setattr(rl, "rewards_of", poisoned)
+    with pytest.raises(SystemExit):
+        run_here(rl, rl_flags(writer_dir, world, tmp_path, steps=1), monkeypatch)
+    printed = capsys.readouterr().err
+    assert "sum of rewards nan: not finite" in printed and "rl.json, row" in printed
+
+
 def test_share_of_skipped_rows(tiny_dir, world, tmp_path, monkeypatch, capsys):
     """Half of the pictures gone: the run stops past --max_skipped with a reason and the list, and keeps its state; a
     higher bound goes on."""
