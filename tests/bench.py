@@ -2,6 +2,7 @@
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
 python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
+python tests/bench.py check             # data.py check on 1.46 million rows
 python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts
 python tests/bench.py rl                # update pass, reference pass and a whole RL step
 python tests/bench.py embed             # decode steps of continuous batching
@@ -190,6 +191,11 @@ def toy(seeds, out, split, jobs, data, recipes):
             f"{100 * np.mean([results[s, n][0]['tasks'][task][m]['hit@1'] for s in range(seeds)]):.0f}" for n, m in row
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
+
+    from bench_data import reasoner_lines
+
+    mixed = {f"sft, seed {s}": place(s, "sft") for s in range(min(2, seeds))} | {f"{rl}, seed 0": place(0, rl)}
+    lines += ["", *reasoner_lines(mixed, tasks, data)]
     text = "\n".join(lines)
     print(text)
     (out / "table.md").write_text(text + "\n")
@@ -212,6 +218,9 @@ def main():
     p.add_argument("--split", choices=("dev", "test"), default="test")
     p.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
     p.add_argument("--seed", type=int, default=0)
+    p = commands.add_parser("check", help="data.py check on a file as large as the published one")
+    p.add_argument("--rows", type=int, default=1_463_338, help="5.2 kB each")
+    p.add_argument("--out", default="runs/bench_check")
     for name in ("rollout", "rl"):
         p = commands.add_parser(name, help="beside the official recipe")
         p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
@@ -228,6 +237,10 @@ def main():
         from bench_data import data
 
         data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+    elif args.command == "check":
+        import bench_data
+
+        bench_data.check(args.rows, args.out)
     elif args.command == "eval":
         from bench_eval import bench_eval
 

@@ -1,12 +1,17 @@
 """Toy-world tables about the data: annotations by a teacher, reasoning of another model, --cross_weight."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from data import DISC, GEN, INSTRUCTION
 
 ROOT = Path(__file__).resolve().parent.parent
 EMPTY = "<think></think><answer><gen_emb>"  # a trace that says nothing
@@ -87,3 +92,29 @@ def reasoner_lines(models, tasks, world):
             cells.append(f"{100 * np.mean(hits):.1f}")
         lines.append(f"| {reasoner} | {' | '.join(cells)} |")
     return lines
+
+
+def check(rows, out):
+    """data.py check without opening pictures on a file as large as the published one: time and memory."""
+    out, words = Path(out), "the a picture shows red round small table which stands left of what looks like water so".split()
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(1000):
+        (out / f"images/{i}.jpg").touch()
+    rng, file = np.random.default_rng(0), out / "big.json"
+    texts = [" ".join(rng.choice(words, int(n))) for n in rng.lognormal(5.95, 0.4, 997)]  # about 2 kB each
+    with open(file, "w") as big:
+        for i in range(rows):
+            row = {"dataset_name": f"dataset {i % 20}"}
+            for side, k in (("qry", i), ("pos", 7 * i + 1)):
+                turns = [("human", f"<image>what is it? {k}\n{DISC}\n{INSTRUCTION}"),
+                         ("gpt", f"<think>{texts[k % 997]}</think><answer>thing {k}{GEN}")]  # fmt: skip
+                row[side] = {"image": [f"images/{k % 1000}.jpg"],
+                             "conversations": [{"from": who, "value": text} for who, text in turns]}  # fmt: skip
+            big.write(("," if i else "[") + "\n" + json.dumps(row))
+        big.write("\n]\n")
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "data.py", "check", file, "--media_root", out], cwd=ROOT, check=True)
+    seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{rows:,} rows, {file.stat().st_size / 1e9:.2f} GB: {seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} CPU "
+          f"seconds on {os.cpu_count()} cores, largest process {used.ru_maxrss / 2**20:.1f} GiB")  # fmt: skip
+    file.unlink()

@@ -474,34 +474,44 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
 def test_the_chain_on_real_pictures(writer_dir, tmp_path):
-    """Bare pairs of real pictures -> annotate -> filters -> check -> sft.py, as typed. The teacher is the tiny
-    model that learned the form (what it says of a picture is nonsense). Killed with SIGKILL three times: same files."""
-    from test_pipeline import start
-
-    def command(name):
-        return ["annotate", "--pairs", tmp_path / "pairs.json", "--media_root", REAL, "--teacher", writer_dir,
-                "--out", tmp_path / name, "--batch_size", 1, "--max_new_tokens", 50]  # fmt: skip
-
+    """The README's chain as it stands there, on bare pairs of real pictures: annotate, filters, check, sft.py. The
+    teacher is the tiny model that learned the form (what it says of a picture is nonsense). Everything is killed with
+    SIGKILL in annotate (twice), in check and in sft.py, and started again: same rows, same report, same weights."""
+    (block,) = [part for part in (ROOT / "README.md").read_text().split("```")[1::2] if "TEACHER=" in part]
+    first, *commands = block.strip().splitlines()
+    assert re.fullmatch("PAIRS=.* MEDIA=.* TEACHER=.* OUT=.*", first) and len(commands) == 3, block
+    commands[0] = commands[0].replace("--max_new_tokens 128", "--max_new_tokens 50 --batch_size 1")
+    commands[2] += f" --steps 6 --batch_size 4 --save_every 2 --cache {tmp_path}"
     data.write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([REAL / "sft.json"])[::3]))
-    start("data.py", *command("whole.json"))
-    answers = Path(f"{tmp_path / 'killed.json'}.answers")
-    for kill in (1, 2, 3):  # as soon as new answers are there
-        child = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *map(str, command("killed.json"))])
-        while child.poll() is None and len(list(answers.glob("answers-*"))) < kill:
-            time.sleep(0.05)
-        while child.poll() is None and not max(answers.glob("answers-*")).stat().st_size:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "it was through before the kill"
-    assert not (tmp_path / "killed.json").exists()
-    start("data.py", *command("killed.json"))
-    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    report = (answers / "report.txt").read_text()
-    assert report == Path(f"{tmp_path / 'whole.json'}.answers/report.txt").read_text()
-    kept = len(rows_of(tmp_path / "whole.json"))
-    assert kept >= 8, report
-    flags = ["--media_root", REAL, "--model", writer_dir]
-    assert f"skips 0 of {kept} rows" in start("data.py", "check", tmp_path / "whole.json", *flags)
-    start("sft.py", "--data", tmp_path / "whole.json", "--media_root", REAL, "--out", tmp_path / "sft", "--steps", 10,
-          "--batch_size", 4, "--cache", tmp_path)  # fmt: skip
-    assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(tmp_path / "sft"))
+
+    def start(out):
+        names = f"PAIRS={tmp_path}/pairs.json MEDIA={REAL} TEACHER={writer_dir} OUT={out}"
+        script = "\n".join([names, *commands]).replace("python ", f"{sys.executable} ")
+        return subprocess.Popen(["bash", "-c", script], cwd=ROOT, start_new_session=True, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    child = start(whole)
+    text = child.communicate()[0]
+    assert child.returncode == 0, text
+    kept = len(rows_of(whole / "sft.json"))
+    assert kept >= 8 and f"skips 0 of {kept} rows" in text, text
+
+    def written(n):  # n runs have left answers
+        return len([path for path in killed.glob("sft.json.answers/answers-*") if path.stat().st_size]) >= n
+
+    moments = [lambda: written(1), lambda: written(2), (killed / "sft.json").exists,
+               (killed / "sft/checkpoints/step-2/meta.json").exists]  # fmt: skip
+    for n, due in enumerate(moments):
+        child = start(killed)
+        while child.poll() is None and not due():
+            time.sleep(0.02)
+        os.killpg(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, f"it was through before kill {n}: {child.communicate()[0]}"
+        assert (killed / "sft.json").exists() == (n > 1)
+    child = start(killed)
+    text = child.communicate()[0]
+    assert child.returncode == 0 and "resuming after step" in text, text
+    for name in ("sft.json", "sft.json.answers/rejected.jsonl", "sft.json.answers/report.txt", "sft/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(whole / "sft"))
