@@ -79,7 +79,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # the normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic
 BYTE_TO_FLOAT = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
-BYTE_TO_FLOAT = (BYTE_TO_FLOAT - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+BYTE_TO_FLOAT = torch.from_numpy((BYTE_TO_FLOAT - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD))
 
 
 def patchify(frames, *, min_pixels, max_pixels):
@@ -91,6 +91,18 @@ def patchify(frames, *, min_pixels, max_pixels):
     frames repeats the last one, which also makes a picture the two equal frames that the model expects.
     Raises Skip when one side is more than 200 times the other. Same numbers as transformers' Qwen2VLImageProcessorPil.
     """
+    patches, grid = patch_bytes(frames, min_pixels, max_pixels)
+    return normalise(torch.from_numpy(patches)), torch.from_numpy(grid)
+
+
+def normalise(patches):
+    """uint8 [n, 1176] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not 57."""
+    table = BYTE_TO_FLOAT.to(patches.device)
+    return torch.cat([table[:, c][x.int()] for c, x in enumerate(patches.split(392, dim=1))], dim=1)
+
+
+def patch_bytes(frames, min_pixels, max_pixels):
+    """The patches before they are normalised: numpy uint8 [n, 1176], grid [3]."""
     width, height = frames[0].size
     try:
         H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
@@ -99,9 +111,8 @@ def patchify(frames, *, min_pixels, max_pixels):
     pixels = [np.asarray(on_white(f).resize((W, H), Image.Resampling.BICUBIC)) for f in frames]
     pixels = np.stack(pixels + pixels[-1:] * (len(pixels) % 2))  # [F, H, W, 3], F even
     t, h, w = len(pixels) // 2, H // 14, W // 14
-    x = BYTE_TO_FLOAT[pixels, np.arange(3)]  # [F, H, W, 3]
-    x = x.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, 1176)), torch.tensor([t, h, w])
+    x = pixels.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return np.ascontiguousarray(x).reshape(t * h * w, 1176), np.array([t, h, w])
 
 
 def on_white(picture):
@@ -151,7 +162,7 @@ class Row:
     n_prompt: int
     disc_at: int  # index of <disc_emb> in the user's turn, -1 if it has none
     gen_at: int  # index of the last <gen_emb> of the assistant's turn, -1 if it has none
-    patches: np.ndarray  # [n, 1176] of all media in the order of the text
+    patches: np.ndarray  # uint8 [n, 1176] of all media in the order of the text
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
     vit: torch.Tensor | None = None  # what the frozen vision tower made of the patches (Embedder.see), once it has
@@ -220,12 +231,12 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
         else:
             keep = np.linspace(0, len(video) - 1, min(len(video), NUM_FRAMES)).astype(int)
             frames, (low, high) = [open_picture(video[i], root) for i in keep], PIXELS["video"]
-        x, grid = patchify(frames, min_pixels=low, max_pixels=high)
+        x, grid = patch_bytes(frames, low, high)
         pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
         n_tokens = int(grid.prod()) // 4
         human = human.replace(mark, f"<|vision_start|>{pad * n_tokens}<|vision_end|>", 1)
-        patches.append(x.numpy())
-        grids.append(grid.numpy())
+        patches.append(x)
+        grids.append(grid)
     ids = tokenizer(chat_prompt(human), add_special_tokens=False).input_ids
     n_prompt = len(ids)
     if answer is not None:  # tokenised apart from the prompt, as it will be generated
@@ -242,7 +253,7 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
         n_prompt=n_prompt,
         disc_at=last(disc_id, 0, n_prompt),
         gen_at=last(gen_id, n_prompt, len(ids)),  # INSTRUCTION holds a <gen_emb> too: only the assistant's part counts
-        patches=np.concatenate(patches) if patches else np.zeros((0, 1176), np.float32),
+        patches=np.concatenate(patches) if patches else np.zeros((0, 1176), np.uint8),
         grids=grids,
         name=name,
     )

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, GEN, PIXELS, Row, Skip, encode_input, signal_with_parent
+from data import DISC, GEN, PIXELS, Row, Skip, encode_input, normalise, signal_with_parent
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
@@ -158,7 +158,7 @@ class Embedder(nn.Module):
             merged = 4 if self.vision_frozen else 1
             for row, vit in zip(part, states.split([len(row.patches) // merged for row in part])):
                 row.vit = vit  # [0, ..] for a row without pictures
-                row.patches = np.empty((len(row.patches), 0), np.float32)
+                row.patches = np.empty((len(row.patches), 0), np.uint8)
 
     def embed_tokens(self, ids, vit):
         """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
@@ -488,7 +488,7 @@ def pad_rows(rows, pad_id, device, mask=None):
     elif all(row.vit is not None for row in seen):
         batch["vit"] = torch.cat([row.vit for row in seen]).to(device)
     else:
-        batch["patches"] = to(np.concatenate([row.patches for row in seen]))
+        batch["patches"] = normalise(to(np.concatenate([row.patches for row in seen])))
         batch["grids"] = to(np.concatenate([row.grids for row in seen]))
     return batch
 

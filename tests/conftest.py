@@ -114,6 +114,8 @@ def scripted(model, script):
 def processor_inputs(model, rows, left=False):
     """What transformers' processor would hand to Qwen2VLForConditionalGeneration for these rows, and where row b
     begins."""
+    from data import normalise
+
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     B, L = len(rows), max(len(row.ids) for row in rows)
     ids, mask = torch.full((B, L), model.pad_id), torch.zeros(B, L, dtype=torch.long)
@@ -127,7 +129,7 @@ def processor_inputs(model, rows, left=False):
             while row.ids[token] not in media:
                 token += 1
             n = int(grid.prod())
-            media[row.ids[token]][0].append(torch.from_numpy(row.patches[patch : patch + n]))
+            media[row.ids[token]][0].append(normalise(torch.from_numpy(row.patches[patch : patch + n])))
             media[row.ids[token]][1].append(torch.from_numpy(grid))
             token, patch = token + n // 4, patch + n
     out = {"input_ids": ids, "attention_mask": mask}
