@@ -17,6 +17,7 @@ Where this departs from the official code
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -41,7 +42,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -628,6 +631,45 @@ def end_processes():
     if dist.is_initialized():
         time.sleep(1)
         dist.destroy_process_group()
+
+
+def parallel(embedder, args, device):
+    """What the training loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards."""
+    world = processes()[1]
+    if args.fsdp and world == 1:
+        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
+    if args.fsdp:
+        shard(embedder, args.bf16)
+    if args.fsdp or world == 1:
+        return embedder
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def shard(embedder, bf16, mesh=None):
+    """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
+    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for layer in embedder.backbone.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
+    fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def whole(embedder):
+    """A sharded model is put together for as long as it decodes (in bf16 the 7B takes 15 GB): every layer of every
+    token would else be a collective, and the processes do not decode equally many tokens."""
+    parts = [module for module in embedder.modules() if isinstance(module, FSDPModule)]
+    if parts:
+        embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
 
 
 def first_on_node(make):

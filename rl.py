@@ -29,6 +29,7 @@ Commands
     python rl.py                                                          # CPU: the toy world, after sft.py
     python rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train               # 1 GPU
     torchrun --nproc_per_node 8 rl.py --preset 2b --model runs/2b/sft --data UME-rl-train.json --media_root MMEB-train
+    torchrun --nproc_per_node 8 rl.py --preset 7b --data UME-rl-train.json --media_root MMEB-train          # sharded
 """
 
 import contextlib
@@ -55,14 +56,17 @@ from model import (
     load_checkpoint,
     open_log,
     pad_rows,
+    parallel,
     parse_args,
     processes,
     save_checkpoint,
     save_model,
     setting,
+    shard,
     speed_figures,
     stable_hash,
     start_processes,
+    whole,
     write_args,
 )
 from reward import embedding_reward_parts, format_reward, group_advantages
@@ -100,6 +104,7 @@ class Settings:
     max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    fsdp: bool = setting(False, "spread policy, reference and optimiser over the processes (FSDP2)")
     workers: int = setting(4, "background processes per process that read and resize pictures")
     seed: int = setting(0, "order of the batches and random numbers of the rollouts")
     save_every: int = setting(50, "steps between checkpoints")
@@ -112,8 +117,8 @@ class Settings:
 
 PRESETS = {
     "2b": {},
-    # the paper gives no values for 7B: these are the 2B ones. Not sharded: about 160 GiB a GPU, not for 80 GB
-    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl"},
+    # the paper gives no values for 7B: these are the 2B ones
+    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
         "steps": 120, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
@@ -328,13 +333,12 @@ def main():
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
+    model = parallel(embedder, args, device)
+    if args.fsdp:
+        shard(reference, args.bf16)
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
-    model = embedder
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
 
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
@@ -363,7 +367,8 @@ def main():
 
             # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
             seeds = [stable_hash(args.seed, step, j * world + rank, side) for side in (0, 1) for j in range(len(pairs))]
-            rollouts = rollout(embedder, rows, args, seeds, lambda: guard.signal)
+            with whole(embedder):
+                rollouts = rollout(embedder, rows, args, seeds, lambda: guard.signal)
             guard.poll()  # the processes decode different numbers of tokens: they meet here
             # reward, advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
@@ -379,7 +384,8 @@ def main():
                 poll = guard.poll if inner == 0 else lambda: None  # once the weights have moved the step is finished
                 stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache,
                                inner, poll)  # fmt: skip
-                stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+                stats["grad_norm"] = float(norm.full_tensor() if args.fsdp else norm)
                 figures = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
                 if guard.finite(step, figures, pairs):
                     optimizer.step()

@@ -38,7 +38,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -57,6 +56,7 @@ from model import (
     lr_at,
     open_log,
     pad_rows,
+    parallel,
     parse_args,
     processes,
     save_checkpoint,
@@ -250,23 +250,11 @@ def sft_step(model, pairs, args, poll=lambda: None):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def shard(embedder, bf16, mesh=None):
-    """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
-    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for layer in embedder.backbone.model.language_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
-    fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-
 def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
     rank, world, device = start_processes()
-    if args.fsdp and world == 1:
-        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
     needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
@@ -286,15 +274,10 @@ def main():
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
-    if args.fsdp:
-        shard(embedder, args.bf16)
+    model = parallel(embedder, args, device)
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
-    model = embedder
-    if world > 1 and not args.fsdp:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
 
     # data
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,

@@ -96,7 +96,7 @@ def reasoner_lines(models, tasks, world):
 
 def check(rows, out):
     """data.py check without opening pictures on a file as large as the published one: time and memory."""
-    out, words = Path(out), "the a picture shows red round small table which stands left of what looks like water so".split()
+    out, words = Path(out), ["the", "a", "picture", "shows", "red", "round", "table", "which", "stands", "left", "so"]
     (out / "images").mkdir(parents=True, exist_ok=True)
     for i in range(1000):
         (out / f"images/{i}.jpg").touch()
@@ -115,6 +115,7 @@ def check(rows, out):
     began = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "data.py", "check", file, "--media_root", out], cwd=ROOT, check=True)
     seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{rows:,} rows, {file.stat().st_size / 1e9:.2f} GB: {seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} CPU "
-          f"seconds on {os.cpu_count()} cores, largest process {used.ru_maxrss / 2**20:.1f} GiB")  # fmt: skip
+    cpu, size = used.ru_utime + used.ru_stime, file.stat().st_size / 1e9
+    print(f"{rows:,} rows, {size:.2f} GB: {seconds:.0f} s, {cpu:.0f} CPU seconds on {os.cpu_count()} cores, largest "
+          f"process {used.ru_maxrss / 2**20:.1f} GiB")  # fmt: skip
     file.unlink()

@@ -64,7 +64,7 @@ def one_pass(embedder):
 def measured(size, fsdp):
     """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
 
-    fsdp: sharded by sft.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
+    fsdp: sharded by model.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -72,8 +72,7 @@ def measured(size, fsdp):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    import sft
-    from model import Embedder
+    from model import Embedder, shard
 
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))
@@ -83,7 +82,7 @@ def measured(size, fsdp):
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
         if fsdp:
-            sft.shard(embedder, True, mesh)
+            shard(embedder, True, mesh)
         tracker = FSDPMemTracker(embedder) if fsdp else MemTracker()
         tracker.track_inputs(()) if fsdp else tracker.track_external(embedder)
         with tracker:
@@ -110,24 +109,26 @@ def memory():
         kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes, bf16
         lines.append(f"{size}: {whole / 1e9:.4f} B parameters, {visual / 1e9:.4f} B of them vision; "
                      f"keys and values of a token: {kv_token:,} bytes")  # fmt: skip
-        for stage, fsdp in (("sft", False), ("sft", True), ("rl", False)):
-            n = GPUS if fsdp else 1
-            trained = whole - visual + (merger if stage == "sft" else 0)
+        for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
+            n, rl = GPUS if fsdp else 1, stage == "rl"
+            trained = whole - visual + (0 if rl else merger)
             column = {"parameters (fp32)": 4 * whole / n, "gradients (fp32)": 4 * trained / n,
-                      "AdamW's moments": 8 * trained / n}  # fmt: skip
-            column |= {"reference (fp32)": 4 * whole * (stage == "rl")}
+                      "AdamW's moments": 8 * trained / n, "reference (fp32)": 4 * whole * rl / n}  # fmt: skip
             column = {key: value / GIB for key, value in column.items()}
-            working = measured(size, fsdp)
-            kv = 64 * (1500 + 2048) * kv_token / GIB if stage == "rl" else 0.0
-            column |= {f"a pass of {TOKENS:,} tokens": working, "rollouts: 64 x 3,548 keys and values": kv}
-            column |= {"sum": sum(column.values()) - min(working, kv)}  # a pass and the rollouts are not at one time
+            working, kv = measured(size, fsdp), rl * 64 * (1500 + 2048) * kv_token / GIB
+            copy = rl * 2 * whole / GIB  # in bf16: FSDP's whole parameters while it decodes, else autocast's copies
+            column |= {f"a pass of {TOKENS:,} tokens": working, "rollouts: 64 x 3,548 keys and values": kv,
+                       "rollouts: the policy in bf16": copy}  # fmt: skip
+            # a pass and the rollouts are not at one time, and while these are made there are no gradients
+            least = min(working + column["gradients (fp32)"], kv + copy)
+            column |= {"largest sum at one time": sum(column.values()) - least}
             columns[f"{size} {stage}{' --fsdp' * fsdp}"] = column
             print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
     names = list(columns)
     lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for key in columns[names[0]]:
         lines.append(f"| {key} | {' | '.join(f'{columns[name][key]:.1f}' for name in names)} |")
-    fits = ["yes" if columns[name]["sum"] < 0.95 * GPU_GIB else "no" for name in names]
+    fits = ["yes" if columns[name]["largest sum at one time"] < 0.95 * GPU_GIB else "no" for name in names]
     lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(fits)} |")
     print("\n".join(lines))
 
@@ -146,7 +147,7 @@ def random_pairs(n, model, seed=0):
     from data import Pair, Row, mrope_positions
 
     rng = np.random.default_rng(seed)
-    pixels, grid = rng.standard_normal((960, 1176)).astype(np.float32), np.array([[1, 24, 40]])
+    pixels, grid = rng.integers(0, 256, (960, 1176), np.uint8), np.array([[1, 24, 40]])
 
     def row(length, picture):
         ids = rng.integers(10, 300, length)
@@ -157,7 +158,7 @@ def random_pairs(n, model, seed=0):
         ids[n_prompt - 10], ids[length - 2] = model.disc_id, model.gen_id
         grids = grid if picture else np.zeros((0, 3), int)
         return Row(ids, mrope_positions(ids, grids, model.media_ids), n_prompt, n_prompt - 10, length - 2,
-                   pixels if picture else np.zeros((0, 1176), np.float32), grids, "random")  # fmt: skip
+                   pixels if picture else np.zeros((0, 1176), np.uint8), grids, "random")  # fmt: skip
 
     return [Pair(row(int(rng.integers(300, 700)), True), row(int(rng.integers(100, 400)), False), k, True, "", "random")
             for k in range(n)]  # fmt: skip

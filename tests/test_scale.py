@@ -77,6 +77,34 @@ def test_fsdp_equals_ddp(tiny_dir, world, tmp_path, more):
     Embedder.from_pretrained(tmp_path / "fsdp")
 
 
+@pytest.mark.parametrize("more", [dict(inner_steps=2), dict(train_vision=True)])
+def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
+    """The same for rl.py: the sharded policy is put together to decode, the processes write different numbers of
+    tokens; rollouts, rewards, losses and final weights are those of two replicas."""
+    more = dict(steps=3, lr=1e-4, w_anchor=1.0) | more
+    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "ddp", **more))
+    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "fsdp", fsdp=True, **more))
+    for a, b in zip(read_log(tmp_path / "ddp"), read_log(tmp_path / "fsdp"), strict=True):
+        assert b == pytest.approx(a, abs=1e-4, rel=1e-5 if a["step"] == 1 else 1e-3)
+    a, b = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
+    assert a.keys() == b.keys() and not same_weights(a, weights(writer_dir))
+    away = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    assert float((away > 1e-5).float().mean()) < 0.01 and float(away.max()) < 7e-4
+
+
+def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
+    """FSDP's bf16 parameters and DDP's autocast round differently: sft's first losses agree to 1e-3, and what rl.py
+    decodes with the whole bf16 copy has the log-probabilities of the sharded update pass."""
+    more = dict(steps=1, bf16=True)
+    for name, fsdp in (("ddp", False), ("fsdp", True)):
+        run_processes(sft, flags(tiny_dir, world, tmp_path / name, fsdp=fsdp, **more))
+    (a,), (b,) = read_log(tmp_path / "ddp"), read_log(tmp_path / "fsdp")
+    assert b == pytest.approx(a, rel=1e-2) and b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "rl", fsdp=True, **more))
+    (line,) = read_log(tmp_path / "rl")
+    assert 0 < line["logp_mismatch"] < 0.01 and line["grad_norm"] > 0
+
+
 def test_twenty_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypatch):
     """The whole curve of 20 steps at learning rate 1e-5 is the same to 1e-3, whatever the number of processes."""
     more = dict(batch_size=6, steps=20, lr=1e-5)
@@ -118,6 +146,7 @@ def terminate():
 
 @pytest.mark.parametrize("stage, processes, more", [
     ("sft", 1, {}), ("sft", 2, {}), ("sft", 2, {"fsdp": True}), ("rl", 1, {}), ("rl", 2, {}),
+    ("rl", 2, {"fsdp": True}),
 ])  # fmt: skip
 def test_six_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage, processes, more):
     """Six steps are three steps and a kill -9 in the fifth, one step and a SIGTERM to one process in the midst of the
