@@ -29,8 +29,8 @@ Departures from the official evaluation:
 
 Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
 tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
-and its media's bytes: none is ever stale. All media are read for it at every start (an estimated 50 GB for
-MMEB-V2); size and time of a file would be quicker, but do not show every change.
+and its media's bytes: none is ever stale. All media are read for it at every start, each by one process (an estimated
+50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
@@ -427,8 +427,9 @@ def inputs_of(task):
     return [query["input"] for query in task.queries] + list(task.candidates.values())
 
 
-def hash_media(tasks):
-    """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there."""
+def hash_media(tasks, group=None):
+    """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there.
+    The processes share out the files."""
 
     def digest(path):
         if not os.path.isfile(path):
@@ -438,8 +439,14 @@ def hash_media(tasks):
 
     paths = {task.name: {path for item in inputs_of(task) for path in media_of(item)} for task in tasks}
     every = sorted(set().union(*paths.values()))
+    (rank, world), found = processes(), {}
     with ThreadPoolExecutor(16) as pool:
-        found = dict(zip(every, pool.map(digest, every)))
+        parts = [None] * world
+        parts[rank] = dict(zip(every[rank::world], pool.map(digest, every[rank::world])))
+    if world > 1:
+        dist.all_gather_object(parts, parts[rank], group)
+    for part in parts:
+        found |= part
     for name, mine in paths.items():  # before hours of work; single files that are missing count as misses
         absent = sorted(path for path in mine if not found[path])
         if len(absent) > len(mine) / 2:
@@ -1016,7 +1023,7 @@ def main(argv=None):
         if (rank > 0) == turn:
             tasks = [load_task(name, settings.root, settings.vidore_instruction) for name in names]
         barrier(group)
-    digests = hash_media(tasks)
+    digests = hash_media(tasks, group)
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
         for name in model_dirs:
             (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
