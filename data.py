@@ -40,7 +40,7 @@ from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -554,7 +554,7 @@ class BatchOrder:
         self.members = [m for m in members if len(m) >= batch_size]
         if not self.members:
             raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
-        self.permutation = lru_cache(maxsize=None)(self.permutation)
+        self.permutation = cache(self.permutation)
         self.starts, self.epochs = [0], []  # first step of every epoch; its batches, built when first asked for
 
     def permutation(self, d, epoch):
@@ -1079,7 +1079,8 @@ def check(args):
     kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
     data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
     loader = DataLoader(Checked(data), sampler=range(len(rows)), batch_size=64, collate_fn=list,
-                        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)  # fmt: skip
+                        num_workers=args.workers, worker_init_fn=tie_to_parent,
+                        multiprocessing_context="fork" if args.workers else None)  # fmt: skip
     found = []
     with tqdm(total=len(rows), desc="check", unit="row") as bar:
         for part in loader:
@@ -1129,8 +1130,7 @@ COLOURS = {"red": (215, 30, 30), "green": (30, 150, 40), "blue": (30, 60, 215), 
 SHAPES = {  # below 0 is inside; all are about 1 in radius
     "circle": lambda x, y: np.hypot(x, y) - 1, "ring": lambda x, y: abs(np.hypot(x, y) - 0.9) - 0.18,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
-    "diamond": lambda x, y: 1.4 * abs(x) + abs(y) - 1.1,
-    "bar": lambda x, y: np.maximum(abs(x) - 1.1, abs(y) - 0.35),
+    "diamond": lambda x, y: 1.4 * abs(x) + abs(y) - 1.1, "bar": lambda x, y: np.maximum(abs(x) - 1.1, abs(y) - 0.35),
     "star": lambda x, y: np.hypot(x, y) * (1.6 - 0.8 * np.cos(5 * np.arctan2(x, -y))) - 0.9,
     "triangle": lambda x, y: np.maximum(y - 0.8, 0.9 * abs(x) - 0.45 * (y + 1.1)),
     "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.35, np.maximum(abs(x), abs(y)) - 1)}
@@ -1139,7 +1139,6 @@ STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TASKS = ("cls", "vqa", "i2t", "t2i", "ground", "video", "doc")
 RL_TASKS = ("cls", "vqa", "ground", "video")  # what takes several steps of reasoning; the others only copy
 Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 1 scene (picture) or 2 (video)
-BANK = {}  # twelve drawings of every content of a cell
 
 
 def draw(rng, split, low, high, repeat=0, size=9):
@@ -1171,12 +1170,14 @@ def draw_cell(rng, content):  # -> [28, 28, 3] of 0..255
     return cell
 
 
+@cache
+def drawings(content):  # twelve of every content of a cell
+    rng = np.random.default_rng(zlib.crc32(content.encode()))
+    return [draw_cell(rng, content) for _ in range(12)]
+
+
 def render(rng, cells):  # contents, three to a row -> uint8 [28 * rows, 84, 3]
-    for content in cells:
-        if content not in BANK:
-            own = np.random.default_rng(zlib.crc32(content.encode()))
-            BANK[content] = [draw_cell(own, content) for _ in range(12)]
-    drawn = [BANK[content][rng.integers(12)] for content in cells]
+    drawn = [drawings(content)[rng.integers(12)] for content in cells]
     image = np.concatenate([np.concatenate(drawn[i : i + 3], 1) for i in range(0, len(cells), 3)])
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
 
@@ -1265,34 +1266,19 @@ def stored(out, name, rng, side):
     for path, cells in zip(paths, side.media):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(rng, cells)).save(out / path, quality=92, subsampling=0)
-    if len(paths) == 2:
-        return {"text": side.text, "video": [p for p in paths for _ in range(2)]}
-    return {"text": side.text, "images": paths} if paths else {"text": side.text}
-
-
-def toy_side(side, files):
-    """One side of an SFT row; without reasoning it is a plain question and answer (the base model's training)."""
-    kind = "video" if "video" in files else "image"
-    human, answer = f"<{kind}>{side.text}", side.answer
-    if side.think:
-        human, answer = f"{human}\n{DISC}\n{INSTRUCTION}", f"<think>{side.think}</think><answer>{answer}{GEN}"
-    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
-    return {kind: files.get("video") or files.get("images", ["images/blank.jpg"])[0], "conversations": turns}
+    video = [path for path in paths for _ in range(2)] if len(paths) == 2 else []
+    return {"text": side.text, "images": [] if video else paths, "video": video}
 
 
 def pair_rows(out, seed, task, name, split, count):
     """Rows of sft.json or of an RL file."""
     rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
     for i in range(count):
-        row = {"dataset": "toy", "dataset_name": task, "solution": "<embedding>"}
-        for key, side in zip(("qry", "pos"), example(task, rng, split)):
-            has = stored(out, f"{name}/{task}/{i}{key}", rng, side)
-            if name == "sft":
-                row[key] = toy_side(side, has)
-            else:
-                media = {"image": has.get("images", [""])[0], "video": has.get("video", [""])}
-                row |= {f"{key}_text": side.text} | {f"{key}_{kind}": value for kind, value in media.items()}
-        rows.append(row)
+        sides = dict(zip(("qry", "pos"), example(task, rng, split)))
+        pair = {key: stored(out, f"{name}/{task}/{i}{key}", rng, side) for key, side in sides.items()}
+        pair["dataset_name"] = task
+        answers = {key: (side.think, side.answer) for key, side in sides.items()}
+        rows.append(sft_row(pair, answers) if name == "sft" else rl_row(pair))
     return rows
 
 
@@ -1340,7 +1326,7 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=700, dev=60, test=120, candidate
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(task))
     for name in reversed(rows):  # sft.json last: where it is, the world is complete
-        (out / f"{name}.json").write_text(json.dumps(rows[name]))
+        write_rows(out / f"{name}.json", rows[name])
 
 
 def main():

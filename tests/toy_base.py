@@ -37,7 +37,6 @@ from data import (  # noqa: E402
     named,
     row,
     stored,
-    toy_side,
 )  # fmt: skip
 
 BASE = {"list": (0.55, 0.45, 0.22), "copy": (0.25, 0.25, 0.25), "page": (0.2, 0.05, 0.08),
@@ -134,11 +133,13 @@ def base_rows(out, seed, level, part, count):
         row = {"dataset_name": "base"}
         for key in ("qry", "pos"):
             side = base_example(rng, min(level, 2))
-            row[key] = toy_side(side, stored(out, f"base{level}/{part}/{i}{key}", rng, side))
-            human, answer = row[key]["conversations"]
+            files = stored(out, f"base{level}/{part}/{i}{key}", rng, side)
+            kind = "video" if files["video"] else "image"
+            human, answer = f"<{kind}>{side.text}", side.answer
             if level == 3:
-                human["value"] += f"\n{INSTRUCTION}"
-                answer["value"] = f"<think>{side.answer}</think><answer>{side.answer}"
+                human, answer = f"{human}\n{INSTRUCTION}", f"<think>{answer}</think><answer>{answer}"
+            turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+            row[key] = {kind: files["video"] or files["images"] or "images/blank.jpg", "conversations": turns}
         rows.append(row)
     return rows
 
