@@ -144,6 +144,11 @@ def open_picture(source, root=None):
         raise Skip(f"{path}: cannot be read as a picture ({error})") from error
 
 
+def thinned(frames, n=NUM_FRAMES):
+    """At most n of the frames, evenly spread, first and last included."""
+    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(len(frames), n)).astype(int)]
+
+
 def blank_picture():
     """The white 28 x 28 picture (one token) that stands on sides without media."""
     return Image.new("RGB", (28, 28), "white")
@@ -229,8 +234,7 @@ def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
         if mark == IMAGE_MARK:
             frames, (low, high) = [open_picture(next(images), root)], PIXELS["image"]
         else:
-            keep = np.linspace(0, len(video) - 1, min(len(video), NUM_FRAMES)).astype(int)
-            frames, (low, high) = [open_picture(video[i], root) for i in keep], PIXELS["video"]
+            frames, (low, high) = [open_picture(frame, root) for frame in thinned(video)], PIXELS["video"]
         x, grid = patch_bytes(frames, low, high)
         pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
         n_tokens = int(grid.prod()) // 4
@@ -795,9 +799,8 @@ def question(item, key):
 
 def opened(item, root):
     """The input with its pictures opened, a video thinned out. Raises Skip where one cannot be used."""
-    keep = np.linspace(0, len(item["video"]) - 1, min(len(item["video"]), NUM_FRAMES)).astype(int)
-    images = [on_white(open_picture(path, root)) for path in item["images"]]
-    video = [on_white(open_picture(item["video"][i], root)) for i in keep]
+    images, video = ([on_white(open_picture(path, root)) for path in paths]
+                     for paths in (item["images"], thinned(item["video"])))  # fmt: skip
     for picture in images + video:
         if max(picture.size) > 200 * min(picture.size):  # patchify's bound
             raise Skip(f"picture of {picture.width} x {picture.height} pixels: one side is more than 200 x the other")

@@ -70,7 +70,7 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows, tie_to_parent
+from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows, thinned, tie_to_parent
 from model import (
     Embedder,
     barrier,
@@ -268,9 +268,7 @@ def sample_frames(folder, n=NUM_FRAMES):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png"))]
     names.sort(key=lambda name: [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)])
-    if n and len(names) >= n:
-        names = [names[i] for i in np.linspace(0, len(names) - 1, n).astype(int)]
-    return [os.path.join(folder, name) for name in names] or [str(folder)]
+    return [os.path.join(folder, name) for name in (thinned(names, n) if n else names)] or [str(folder)]
 
 
 def parse_row(about, row, media, root, name):
