@@ -650,16 +650,15 @@ def read_pairs(files):
     """
     pairs = []
     for file in files:
+        name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: an SFT file's reasoning has gigabytes
         if Path(file).suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-            rows = [{"dataset_name": Path(file).resolve().parent.name, **row} for row in rows]
-        else:
-            rows = read_rows(file)
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            name, rows = Path(file).resolve().parent.name, (row for batch in batches for row in batch.to_pylist())
         for i, row in enumerate(rows):
             sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
-            pairs.append({"dataset_name": row.get("dataset_name") or "", **sides})
+            pairs.append({"dataset_name": row.get("dataset_name") or name, **sides})
     return pairs
 
 
