@@ -1312,7 +1312,7 @@ def in_parallel(out, jobs):
         return [job.result() for job in [pool.submit(function, out, *rest) for function, *rest in jobs]]
 
 
-def write_toy(out, seed=0, pairs=2000, rl_pairs=700, dev=60, test=120, candidates=200):
+def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidates=200):
     """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
     tasks/dev/*.json and tasks/test/*.json are held-out ones."""
     out = Path(out)

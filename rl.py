@@ -121,7 +121,7 @@ PRESETS = {
     "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
-        "steps": 120, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
+        "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
         "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "checkpointing": False,
     },
 }  # fmt: skip
