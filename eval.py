@@ -427,7 +427,7 @@ def inputs_of(task):
 
 def hash_media(tasks, group=None):
     """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there.
-    The processes share out the files."""
+    The processes share out the files, which all of them must see."""
 
     def digest(path):
         if not os.path.isfile(path):

@@ -598,9 +598,11 @@ def row_uniforms(seed, g, n):
 # Running: processes, checkpoints, logs (shared by the stages)
 
 
-def start_processes():
+def start_processes(fsdp=False):
     """-> (rank, world, device). The same script runs alone and under torchrun, on CPU (gloo) and GPU (nccl)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if fsdp and world == 1:
+        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -635,12 +637,9 @@ def end_processes():
 
 def parallel(embedder, args, device):
     """What the training loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards."""
-    world = processes()[1]
-    if args.fsdp and world == 1:
-        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
     if args.fsdp:
         shard(embedder, args.bf16)
-    if args.fsdp or world == 1:
+    if args.fsdp or processes()[1] == 1:
         return embedder
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
@@ -648,7 +647,8 @@ def parallel(embedder, args, device):
 
 def shard(embedder, bf16, mesh=None):
     """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
-    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass."""
+    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass. A model that is
+    still in the CPU's memory goes to the GPU group by group: no GPU ever holds all of it in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for layer in embedder.backbone.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -659,17 +659,21 @@ def shard(embedder, bf16, mesh=None):
 @contextlib.contextmanager
 def whole(embedder):
     """A sharded model is put together for as long as it decodes (in bf16 the 7B takes 15 GB): every layer of every
-    token would else be a collective, and the processes do not decode equally many tokens."""
+    token would else be a collective, and the processes do not decode equally many tokens. FSDP's hooks are off
+    meanwhile: they took a quarter of a decode step's time."""
     parts = [module for module in embedder.modules() if isinstance(module, FSDPModule)]
     if parts:
         embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(True, recurse=False)
-        part.reshard()
+        part._forward_pre_hooks, part._forward_hooks = {}, {}
+    try:
+        yield
+    finally:
+        for part, before, behind in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, behind
+            part.reshard()
 
 
 def first_on_node(make):

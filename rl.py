@@ -318,7 +318,7 @@ def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the RL file or files")
-    rank, world, device = start_processes()
+    rank, world, device = start_processes(args.fsdp)
     digests = first_on_node(lambda: [str(index_rows(file, "rl", (), args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
@@ -326,16 +326,16 @@ def main():
     torch.manual_seed(args.seed)
 
     # policy and frozen reference
-    embedder = Embedder.from_pretrained(args.model, device=device)
-    reference = Embedder.from_pretrained(args.model, device=device).requires_grad_(False).eval()
-    embedder.bf16 = reference.bf16 = args.bf16
+    embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
     model = parallel(embedder, args, device)
+    reference = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device).requires_grad_(False).eval()
     if args.fsdp:
         shard(reference, args.bf16)
+    embedder.bf16 = reference.bf16 = args.bf16
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)

@@ -254,7 +254,7 @@ def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
-    rank, world, device = start_processes()
+    rank, world, device = start_processes(args.fsdp)
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
     needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
@@ -265,7 +265,7 @@ def main():
     torch.manual_seed(args.seed)
 
     # model: ViT blocks frozen, merger and language model trained
-    embedder = Embedder.from_pretrained(args.model, device=device)
+    embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
     embedder.bf16 = args.bf16
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     embedder.backbone.model.visual.merger.requires_grad_(True)

@@ -1,6 +1,5 @@
 """`bench.py memory` and `bench.py sft`: memory plan of the real sizes, and our SFT step against the official recipe."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
-TOKENS = 4096  # of a forward pass: both sides of --micro_batch pairs
+# of a forward pass and, of these, the prompt: both sides of --micro_batch pairs; a prompt and its G = 8 completions
+TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
 # Qwen/Qwen2-VL-2B-Instruct and 7B, config.json on the hub (public values, written down: there is no hub here)
 SIZES = {
     "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
@@ -51,17 +51,19 @@ def toy_tokenizer():
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def one_pass(embedder):
-    """Forward and backward of sft.py's third pass on one row of TOKENS tokens, a third of them labelled."""
-    read, predict = torch.tensor([TOKENS // 2, TOKENS - 2]), torch.arange(TOKENS * 2 // 3, TOKENS - 1)
-    batch = {"ids": torch.zeros(1, TOKENS, dtype=torch.long), "positions": torch.zeros(3, 1, TOKENS, dtype=torch.long),
-             "mask": None, "vit": torch.zeros(TOKENS * 2, 1280, dtype=torch.bfloat16)}  # fmt: skip
+def one_pass(embedder, stage):
+    """Forward and backward of one row: sft.py's third pass, or a prompt and its G completions under the tree mask."""
+    L, prompt = TOKENS[stage]
+    read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
+    vit = (2 * L, 1280) if stage == "sft" else (prompt, embedder.backbone.config.text_config.hidden_size)  # merged
+    batch = {"ids": torch.zeros(1, L, dtype=torch.long), "positions": torch.zeros(3, 1, L, dtype=torch.long),
+             "mask": torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
+             "vit": torch.zeros(vit, dtype=torch.bfloat16)}  # fmt: skip
     embeddings, logp, _ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
     (embeddings.sum() - logp.mean()).backward()
 
 
-@functools.cache  # RL is as SFT: its vision tower is frozen, too
-def measured(size, fsdp):
+def measured(size, stage, fsdp):
     """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
 
     fsdp: sharded by model.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
@@ -81,6 +83,8 @@ def measured(size, fsdp):
         embedder.bf16 = True
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
+        embedder.backbone.model.visual.requires_grad_(False)
+        embedder.backbone.model.visual.merger.requires_grad_(stage == "sft")
         if fsdp:
             shard(embedder, True, mesh)
         tracker = FSDPMemTracker(embedder) if fsdp else MemTracker()
@@ -88,7 +92,7 @@ def measured(size, fsdp):
         with tracker:
             for _ in range(2):  # in the second one the gradients are there from the start, as between micro-batches
                 tracker.reset_mod_stats()
-                one_pass(embedder)
+                one_pass(embedder, stage)
     dist.destroy_process_group()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     peak = {str(getattr(key, "value", key)): value / GIB for key, value in peak.items()}
@@ -115,9 +119,11 @@ def memory():
             column = {"parameters (fp32)": 4 * whole / n, "gradients (fp32)": 4 * trained / n,
                       "AdamW's moments": 8 * trained / n, "reference (fp32)": 4 * whole * rl / n}  # fmt: skip
             column = {key: value / GIB for key, value in column.items()}
-            working, kv = measured(size, fsdp), rl * 64 * (1500 + 2048) * kv_token / GIB
-            copy = rl * 2 * whole / GIB  # in bf16: FSDP's whole parameters while it decodes, else autocast's copies
-            column |= {f"a pass of {TOKENS:,} tokens": working, "rollouts: 64 x 3,548 keys and values": kv,
+            working, kv = measured(size, stage, fsdp), rl * 64 * (1500 + 2048) * kv_token / GIB
+            # in bf16: FSDP puts all parameters together to decode; autocast copies what is trained and multiplied
+            untied = 0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size
+            copy = rl * 2 * (whole if fsdp else whole - visual - untied) / GIB
+            column |= {"a pass (sft 4,096 tokens, rl 17,884)": working, "rollouts: 64 x 3,548 keys and values": kv,
                        "rollouts: the policy in bf16": copy}  # fmt: skip
             # a pass and the rollouts are not at one time, and while these are made there are no gradients
             least = min(working + column["gradients (fp32)"], kv + copy)

@@ -92,6 +92,16 @@ def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
     assert float((away > 1e-5).float().mean()) < 0.01 and float(away.max()) < 7e-4
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_shards_need_several_processes(stage, tiny_dir, world, tmp_path, monkeypatch):
+    """Refused at once: when the model was looked at first, --resume none had already deleted the checkpoints."""
+    (tmp_path / "checkpoints").mkdir()
+    module, given = (sft, flags) if stage == "sft" else (rl, rl_flags)
+    with pytest.raises(SystemExit, match="--fsdp spreads .* torchrun"):
+        run_here(module, given(tiny_dir, world, tmp_path, fsdp=True, resume="none"), monkeypatch)
+    assert (tmp_path / "checkpoints").exists()
+
+
 def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
     """FSDP's bf16 parameters and DDP's autocast round differently: sft's first losses agree to 1e-3, and what rl.py
     decodes with the whole bf16 copy has the log-probabilities of the sharded update pass."""
@@ -168,10 +178,11 @@ def test_six_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage,
     assert read_log(tmp_path / "whole") == read_log(cut) and len(read_log(cut)) == 6
 
 
-def test_signal_while_decoding(writer_dir, world, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_signal_while_decoding(writer_dir, world, tmp_path, fsdp):
     """A signal in the rollouts ends the decoding at once, in both processes, and the next start ends as if nothing had
     been."""
-    argv = [rl_flags(writer_dir, world, tmp_path / name, steps=2) for name in ("whole", "cut")]
+    argv = [rl_flags(writer_dir, world, tmp_path / name, steps=2, fsdp=fsdp) for name in ("whole", "cut")]
     run_processes(rl, argv[0])
     tokens = tmp_path / "tokens"
 
