@@ -891,7 +891,7 @@ def filter_answers(pairs, folder, args):
             return json.loads(file.readline())
 
     def kept(rejected):
-        for i, pair in enumerate(pairs):
+        for i, pair in enumerate(tqdm(pairs, desc="filter", unit="pair")):
             answers = {side: answer(side_key(side, pair[side])) for side in ("qry", "pos")}
             judged = {side: judge(a, args.max_tokens, args.max_repeat) for side, a in answers.items()}
             bad = {side: reason for side, (reason, _) in judged.items() if reason}

@@ -55,10 +55,9 @@ def one_pass(embedder, stage):
     """Forward and backward of one row: sft.py's third pass, or a prompt and its G completions under the tree mask."""
     L, prompt = TOKENS[stage]
     read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
-    vit = (2 * L, 1280) if stage == "sft" else (prompt, embedder.backbone.config.text_config.hidden_size)  # merged
     batch = {"ids": torch.zeros(1, L, dtype=torch.long), "positions": torch.zeros(3, 1, L, dtype=torch.long),
              "mask": torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
-             "vit": torch.zeros(vit, dtype=torch.bfloat16)}  # fmt: skip
+             "vit": torch.zeros(2 * prompt, 1280, dtype=torch.bfloat16)}  # fmt: skip
     embeddings, logp, _ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
     (embeddings.sum() - logp.mean()).backward()
 
@@ -83,8 +82,6 @@ def measured(size, stage, fsdp):
         embedder.bf16 = True
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
-        embedder.backbone.model.visual.requires_grad_(False)
-        embedder.backbone.model.visual.merger.requires_grad_(stage == "sft")
         if fsdp:
             shard(embedder, True, mesh)
         tracker = FSDPMemTracker(embedder) if fsdp else MemTracker()
