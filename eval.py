@@ -6,7 +6,7 @@ at --temperature. Modes (a task's value is the mean over its queries):
 
     disc, gen           query and candidates both in this mode
     oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound
-    gen_disc, disc_gen  gen queries against disc candidates and the reverse: two spaces never trained together
+    gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
     mean                normalised mean of a query's k sampled gen embeddings; greedy gen candidates
     pass@j              the chance that one of j sampled queries has a right candidate first; greedy gen candidates;
                         unbiased: 1 - C(k-c, j) / C(k, j) with c hits in k samples

@@ -20,7 +20,8 @@ Where this departs from the paper or the official code
  6. Toy preset only: the temperature falls from tau_start = 0.2 to tau over tau_steps. At tau = 0.02 the noise in the
     cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
     to make all its embeddings equal (loss ln B for hundreds of steps; CLIP starts at 0.07 for the same reason).
-    Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, and AdamW's second beta is 0.98.
+    Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, AdamW's second beta is 0.98, and
+    warm-up, weight decay and the cosine's floor are those of small models (0.05, 0.01, 0.05).
  7. --cross_weight (default 0: the paper) adds InfoNCE between gen and disc, one space for both kinds of embedding.
 
 Commands
@@ -79,7 +80,7 @@ class Settings:
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/sft", "output folder")
     steps: int = setting(5000, "optimiser steps")
-    batch_size: int = setting(1024, "pairs per optimiser step over all processes; all are each other's negatives")
+    batch_size: int = setting(1024, "pairs per optimiser step over all processes, each other's negatives")
     micro_batch: int = setting(4, "pairs per forward pass; changes memory and time only")
     lr: float = setting(5e-5, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
