@@ -595,21 +595,30 @@ def step_loader(data, steps, workers):
     The rows of a step are a pure function of (seed, step); each process takes its share of them, so the global batch
     does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
     share = data.order.batch_size // data.world
-    loader = DataLoader(
+    loader = forked_loader(
         data,
+        workers,
         batch_size=None,
         sampler=(int(i) for step in steps for i in data.order[step][data.rank :: data.world]),
-        num_workers=workers,
-        generator=torch.Generator(),  # its own: the global one must not depend on the loader
         prefetch_factor=max(2, -(-share // workers)) if workers else None,  # one step ahead
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=tie_to_parent,
     )
     pairs = iter(loader)
     for _ in steps:
         yield [next(pairs) for _ in range(share)]
+
+
+def forked_loader(dataset, workers, **settings):
+    """A DataLoader whose workers are forks of this process and end with it; 0 workers: everything in here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        generator=torch.Generator(),  # its own: the global one must not depend on the loader
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=tie_to_parent,
+        **settings,
+    )
 
 
 def tie_to_parent(_worker):
@@ -650,12 +659,13 @@ def read_pairs(files):
     """
     pairs = []
     for file in files:
-        name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: an SFT file's reasoning has gigabytes
         if Path(file).suffix == ".parquet":
             import pyarrow.parquet
 
             batches = pyarrow.parquet.ParquetFile(file).iter_batches()
             name, rows = Path(file).resolve().parent.name, (row for batch in batches for row in batch.to_pylist())
+        else:
+            name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: the reasoning left out has gigabytes
         for i, row in enumerate(rows):
             sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
             pairs.append({"dataset_name": row.get("dataset_name") or name, **sides})
@@ -1076,13 +1086,10 @@ def check(args):
 
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks
     rows = Rows([args.file], kind=None)
     kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
     data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
-    loader = DataLoader(Checked(data), sampler=range(len(rows)), batch_size=64, collate_fn=list,
-                        num_workers=args.workers, worker_init_fn=tie_to_parent,
-                        multiprocessing_context="fork" if args.workers else None)  # fmt: skip
+    loader = forked_loader(Checked(data), args.workers, sampler=range(len(rows)), batch_size=64, collate_fn=list)
     found = []
     with tqdm(total=len(rows), desc="check", unit="row") as bar:
         for part in loader:

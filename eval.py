@@ -67,10 +67,9 @@ import transformers
 from huggingface_hub import metadata_load
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import NUM_FRAMES, PIXELS, Skip, encode_input, open_picture, read_rows, thinned, tie_to_parent
+from data import NUM_FRAMES, PIXELS, Skip, encode_input, forked_loader, open_picture, read_rows, thinned
 from model import (
     Embedder,
     barrier,
@@ -437,14 +436,13 @@ def hash_media(tasks, group=None):
 
     paths = {task.name: {path for item in inputs_of(task) for path in media_of(item)} for task in tasks}
     every = sorted(set().union(*paths.values()))
-    (rank, world), found = processes(), {}
+    rank, world = processes()
     with ThreadPoolExecutor(16) as pool:
-        parts = [None] * world
-        parts[rank] = dict(zip(every[rank::world], pool.map(digest, every[rank::world])))
+        found = dict(zip(every[rank::world], pool.map(digest, every[rank::world])))
     if world > 1:
-        dist.all_gather_object(parts, parts[rank], group)
-    for part in parts:
-        found |= part
+        parts = [None] * world
+        dist.all_gather_object(parts, found, group)
+        found = {path: known for part in parts for path, known in part.items()}
     for name, mine in paths.items():  # before hours of work; single files that are missing count as misses
         absent = sorted(path for path in mine if not found[path])
         if len(absent) > len(mine) / 2:
@@ -485,10 +483,7 @@ def generated(embedder, inputs, keys, settings, samples):
         except Skip as error:
             return str(error)
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forks
-    workers = min(settings.workers, len(inputs))
-    loader = DataLoader(inputs, batch_size=1, collate_fn=read, num_workers=workers, generator=torch.Generator(),
-                        worker_init_fn=tie_to_parent, multiprocessing_context="fork" if workers else None)  # fmt: skip
+    loader = forked_loader(inputs, min(settings.workers, len(inputs)), batch_size=1, collate_fn=read)
     at, seeds, failed = [], [], []
 
     def rows():

@@ -654,6 +654,7 @@ def shard(embedder, bf16, mesh=None):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
     fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
 
 
 @contextlib.contextmanager
@@ -662,8 +663,6 @@ def whole(embedder):
     token would else be a collective, and the processes do not decode equally many tokens. FSDP's hooks are off
     meanwhile: of a decode step of small layers on a CPU they took a fifth."""
     parts = [module for module in embedder.modules() if isinstance(module, FSDPModule)]
-    if parts:
-        embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
     hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()

@@ -326,13 +326,14 @@ def main():
     torch.manual_seed(args.seed)
 
     # policy and frozen reference
-    embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
+    load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
+    embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.train()
     model = parallel(embedder, args, device)
-    reference = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device).requires_grad_(False).eval()
+    reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     if args.fsdp:
         shard(reference, args.bf16)
     embedder.bf16 = reference.bf16 = args.bf16

@@ -192,10 +192,10 @@ def toy(seeds, out, split, jobs, data, recipes):
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
 
-    from bench_data import reasoner_lines
+    import bench_data
 
     mixed = {f"sft, seed {s}": place(s, "sft") for s in range(min(2, seeds))} | {f"{rl}, seed 0": place(0, rl)}
-    lines += ["", *reasoner_lines(mixed, tasks, data)]
+    lines += ["", *bench_data.reasoner_lines(mixed, tasks, data)]
     text = "\n".join(lines)
     print(text)
     (out / "table.md").write_text(text + "\n")
@@ -233,14 +233,13 @@ def main():
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
     if args.command == "toy":
         toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
-    elif args.command == "data":
-        from bench_data import data
-
-        data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
-    elif args.command == "check":
+    elif args.command in ("data", "check"):
         import bench_data
 
-        bench_data.check(args.rows, args.out)
+        if args.command == "check":
+            bench_data.check(args.rows, args.out)
+        else:
+            bench_data.data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
     elif args.command == "eval":
         from bench_eval import bench_eval
 

@@ -120,7 +120,8 @@ def memory():
             # in bf16: FSDP puts all parameters together to decode; autocast copies what is trained and multiplied
             untied = 0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size
             copy = rl * 2 * (whole if fsdp else whole - visual - untied) / GIB
-            column |= {"a pass (sft 4,096 tokens, rl 17,884)": working, "rollouts: 64 x 3,548 keys and values": kv,
+            tokens = ", ".join(f"{name} {n:,}" for name, (n, _) in TOKENS.items())
+            column |= {f"a pass (tokens: {tokens})": working, "rollouts: 64 x 3,548 keys and values": kv,
                        "rollouts: the policy in bf16": copy}  # fmt: skip
             # a pass and the rollouts are not at one time, and while these are made there are no gradients
             least = min(working + column["gradients (fp32)"], kv + copy)
