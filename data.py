@@ -21,17 +21,16 @@ Commands
     python data.py rl-subset --pairs PAIRS --sft sft.json --out rl.json      # a balanced draw of what SFT leaves over
     python data.py check sft.json --media_root DIR --model MODEL             # before a run
     python data.py toy [--out runs/toy/data] [--seed 0]     # writes the toy world, in the published formats
+    python data.py export runs/2b/sft/checkpoints/step-1000 --out runs/2b/sft-1000     # a model folder for eval.py
 """
 
 import argparse
 import codecs
-import ctypes
 import hashlib
 import itertools
 import json
 import os
 import re
-import signal
 import sys
 import time
 import zlib
@@ -40,7 +39,7 @@ from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -49,8 +48,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from support.run import BadInput, MissingFile, Progress, check_bounds, cure_of_bytes, hold, run_script, tie_to_parent
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)
@@ -89,7 +89,8 @@ def patchify(frames, *, min_pixels, max_pixels):
     CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in patches, n = t*h*w).
     min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of all; an odd number of
     frames repeats the last one, which also makes a picture the two equal frames that the model expects.
-    Raises Skip when one side is more than 200 times the other. Same numbers as transformers' Qwen2VLImageProcessorPil.
+    Raises Skip as open_picture does. Same numbers as transformers' Qwen2VLImageProcessorPil, but for 16-bit pictures,
+    which become black or white there.
     """
     patches, grid = patch_bytes(frames, min_pixels, max_pixels)
     return normalise(torch.from_numpy(patches)), torch.from_numpy(grid)
@@ -103,45 +104,68 @@ def normalise(patches):
 
 def patch_bytes(frames, min_pixels, max_pixels):
     """The patches before they are normalised: numpy uint8 [n, 1176], grid [3]."""
+    frames = [open_picture(frame) for frame in frames]
     width, height = frames[0].size
-    try:
-        H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
-    except ValueError as error:
-        raise Skip(f"picture of {width} x {height} pixels: {error}") from error
-    pixels = [np.asarray(on_white(f).resize((W, H), Image.Resampling.BICUBIC)) for f in frames]
+    H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
+    pixels = [np.asarray(frame.resize((W, H), Image.Resampling.BICUBIC)) for frame in frames]
     pixels = np.stack(pixels + pixels[-1:] * (len(pixels) % 2))  # [F, H, W, 3], F even
     t, h, w = len(pixels) // 2, H // 14, W // 14
     x = pixels.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     return np.ascontiguousarray(x).reshape(t * h * w, 1176), np.array([t, h, w])
 
 
-def on_white(picture):
-    """RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath."""
+def to_rgb(picture):
+    """8-bit RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath.
+
+    Grey of 16 bits is scaled by its range; convert() cuts it off at 255, so that nearly all of it is white.
+    """
+    mode = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode)  # premultiplied: convert() knows this one way only
+    if mode:
+        picture = picture.convert(mode)
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow's PPM: 0..65535
+        grey = (np.asarray(picture).astype(np.int64) + 128) // 257
+        picture = Image.fromarray(grey.astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its 32-bit pixels (mode {picture.mode}) have no known range; save it with 8 or 16 bits")
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def open_picture(source, root=None):
-    """A path (relative to root) or a PIL picture -> PIL picture. Raises Skip with the path and the reason."""
-    if isinstance(source, Image.Image):
-        return source
-    path = Path(root, source) if root else Path(source)
-    if root and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):  # links below root are fine
-        raise Skip(f"{source}: the path leaves --media_root {root}")
-    if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture"
-        return blank_picture()
+    """A path (relative to root) or a PIL picture -> PIL picture, decoded, in RGB. Raises Skip with file and reason.
+
+    The border for media: whatever a decoder raises on a broken file, and decoders raise anything, is a Skip. Memory
+    errors and interrupts pass. The EXIF orientation is ignored, as in the official loader.
+    """
+    path = getattr(source, "filename", "") or "a picture given as an object"
     try:
-        picture = Image.open(path)
-        if picture.width * picture.height > MAX_DECODED:
-            raise Skip(f"{path}: {picture.width} x {picture.height} pixels is above the bound of {MAX_DECODED:,}")
+        if isinstance(source, Image.Image):
+            picture = source
+        else:
+            path = Path(root, source) if root else Path(source)
+            below = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path))  # links there are fine
+            if not below:
+                raise Skip(f"{source}: the path leaves --media_root {root}")
+            if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture"
+                return blank_picture()
+            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+                raise Skip(f"{path}: cannot be read as a picture (it is no file)")
+            picture = Image.open(path)
+        (width, height), size = picture.size, "{} x {} pixels".format(*picture.size)
+        if width * height > MAX_DECODED:
+            raise Skip(f"{path}: {size} is above the bound of {MAX_DECODED:,}")
+        if min(width, height) == 0 or max(width, height) > 200 * min(width, height):
+            raise Skip(f"{path}: {size}: empty, or one side is more than 200 times the other")
         picture.load()  # Image.open reads the header only: a truncated file shows here
-        return picture
+        return to_rgb(picture)
+    except (Skip, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
     except FileNotFoundError as error:
         raise Skip(f"{path}: no such file (is --media_root right?)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for bad files
-        raise Skip(f"{path}: cannot be read as a picture ({error})") from error
+    except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
+        raise Skip(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
 
 
 def thinned(frames, n=NUM_FRAMES):
@@ -171,6 +195,12 @@ class Row:
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
     vit: torch.Tensor | None = None  # what the frozen vision tower made of the patches (Embedder.see), once it has
+
+    @property
+    def content(self):
+        """Identity of what the model reads, whatever its name or place in a list."""
+        arrays = (self.ids, self.grids, self.patches)
+        return hashlib.blake2b(b"".join(x.tobytes() for x in arrays), digest_size=16).hexdigest()
 
     @property
     def next_position(self):
@@ -206,29 +236,60 @@ def chat_prompt(user):
     return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def check_text(human, images, video, answer, name):
-    """The media marks of a text, in its order. Raises ValueError where they do not fit the media or the text has
-    control tokens."""
-    marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", human) if images or video else []
+def check_text(text, name):
+    """Raises BadInput where a text cannot be tokenised as it is meant."""
+    if not isinstance(text, str):
+        raise BadInput(f"{name}: the text is no string but {type(text).__name__}")
+    for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
+        if token in text:
+            raise BadInput(f"{name}: the text contains the control token {token}; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name}: character {error.start} of the text is half a surrogate pair, which is no character; "
+                       "remove it") from error  # fmt: skip
+
+
+def media_marks(human, images, video, name):
+    """The media marks of a text, in its order. Raises BadInput where they do not fit the media."""
+    marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", human)
     if marks.count(IMAGE_MARK) != len(images) or marks.count(VIDEO_MARK) != bool(video):
-        raise ValueError(
+        raise BadInput(
             f"{name}: the text has {marks.count(IMAGE_MARK)} {IMAGE_MARK} and {marks.count(VIDEO_MARK)} {VIDEO_MARK} "
             f"marks for {len(images)} pictures and {int(bool(video))} videos; make them equal"
         )
-    for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
-        if token in human + (answer or ""):
-            raise ValueError(f"{name}: the text contains the control token {token}; remove it from the row")
     return marks
 
 
-def encode(tokenizer, human, images, video, answer=None, *, root=None, name=""):
+def without_marks(text, images, video):
+    """A text without the marks of its media, which RL rows may carry; the media come first in any case.
+
+    A mark stands at the start of the text or alone on a line, and there are no more of them than media. Anything else
+    is the user's text: the <video> of a question about HTML stays.
+    """
+    left = {IMAGE_MARK: len(images), VIDEO_MARK: int(bool(video))}
+
+    def drop(mark):
+        left[mark[0]] -= 1
+        return "" if left[mark[0]] >= 0 else mark[0]
+
+    any_mark = f"(?:{IMAGE_MARK}|{VIDEO_MARK})"
+    runs = rf"\A\s*(?:{any_mark}\s*)+|^[ \t]*(?:{any_mark}[ \t]*)+$"
+    return re.sub(runs, lambda run: re.sub(any_mark, drop, run[0]), text, flags=re.MULTILINE)
+
+
+def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=None, name=""):
     """One side of a pair -> Row.
 
     human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
     video: list of frames (more than NUM_FRAMES are thinned out evenly); answer: the assistant's text or None.
-    Raises Skip for media that cannot be used, ValueError for text and media that do not fit together.
+    marks: those that the text begins with, where later ones are literal text; None: all, or none where no media are.
+    Raises Skip for media that cannot be used, BadInput for text and media that do not fit together.
     """
-    marks = check_text(human, images, video, answer, name)
+    for text in (human, answer or ""):
+        check_text(text, name)
+    if marks is None:
+        marks = media_marks(human, images, video, name) if images or video else []
     patches, grids, images = [], [], iter(images)
     for mark in marks:
         if mark == IMAGE_MARK:
@@ -268,14 +329,78 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
     item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
     """
-    images, video = list(item.get("images") or []), list(item.get("video") or [])
+    text, images, video = check_input(item, name).values()
+    text = without_marks(text, images, video).strip()
     if blank_image and not images and not video:
         images = [blank_picture()]
-    text = item.get("text") or ""
-    for mark in (IMAGE_MARK, VIDEO_MARK):
-        text = text.replace(mark, "")  # RL files may still carry the mark; the media come first in any case
-    human = IMAGE_MARK * len(images) + VIDEO_MARK * bool(video) + f"{text.strip()}\n{DISC}\n{INSTRUCTION}"
-    return encode(tokenizer, human, images, video, answer, root=root, name=name)
+    marks = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * bool(video)
+    human = f"{''.join(marks)}{text}\n{DISC}\n{INSTRUCTION}"
+    return encode(tokenizer, human, images, video, answer, marks=marks, root=root, name=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What rows and inputs may hold. A key that is not listed is refused: a misspelt one would be dropped without a word.
+
+KEYS = {
+    "an SFT row": ("dataset_name", "dataset", "id", "num_tokens", "qry", "pos"),
+    "a side of an SFT row": ("image", "video", "conversations", "num_tokens"),
+    "a turn": ("from", "value", "role", "content"),
+    "an RL row": ("dataset_name", "dataset", "id", "num_tokens", "solution", "qry_text", "qry_image", "qry_video",
+                  "pos_text", "pos_image", "pos_video"),
+    "a pair": ("dataset_name", "dataset", "id", "num_tokens", "qry", "pos"),
+    "a row of MMEB-train": ("dataset_name", "dataset", "id", "qry", "qry_image_path", "pos_text", "pos_image_path",
+                            "neg_text", "neg_image_path"),
+    "an input": ("text", "images", "video"),
+}  # fmt: skip
+VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
+FORMS = (
+    '{"text": str, "images": [path or PIL picture], "video": [path or PIL picture of each frame]}, any of these keys, '
+    "or a str (a text), or a Path or PIL picture (a picture)"
+)
+
+
+def check_keys(given, kind, name, keys=None):
+    keys = keys or KEYS[kind]
+    if not isinstance(given, dict):
+        raise BadInput(f"{name}: expected {kind} with {', '.join(keys)}, found {type(given).__name__}")
+    if unknown := [key for key in given if key not in keys]:
+        raise BadInput(f"{name}: unknown key {', '.join(map(repr, unknown))}; {kind} may have {', '.join(keys)}")
+
+
+def as_list(media, name="", kind="image"):
+    """The published files write "no media" as absent, "", [""] or []; one picture as a string. -> list of paths or
+    pictures. Raises BadInput for anything else."""
+    if media is None or isinstance(media, (str, Path, Image.Image)):
+        media = [media] if media else []
+    if not isinstance(media, (list, tuple)):
+        raise BadInput(f"{name}: {kind} must be a path or a list of paths, not {type(media).__name__}")
+    for m in media:
+        if not isinstance(m, (str, Path, Image.Image)):
+            raise BadInput(f"{name}: {kind} must be a flat list of paths, it holds {type(m).__name__}")
+        if str(m).startswith(("http://", "https://")):
+            raise BadInput(f"{name}: {m} is a web address; download it and give the file's path")
+        if kind == "video" and str(m).lower().endswith(VIDEO_FILES):
+            raise BadInput(f"{name}: {m} is a video file; a video is the list of its frames, which this makes: "
+                           f"ffmpeg -i {m} -vf fps=2 FOLDER/%04d.jpg")  # fmt: skip
+    return [m for m in media if m]
+
+
+def check_input(item, name):
+    """An input of RL, evaluation or embed -> {"text", "images", "video"}, all there. Raises BadInput."""
+    if isinstance(item, str):
+        if re.fullmatch(r"https?://\S+", item) or (len(item) < 256 and os.path.isfile(item)):
+            raise BadInput(f'{name}: {item!r} could be a text or a file: {{"text": ...}} says text, Path(...) a '
+                           "picture (one on the web has to be downloaded)")  # fmt: skip
+        item = {"text": item}
+    elif isinstance(item, (Path, Image.Image)):
+        item = {"images": [item]}
+    elif not isinstance(item, dict):
+        raise BadInput(f"{name}: an input is {FORMS}; not {type(item).__name__}")
+    check_keys(item, "an input", name)
+    text = item.get("text") if item.get("text") is not None else ""
+    check_text(text, name)
+    return {"text": text, "images": as_list(item.get("images"), name, "images"),
+            "video": as_list(item.get("video"), name, "video")}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -294,17 +419,23 @@ def scan_rows(path, block=1 << 24):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give --data the SFT or RL file")
+        raise MissingFile(f"{path}: no such file; give --data the SFT or RL file")
     with open(path, "rb") as file:
-        one_list = file.read(1024).lstrip()[:1] == b"["
+        head = file.read(1024)
+        if head[:3] == codecs.BOM_UTF8 or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
+            raise BadInput(f"{path}: {cure_of_bytes(path)}")
+        one_list = head.lstrip()[:1] == b"["
         file.seek(0)
         try:
             for i, (start, end, row) in enumerate(scan_list(file, path, block) if one_list else scan_lines(file, path)):
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path}, row {i}: expected an object, found {type(row).__name__}")
+                    raise BadInput(f"{path}, row {i}: expected an object, found {type(row).__name__}")
+                if len(row) == 1 and isinstance(next(iter(row.values())), list):
+                    raise BadInput(f"{path}, row {i}: the rows lie under {next(iter(row))!r}; save that list as a file "
+                                   "of its own")  # fmt: skip
                 yield start, end, row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not valid UTF-8 text ({error})") from error
+            raise BadInput(f"{path}: not valid UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def scan_lines(file, path):
@@ -314,7 +445,8 @@ def scan_lines(file, path):
             try:
                 yield at, at + len(line), json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+                raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg}); a file is one list of rows, or "
+                               "lines of one whole row each") from error  # fmt: skip
         at += len(line)
 
 
@@ -330,7 +462,7 @@ def scan_list(file, path, block):
         text, place = text[place:] + utf8.decode(new, not new), 0
 
     def broken(what, at):
-        return ValueError(f"{path}, line {line + text.count(chr(10), 0, at)}: not valid JSON ({what})")
+        return BadInput(f"{path}, line {line + text.count(chr(10), 0, at)}: not valid JSON ({what})")
 
     for gap in itertools.chain([r"\s*(\[)\s*(\]?)"], itertools.repeat(r"\s*(?:(,)\s*|(\]))")):
         while not last and len(text) - place < 4096:  # a comma and its white space are never cut in two
@@ -373,7 +505,7 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
             return dict(np.load(kept))
     spans, dataset, names = array("q"), array("i"), {}
     size = path.stat().st_size if path.is_file() else 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
+    with Progress(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
         for i, (start, end, row) in enumerate(scan_rows(path)):
             if kind:
                 check_row(row, kind, needs, f"{path}, row {i}")
@@ -416,23 +548,28 @@ class Rows:
         return f"{self.files[f]}, row {j}", json.loads(os.pread(self.open[f].fileno(), end - start, start))
 
 
-def as_list(media):
-    """The published files write "no media" as absent, "", [""] or []; one picture as a string."""
-    return [m for m in ([media] if isinstance(media, str) else media or []) if m]
-
-
 def sft_side(side, name):
     """One side of an SFT row -> (human text, images, video, answer); both key styles."""
-    try:
-        turns = side["conversations"]
-        human, answer = (turn["value"] if "value" in turn else turn["content"] for turn in turns[:2])
-        if not isinstance(human, str) or not isinstance(answer, str | None):
-            raise TypeError("a text is no string")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{name}: needs "conversations" with a human and an assistant turn ({error!r})') from error
-    images, video = as_list(side.get("image")), as_list(side.get("video"))
+    check_keys(side, "a side of an SFT row", name)
+    turns = side.get("conversations")
+    if not isinstance(turns, list) or len(turns) != 2:
+        found = f"{len(turns)} turns" if isinstance(turns, list) else type(turns).__name__
+        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, found {found}')
+    texts = []
+    for turn, roles in zip(turns, (("human", "user"), ("gpt", "assistant"))):
+        check_keys(turn, "a turn", name)
+        who = turn.get("from", turn.get("role", roles[0]))
+        if who not in roles:
+            raise BadInput(f'{name}: "conversations" has a turn of {who!r} where {" or ".join(roles)} must be')
+        if "value" not in turn and "content" not in turn:
+            raise BadInput(f'{name}: a turn of "conversations" has neither "value" nor "content"')
+        texts.append(turn["value"] if "value" in turn else turn["content"])
+    human, answer = texts
+    if not isinstance(human, str) or not isinstance(answer, str | None):
+        raise BadInput(f'{name}: needs "conversations" whose texts are strings')
+    images, video = as_list(side.get("image"), name), as_list(side.get("video"), name, "video")
     if images and video:
-        raise ValueError(f"{name}: has both an image and a video; the format allows one of them")
+        raise BadInput(f"{name}: has both an image and a video; the format allows one of them")
     return human, images, video, answer
 
 
@@ -440,36 +577,35 @@ def rl_side(row, side, name):
     """One side ("qry" or "pos") of an RL row -> input dict."""
     missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
-        raise ValueError(f"{name}: the row lacks {', '.join(missing)}")
-    if not isinstance(row[f"{side}_text"], str | None):
-        raise ValueError(f"{name}: {side}_text is no string")
-    return {
-        "text": row[f"{side}_text"],
-        "images": as_list(row[f"{side}_image"]),
-        "video": as_list(row[f"{side}_video"]),
-    }
+        raise BadInput(f"{name}: the row lacks {', '.join(missing)}")
+    check_keys(row, "an RL row", name)
+    item = {"text": row[f"{side}_text"], "images": row[f"{side}_image"], "video": row[f"{side}_video"]}
+    return check_input(item, name)
 
 
 def side_of(row, kind, side, name):
     """One side of a row -> (name, human text, images, video, answer) of either kind of file."""
-    if kind == "sft":
-        if side not in row:
-            raise ValueError(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
-        return f"{name}, {side}", *sft_side(row[side], f"{name}, {side}")
-    item = rl_side(row, side, f"{name}, {side}")
-    return f"{name}, {side}", item["text"], item["images"], item["video"], None
+    where = f"{name}, {side}"
+    if kind == "rl":
+        return where, *rl_side(row, side, where).values(), None
+    check_keys(row, "an SFT row", name)
+    if side not in row:
+        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+    return where, *sft_side(row[side], where)
 
 
 def check_row(row, kind, needs, name):
     """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have."""
     for side in ("qry", "pos"):
         where, human, images, video, answer = side_of(row, kind, side, name)
-        if kind == "rl":  # its marks do not count, the media come first in any case
-            human, images, video, needs = human or "", [], [], ()
-        check_text(human, images, video, answer, where)
+        if kind == "rl":  # its texts have been checked, its marks do not count
+            continue
+        for text in (human, answer or ""):
+            check_text(text, where)
+        media_marks(human, images, video, where)  # also without media: they may have been lost
         for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
             if token in needs and token not in text:
-                raise ValueError(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
+                raise BadInput(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
 
 
 def content_key(text, images, video):
@@ -501,11 +637,11 @@ class PairData(Dataset):
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
         self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs, cache)
         if not len(self.rows):
-            raise ValueError(f"{', '.join(map(str, self.rows.files))}: no rows")
+            raise BadInput(f"{', '.join(map(str, self.rows.files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
         self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
         if batch_size % world:
-            raise ValueError(f"--batch_size {batch_size} must be a multiple of the {world} processes")
+            raise BadInput(f"--batch_size {batch_size} must be a multiple of the {world} processes")
         self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
         if rank == 0 and self.order.left_out:
             print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")
@@ -557,7 +693,7 @@ class BatchOrder:
         self.left_out = ", ".join(size for size, m in zip(sizes, members) if len(m) < batch_size)  # names and sizes
         self.members = [m for m in members if len(m) >= batch_size]
         if not self.members:
-            raise ValueError(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
+            raise BadInput(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
         self.permutation = cache(self.permutation)
         self.starts, self.epochs = [0], []  # first step of every epoch; its batches, built when first asked for
 
@@ -616,23 +752,9 @@ def forked_loader(dataset, workers, **settings):
         num_workers=workers,
         generator=torch.Generator(),  # its own: the global one must not depend on the loader
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=tie_to_parent,
+        worker_init_fn=partial(tie_to_parent, os.getpid()),
         **settings,
     )
-
-
-def tie_to_parent(_worker):
-    """A scheduler signals the whole process group: the workers must live until the training loop has saved, and not a
-    moment longer than it (those of a killed one would wait for ever, each for the other, with full pipes)."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal_with_parent(signal.SIGKILL)
-
-
-def signal_with_parent(number):
-    """Linux sends this process the signal when the one that started it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -667,6 +789,10 @@ def read_pairs(files):
         else:
             name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: the reasoning left out has gigabytes
         for i, row in enumerate(rows):
+            if isinstance(row.get("qry"), dict):
+                check_keys(row, "a pair", f"{file}, row {i}")
+            elif "qry_image_path" in row:
+                check_keys(row, "a row of MMEB-train", f"{file}, row {i}")
             sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
             pairs.append({"dataset_name": row.get("dataset_name") or name, **sides})
     return pairs
@@ -677,20 +803,22 @@ def bare_side(row, side, name):
     given, video = row.get(side), []
     if isinstance(given, dict) and "conversations" in given:
         text, images, video, _ = sft_side(given, name)
-        text = text.split(f"\n{DISC}")[0]
+        media_marks(text, images, video, name)
+        text = re.sub(f"{IMAGE_MARK}|{VIDEO_MARK}", "", text.split(f"\n{DISC}")[0])
     elif isinstance(given, dict):
-        text, images, video = given.get("text"), as_list(given.get("images")), as_list(given.get("video"))
+        text, images, video = check_input(given, name).values()
     elif f"{side}_image_path" in row:  # MMEB-train calls the query's text "qry", the target's "pos_text"
-        text, images = given if side == "qry" else row.get("pos_text"), as_list(row[f"{side}_image_path"])
+        text = given if side == "qry" else row.get("pos_text")
+        text, images, video = check_input({"text": text, "images": row[f"{side}_image_path"]}, name).values()
     else:
         text, images, video = rl_side(row, side, name).values()
-    text = re.sub(rf"{IMAGE_MARK}|{VIDEO_MARK}|<\|image_\d+\|>", "", text or "").strip()
+    text = re.sub(r"<\|image_\d+\|>", "", without_marks(text, images, video)).strip()
     images = [path for path in images if Path(path).name != "blank.jpg"]  # it says "no picture"
     if not (text or images or video):
-        raise ValueError(f"{name}: neither text nor media; fill the side or take the row out")
+        raise BadInput(f"{name}: neither text nor media; fill the side or take the row out")
     if images and video:
-        raise ValueError(f"{name}: has both an image and a video; SFT files allow one of them")
-    check_text(text, [], [], None, name)
+        raise BadInput(f"{name}: has both an image and a video; SFT files allow one of them")
+    check_text(text, name)
     return {"text": text, "images": images, "video": video}
 
 
@@ -730,7 +858,8 @@ def own_teacher(args, device):
     """A Qwen2-VL, read by our decode loop: one with the embedding tokens speaks our format, others are asked for it."""
     from transformers import AutoTokenizer
 
-    from model import Embedder, stable_hash
+    from model import Embedder
+    from support.run import stable_hash
 
     ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # Embedder would add it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -759,7 +888,7 @@ def foreign_teacher(args, device):
     """Any other image-text-to-text model of transformers, by its own processor and generate(); videos as pictures."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from model import stable_hash
+    from support.run import stable_hash
 
     try:
         processor = AutoProcessor.from_pretrained(args.teacher)
@@ -808,11 +937,10 @@ def question(item, key):
 
 def opened(item, root):
     """The input with its pictures opened, a video thinned out. Raises Skip where one cannot be used."""
-    images, video = ([on_white(open_picture(path, root)) for path in paths]
-                     for paths in (item["images"], thinned(item["video"])))  # fmt: skip
-    for picture in images + video:
-        if max(picture.size) > 200 * min(picture.size):  # patchify's bound
-            raise Skip(f"picture of {picture.width} x {picture.height} pixels: one side is more than 200 x the other")
+    if mark := re.search(f"{IMAGE_MARK}|{VIDEO_MARK}", item["text"]):
+        raise Skip(f"the text holds a literal {mark[0]}, which an SFT row would take for the mark of a picture")
+    images = [open_picture(path, root) for path in item["images"]]
+    video = [open_picture(path, root) for path in thinned(item["video"])]
     return item | {"images": images, "video": video}
 
 
@@ -901,7 +1029,7 @@ def filter_answers(pairs, folder, args):
             return json.loads(file.readline())
 
     def kept(rejected):
-        for i, pair in enumerate(tqdm(pairs, desc="filter", unit="pair")):
+        for i, pair in enumerate(Progress(pairs, desc="filter", unit="pair")):
             answers = {side: answer(side_key(side, pair[side])) for side in ("qry", "pos")}
             judged = {side: judge(a, args.max_tokens, args.max_repeat) for side, a in answers.items()}
             bad = {side: reason for side, (reason, _) in judged.items() if reason}
@@ -943,20 +1071,22 @@ def annotate(args):
     where it was; with all answers there, only the filters run (again)."""
     from transformers import AutoConfig
 
-    from model import barrier, check_model, end_processes, stable_hash, start_processes, write_json
+    from model import check_model
+    from support.run import barrier, end_processes, read_json, stable_hash, start_processes, write_json
 
     pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
     if not pairs:
         raise SystemExit(f"{', '.join(args.pairs)}: no rows")
     check_model(args.teacher)
     rank, world, device = start_processes()
+    hold(folder)
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest
 
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(args.teacher).glob("*.safe*")]
     asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
     asked |= {"weights": stable_hash(*sorted(weights)), "ask": ASK}  # another model may come under the same name
     known = folder / "settings.json"
-    before = json.loads(known.read_text()) if known.exists() else asked
+    before = read_json(known) if known.exists() else asked
     if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:
         raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
     barrier(group)  # all have read it
@@ -973,7 +1103,7 @@ def annotate(args):
 
     if mine := todo[rank::world]:
         ask = (own_teacher if own else foreign_teacher)(args, device)
-        bar = tqdm(total=len(sides), initial=len(sides) - sum(map(len, todo)), desc="annotate", unit="side",
+        bar = Progress(total=len(sides), initial=len(sides) - sum(map(len, todo)), desc="annotate", unit="side",
                    disable=rank > 0, smoothing=0.1)  # fmt: skip
         with open(folder / f"answers-{time.time_ns()}-{rank}.jsonl", "x", encoding="utf-8") as file:
             for c, call in enumerate(mine):
@@ -1091,7 +1221,7 @@ def check(args):
     data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
     loader = forked_loader(Checked(data), args.workers, sampler=range(len(rows)), batch_size=64, collate_fn=list)
     found = []
-    with tqdm(total=len(rows), desc="check", unit="row") as bar:
+    with Progress(total=len(rows), desc="check", unit="row") as bar:
         for part in loader:
             found += part
             bar.update(len(part))
@@ -1374,7 +1504,11 @@ def main():
     p = command("toy", "write the toy world")
     p.add_argument("--out", default="runs/toy/data", help="folder")
     p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
+    p = command("export", "a checkpoint of sft.py or rl.py -> a model folder, for eval.py and others")
+    p.add_argument("checkpoint", help="OUT/checkpoints/step-N")
+    p.add_argument("--out", required=True, help="model folder")
     args = parser.parse_args()
+    check_bounds(args, temperature=(0, True, float("inf")))
     if any(Path(file).resolve() == Path(args.out).resolve() for file in getattr(args, "pairs", [])):
         raise SystemExit(f"--out {args.out} is one of the files of --pairs; give another name")
     if args.command == "annotate":
@@ -1383,9 +1517,13 @@ def main():
         rl_subset(args)
     elif args.command == "check":
         sys.exit(0 if check(args) else 1)
+    elif args.command == "export":
+        from model import export_checkpoint
+
+        export_checkpoint(args.checkpoint, args.out)
     else:
         write_toy(args.out, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -67,16 +67,32 @@ import transformers
 from huggingface_hub import metadata_load
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
-from data import NUM_FRAMES, PIXELS, Skip, encode_input, forked_loader, open_picture, read_rows, thinned
-from model import (
-    Embedder,
+from data import (
+    NUM_FRAMES,
+    PIXELS,
+    Skip,
+    check_input,
+    check_keys,
+    check_text,
+    encode_input,
+    forked_loader,
+    open_picture,
+    read_rows,
+    thinned,
+)
+from model import Embedder, check_model
+from support.run import (
+    BadInput,
+    MissingFile,
+    Progress,
     barrier,
-    check_model,
     end_processes,
+    hold,
     parse_args,
     processes,
+    read_json,
+    run_script,
     setting,
     stable_hash,
     start_processes,
@@ -158,37 +174,69 @@ def load_task(name, root, vidore_instruction=True) -> Task:
         return load_mmeb(MMEB[name], Path(root), vidore_instruction)
     if not path.is_file():
         known = ", ".join(known_tasks(root)) or "none (is --root right?)"
-        raise FileNotFoundError(f"no task {name!r}, {path} does not exist; known tasks: {known}")
-    raw = json.loads(path.read_text(encoding="utf-8"))
-
-    def located(item):
-        media = {kind: [str(Path(root) / p) for p in item.get(kind) or []] for kind in ("images", "video")}
-        return {"text": item.get("text") or "", **media}
+        raise MissingFile(f"no task {name!r}, {path} does not exist; known tasks: {known}")
+    raw = read_json(path)
 
     def check(right, message):
         if not right:
-            raise ValueError(f"{path}: {message}")
+            raise BadInput(f"{path}: {message}")
 
-    fields = ("modality", "group", "eval_type", "main_metric", "queries", "candidates")
-    check(all(key in raw for key in fields), f"lacks {[key for key in fields if key not in raw]}")
+    def located(item, what):
+        item = check_input(item, f"{path}, {what}")
+        return item | {kind: [str(Path(root) / p) for p in item[kind]] for kind in ("images", "video")}
+
+    fields = ("name", "modality", "group", "eval_type", "main_metric", "queries", "candidates")
+    check_keys(raw, "a task", path, fields)
+    check(all(key in raw for key in fields[1:]), f"lacks {[key for key in fields[1:] if key not in raw]}")
+    check(all(isinstance(raw[key], str) for key in fields[1:3]), "modality and group must be strings")
     check(raw["eval_type"] in ("global", "local"), f"eval_type is {raw['eval_type']!r}, not global or local")
     check(raw["main_metric"] in METRICS, f"main_metric {raw['main_metric']!r} is none of {', '.join(METRICS)}")
+    check(isinstance(raw["queries"], list) and isinstance(raw["candidates"], dict),
+          "queries must be a list, candidates an object of key: input")  # fmt: skip
     check(raw["queries"] and raw["candidates"], "has no queries or no candidates")
-    queries = []
+    queries, pool, outside = [], raw["candidates"], []
     for i, query in enumerate(raw["queries"]):
-        labels, grades, own = as_labels(query["labels"]), query.get("grades"), query.get("candidates")
-        check(grades is None or len(grades) == len(labels), f"query {i} has not one grade per label")
+        check_keys(query, "a query", f"{path}, query {i}", ("input", "labels", "grades", "candidates"))
+        check("input" in query and "labels" in query, f"query {i} needs input and labels")
+        labels, grades = keys_of(query["labels"]), query.get("grades")
+        check(labels, f"query {i}: labels must be a key or a list of keys, not {query['labels']!r}")
+        right = isinstance(grades, list) and len(grades) == len(labels) and all(map(is_grade, grades))
+        check(grades is None or right, f"query {i} has not one grade, a number of at least 0, per label: {grades!r}")
+        own = query.get("candidates")
         if raw["eval_type"] == "local":
-            check(own, f"query {i} of a local task has no candidates")
-            unknown = [key for key in own if key not in raw["candidates"]]
+            own = keys_of(own)
+            check(own, f"query {i} of a local task has no candidates (a list of keys)")
+            unknown = [key for key in own if key not in pool]
             check(not unknown, f"query {i} ranks keys that are no candidates of the task: {unknown[:3]}")
-        queries.append({"input": located(query["input"]), "labels": labels, "grades": grades, "candidates": own})
-    candidates = {key: located(item) for key, item in raw["candidates"].items()}
-    return Task(name, raw["modality"], raw["group"], raw["eval_type"], raw["main_metric"], queries, candidates)
+        else:
+            check(own is None, f"query {i} has candidates, but a global task ranks all; make it local or take them out")
+        outside += [(i, label) for label in labels if label not in (own or pool)]
+        item = located(query["input"], f"query {i}")
+        queries.append({"input": item, "labels": labels, "grades": grades, "candidates": own})
+    if outside:
+        n, all_labels = len(outside), sum(len(query["labels"]) for query in queries)
+        where, label = outside[0]
+        told = f"{n} of {all_labels} labels are no candidates and cannot be hit, e.g. {label!r} of query {where}"
+        check(n < all_labels, f"{told}; labels are keys of candidates")
+        print(f"warning: {path}: {told}", file=sys.stderr)
+    candidates = {key: located(item, f"candidate {key!r}") for key, item in pool.items()}
+    return Task(name, *(raw[key] for key in fields[1:5]), queries, candidates)
 
 
 def as_labels(labels):
     return [labels] if isinstance(labels, (str, int)) else list(labels)
+
+
+def keys_of(given):
+    """A key or a list of keys, numbers written as strings, as JSON has them -> list; None where it is neither."""
+    given = [given] if isinstance(given, (str, int)) else given
+    if not isinstance(given, list) or not all(isinstance(key, (str, int)) and key is not True for key in given):
+        return None
+    return [str(key) for key in given]
+
+
+def is_grade(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -218,8 +266,11 @@ def load_mmeb(about, root, vidore_instruction):
         own = [sys.intern(key) for key, _ in candidates] if about["eval_type"] == "local" else None
         queries.append({"input": item, "labels": as_labels(labels), "grades": grades, "candidates": own})
     pool |= {key: build() for key, build in corpus if key not in pool}
+    texts = [(f"query {i}", query["input"]["text"]) for i, query in enumerate(queries)]
+    for what, text in [*texts, *((f"candidate {key!r}", item["text"]) for key, item in pool.items())]:
+        check_text(text, f"{folder}, {what} of {about['name']}")  # now, not after hours
     if not queries:
-        raise ValueError(f"{folder}: no rows for {about['name']}")
+        raise BadInput(f"{folder}: no rows for {about['name']}")
     fields = [about[key] for key in ("name", "modality", "group", "eval_type", "main_metric")]
     return Task(*fields, queries, pool)
 
@@ -238,18 +289,21 @@ def annotation_files(folder, config, split):
         if mine and (split in stem or stem.endswith(str(config))) and path.suffix in (".parquet", ".json", ".jsonl"):
             files.append(path)
     if not files:
-        raise FileNotFoundError(f"{folder} has no files of config {config or 'default'}, split {split}; "
+        raise MissingFile(f"{folder} has no files of config {config or 'default'}, split {split}; "
                                 "how to get them: python eval.py --check --root ROOT")  # fmt: skip
     return files
 
 
 def read_table(path, columns):
     """Rows of a parquet, json or jsonl file as dicts."""
-    file = pq.ParquetFile(path) if path.suffix == ".parquet" else None
+    try:
+        file = pq.ParquetFile(path) if path.suffix == ".parquet" else None
+    except (OSError, ValueError) as error:  # what pyarrow raises of a torn file
+        raise BadInput(f"{path}: cannot be read as parquet ({error}); copy it again") from error
     rows = [] if file else read_rows(path)
     there = set(file.schema_arrow.names) if file else set.intersection(*map(set, rows)) if rows else set(columns)
     if lacking := set(columns) - there:
-        raise ValueError(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
+        raise BadInput(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
     return file.read(columns).to_pylist() if file else rows
 
 
@@ -275,8 +329,10 @@ def parse_row(about, row, media, root, name):
     lists of a thousand repeat from row to row."""
     try:
         return image_row(about, row, media) if about["modality"] == "image" else video_row(about, row, media, root)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: not in the published form ({error!r})") from error
+    except BadInput:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{name}: not in the published form ({error!r})") from error
 
 
 def image_row(about, row, media):
@@ -325,11 +381,11 @@ def video_row(about, row, media, root):
     if kind == "moment_retrieval":  # the folders beside "query" are the candidates
         folder = media / Path(row["video_path"]).stem
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; its sub-folders are the query and the candidates")
+            raise MissingFile(f"{folder} does not exist; its sub-folders are the query and the candidates")
         others = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "query")
         right = [clip(path)[0] for path in others if path.name.startswith("positive")]
         if not right:
-            raise FileNotFoundError(f"{folder} has no sub-folder positive*")
+            raise MissingFile(f"{folder} has no sub-folder positive*")
         query = mmeb_input(f"{ask} {row['query']}", video=sample_frames(folder / "query"))
         return query, [clip(path) for path in others], right[-1:], None
     # MomentSeeker: the query has a video, a picture or only text; all saved frames are used
@@ -406,7 +462,7 @@ def visdoc_rows(about, folder, media, with_instruction):
     for row in table("queries", "query-id", "query"):
         grades = relevant.get(row["query-id"])
         if not grades:
-            raise ValueError(f"{about['repo']}: query {row['query-id']} has no relevant page in the qrels")
+            raise BadInput(f"{about['repo']}: query {row['query-id']} has no relevant page in the qrels")
         query = mmeb_input(f"{ask} {row['query']}")
         rows.append((query, [candidate(key) for key in grades], list(grades), list(grades.values())))
     return rows, [candidate(key) for key in corpus]
@@ -431,8 +487,11 @@ def hash_media(tasks, group=None):
     def digest(path):
         if not os.path.isfile(path):
             return ""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        except OSError:  # open_picture will say why
+            return ""
 
     paths = {task.name: {path for item in inputs_of(task) for path in media_of(item)} for task in tasks}
     every = sorted(set().union(*paths.values()))
@@ -557,7 +616,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
         write_file(folder / f"{time.time_ns()}-{rank}.safetensors", lambda t: save_file(arrays, t, {"rows": rows}))
         waiting, last = [], time.time()
 
-    for result in tqdm(results, total=len(mine), desc=title, unit="input", disable=rank > 0 or not mine):
+    for result in Progress(results, total=len(mine), desc=title, unit="input", disable=rank > 0 or not mine):
         waiting.append(result)
         if len(waiting) >= max(1, settings.save_every - settings.batch_size):
             save()
@@ -569,7 +628,7 @@ def encode_missing(embedder, inputs, keys, folder, settings, *, samples=0, trace
 
 def collect(folder, keys):
     """The cached results in the order of keys: disc [N, D], gen [N, S, D], valid [N, S], tokens [N, S], seconds [N],
-    texts [N] lists, problem [N] ("": the input could be read)."""
+    texts [N] lists, problem [N] ("": the input could be read), not_finite [N] (such a gen is not valid)."""
     at, out = {key: n for n, key in enumerate(keys)}, {}
     texts, problem, found = [None] * len(keys), [""] * len(keys), set()
     for rows, file in shards(folder):
@@ -584,7 +643,17 @@ def collect(folder, keys):
         for i, n in wanted:
             _, problem[n], texts[n] = rows[i]
     assert len(found) == len(keys), f"{folder} lacks {len(keys) - len(found)} inputs: was it changed during the run?"
-    return out | {"texts": texts, "problem": np.array(problem)}
+    out |= {"texts": texts, "problem": np.array(problem)}
+    disc_ok, valid = usable(out)
+    not_finite = ((out["problem"] == "") & ~disc_ok) | (out["valid"] & ~valid).any(1)
+    return out | {"valid": valid, "not_finite": not_finite}
+
+
+def usable(arrays):
+    """Which embeddings count, disc bool [N], gen bool [N, S]. NaN compares as neither better nor worse and would keep
+    the list's order, which in published local tasks is the right one: what is not finite is a miss."""
+    disc = (arrays["problem"] == "") & np.isfinite(arrays["disc"]).all(-1)
+    return disc, arrays["valid"] & np.isfinite(arrays["gen"]).all(-1)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -592,24 +661,32 @@ def collect(folder, keys):
 
 
 def rank_candidates(queries, candidates, query_ok, candidate_ok, lists=None, depth=KS[-1]):
-    """The best `depth` candidates of each query, as indices; none for a query that is not ok.
+    """The best `depth` candidates of each query, as indices; none for a query that is not ok. Equal scores keep the
+    order of the list. Arguments: see score_candidates."""
+    scored = score_candidates(queries, candidates, query_ok, candidate_ok, lists)
+    return [own[np.argsort(-scores, kind="stable")[:depth]].tolist() for own, scores in scored]
+
+
+def score_candidates(queries, candidates, query_ok, candidate_ok, lists=None):
+    """Yields per query (indices of the candidates it ranks, their scores in float64); none for a query that is not ok.
 
     queries [Q, D], candidates [C, D], bool [Q] and [C]; lists: the indices each query ranks (repeats stay), None:
-    all. A candidate that is not ok is never listed. Equal scores keep the order of the list. Candidates with
+    all. A candidate that is not ok is never listed, nor is one with a number that is not finite. Candidates with
     bit-equal embeddings are multiplied once, because a matrix product may round two equal columns differently.
     """
+    query_ok, candidate_ok = query_ok & np.isfinite(queries).all(1), candidate_ok & np.isfinite(candidates).all(1)
+    queries, candidates = (np.where(ok[:, None], x, 0) for ok, x in ((query_ok, queries), (candidate_ok, candidates)))
     seen = {}
     column = np.array([seen.setdefault(c.tobytes(), len(seen)) for c in candidates])  # [C]
     distinct = np.stack([np.frombuffer(c, candidates.dtype) for c in seen]).astype(np.float64)  # [U, D]
-    everything, ranked = np.flatnonzero(candidate_ok), []
+    everything = np.flatnonzero(candidate_ok)
     block = max(1, 20_000_000 // len(distinct))  # queries at once: 160 MB of scores
     for start in range(0, len(queries), block):
         scores = queries[start : start + block].astype(np.float64) @ distinct.T  # [block, U]
         for q, row in enumerate(scores, start):
             own = everything if lists is None else lists[q][candidate_ok[lists[q]]]
-            best = np.argsort(-row[column[own]], kind="stable")[:depth]
-            ranked.append(own[best].tolist() if query_ok[q] else [])
-    return ranked
+            own = own if query_ok[q] else own[:0]
+            yield own, row[column[own]]
 
 
 def ranking_metrics(ranked, labels, grades=None, ks=KS):
@@ -662,28 +739,33 @@ def pass_at_k(n, c, k):
 
 def mean_embedding(gen, valid):
     """[Q, S, D], bool [Q, S] -> [Q, D]: normalised mean of the valid samples, zeros where there are none."""
-    total = (gen.astype(np.float64) * valid[:, :, None]).sum(1)
+    total = np.where(valid[:, :, None], gen.astype(np.float64), 0).sum(1)
     return total / np.linalg.norm(total, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def score_task(task, queries, candidates, sampled=None):
     """Scores of all modes from the arrays of collect(), their rows in the order of the task.
 
-    Returns ({mode: {metric: mean}}, "pass@k" among the modes, and {column: main metric or pass@k of each query}).
+    Returns ({mode: {metric: mean}}, "pass@k" among the modes and "tied": {mode: queries for which all candidates have
+    the same score, so that the list's order decides}; and {column: main metric or pass@k of each query}).
     """
     keys, lists = list(task.candidates), None
     if task.eval_type == "local":
         index = {key: c for c, key in enumerate(keys)}
         lists = [np.array([index[key] for key in query["candidates"]]) for query in task.queries]
-    q_disc, q_gen, q_ok = queries["disc"], queries["gen"][:, 0], queries["valid"][:, 0]
-    c_disc, c_gen, c_ok = candidates["disc"], candidates["gen"][:, 0], candidates["valid"][:, 0]
-    every_q, every_c = queries["problem"] == "", candidates["problem"] == ""  # disc: all that could be read
+    q_disc, q_gen, c_disc, c_gen = queries["disc"], queries["gen"][:, 0], candidates["disc"], candidates["gen"][:, 0]
+    (every_q, q_ok), (every_c, c_ok) = usable(queries), usable(candidates)
+    q_ok, c_ok = q_ok[:, 0], c_ok[:, 0]
     graded = task.name in MMEB and any(len(set(query["grades"] or [])) > 1 for query in task.queries)
-    quirk = {}  # what the published tables have, per mode
+    quirk, tied = {}, {}  # per mode: what the published tables have; queries whose candidates are all equal
 
     def measure(q, c, q_ok, c_ok, mode):
         """Per query {metric: x}; all zero, recall of no labels too, where the query has no embedding."""
-        ranked = [[keys[i] for i in best] for best in rank_candidates(q, c, q_ok, c_ok, lists)]
+        ranked, tied[mode] = [], 0
+        for own, scores in score_candidates(q, c, q_ok, c_ok, lists):
+            best = np.argsort(-scores, kind="stable")[: KS[-1]]
+            ranked.append([keys[i] for i in own[best]])
+            tied[mode] += len(own) > 1 and bool((scores == scores[0]).all())
         if graded:
             x = [published_ndcg(best, q["labels"], q["grades"]) for best, q in zip(ranked, task.queries)]
             quirk[mode] = {m: fmean(row[m] for row in x) for m in x[0]}
@@ -699,10 +781,11 @@ def score_task(task, queries, candidates, sampled=None):
         "disc_gen": measure(q_disc, c_gen, every_q, c_ok, "disc_gen"),
     }
     if sampled:
-        valid = sampled["valid"]
+        valid = sampled["valid"] & np.isfinite(sampled["gen"]).all(-1)
         modes["mean"] = measure(mean_embedding(sampled["gen"], valid), c_gen, valid.any(1), c_ok, "mean")
     entry = {mode: {m: fmean(x[m] for x in per_query) for m in METRICS} for mode, per_query in modes.items()}
     columns = {mode: [x[task.main_metric] for x in per_query] for mode, per_query in modes.items()}
+    entry["tied"] = tied
     if graded:
         entry["published_ndcg"] = quirk
     if sampled:
@@ -785,6 +868,10 @@ def score_table(scores):
     text = (f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, "
             f"seconds of one process\n{text_table([['task', *mean], *cells])}")  # fmt: skip
     for name, entry in tasks.items():
+        if found := {mode: n for mode, n in entry["tied"].items() if n}:
+            counts = ", ".join(f"{n} in {mode}" for mode, n in found.items())
+            text += f"\n{name}: all candidates tie, so that the order of the list decides, for "
+            text += f"{counts} of {entry['num_queries']} queries"
         if "published_ndcg" in entry:
             x, y = (part["gen"][entry["main_metric"]] for part in (entry, entry["published_ndcg"]))
             text += f"\n{name}, {entry['main_metric']} of gen: {100 * x:.1f}, as in published tables {100 * y:.1f}"
@@ -889,7 +976,7 @@ def check_files(names, settings):
             return str(error)
         return ""
 
-    for name in tqdm(names, desc="check", unit="task"):
+    for name in Progress(names, desc="check", unit="task"):
         about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
         try:
             task = load_task(name, settings.root, settings.vidore_instruction)
@@ -897,7 +984,7 @@ def check_files(names, settings):
             with ThreadPoolExecutor(16) as pool:
                 wrong = [text for text in pool.map(problem, paths) if text]
             counts = [len(task.queries), about["num_queries"], len(task.candidates), len(paths), len(wrong)]
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             wrong, need, counts = [str(error)], about["repo"], ["", about["num_queries"], "", "", ""]
         if wrong:
             lacking.setdefault(need, []).append(name)
@@ -957,7 +1044,9 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
                         samples=settings.samples)  # fmt: skip
     if settings.ablate == "trace":
         some = np.flatnonzero(greedy["valid"][:, 0])
-        for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items():
+        if not len(some) and rank == 0:
+            print(f"{name}: --ablate trace: no input has a valid answer, so there is no reasoning to take out")
+        for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items() if len(some) else ():
             traced = [f"{keys[n]}-{stable_hash(trace):x}" for n, trace in zip(some, traces)]
             x = embed(kind, traced, [inputs[n] for n in some], traces=traces)
             ablated[kind] = greedy | {"gen": greedy["gen"].copy(), "valid": greedy["valid"].copy()}
@@ -975,7 +1064,8 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
         scores[task.name] = {
             "modality": task.modality, "group": task.group, "main_metric": task.main_metric,
             "num_queries": len(q), "num_candidates": len(c), **entry,
-            "invalid": int((~greedy["valid"][both]).sum()),  # greedy generations without <gen_emb>
+            "invalid": int((~greedy["valid"][both]).sum()),  # greedy generations without <gen_emb>, or not finite
+            "not_finite": int(greedy["not_finite"][both].sum()),  # an embedding of NaN or infinity: a miss
             "unreadable": int((greedy["problem"][both] != "").sum()),  # pictures: misses in every mode
             "tokens_per_input": float(greedy["tokens"][both].mean()),  # generated, greedy
             "seconds": float(greedy["seconds"][np.unique(both)].sum()),  # of one process, greedy, each input once
@@ -987,6 +1077,9 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
                 "gen": score_task(task, take(other, q), take(other, c))[0]["gen"],
                 "cosine": float(cosine.mean()) if len(ok) else None}  # fmt: skip
         per_query[task.name] = columns | {"texts": [greedy["texts"][n][0] for n in q]}
+    if n := int(greedy["not_finite"].sum()):
+        print(f"{name}: {n} of {len(keys)} inputs have an embedding that is not finite (NaN or infinite) and count as "
+              "misses; are the weights broken?", flush=True)  # fmt: skip
     problems = [problem for problem in greedy["problem"] if problem]
     if problems:
         print(f"{len(problems)} inputs cannot be read and count as misses; the first: {problems[0]}", flush=True)
@@ -996,8 +1089,8 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
 
 def main(argv=None):
     settings = parse_args(Settings, PRESETS, argv)
-    if settings.samples and settings.temperature <= 0:
-        raise SystemExit("--samples needs a --temperature above 0")
+    if settings.video_max_pixels < PIXELS["video"][0]:
+        raise SystemExit(f"--video_max_pixels {settings.video_max_pixels}: must be at least {PIXELS['video'][0]}")
     names = choose_tasks(settings)
     if not names:
         raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "
@@ -1010,6 +1103,7 @@ def main(argv=None):
     PIXELS["video"] = (PIXELS["video"][0], settings.video_max_pixels)
 
     rank, world, device = start_processes()
+    hold(settings.out)
     # A process that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     for turn in range(2):  # process 0 goes first: it may have to write pages
@@ -1044,4 +1138,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,40 +16,24 @@ Where this departs from the official code
  5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
 """
 
-import argparse
 import contextlib
-import hashlib
 import itertools
-import json
 import math
-import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
 import warnings
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, GEN, PIXELS, Row, Skip, encode_input, normalise, signal_with_parent
+from data import DISC, FORMS, GEN, PIXELS, Row, Skip, check_input, encode_input, normalise
+from support.run import BadInput, MissingFile, Progress, is_sharded, open_checkpoint, processes, restore, stable_hash
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
@@ -65,7 +49,7 @@ class Embeddings:
     texts: list | None  # N lists of `samples` assistant texts
     valid: torch.Tensor | None  # bool [N, samples]: a <gen_emb> was produced
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
-    skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs that cannot be read: zeros, not valid
+    skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs without embeddings: zeros, not valid
 
 
 @dataclass
@@ -113,15 +97,9 @@ class Embedder(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
-        check_model(name_or_path)
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
-            raise FileNotFoundError(f"{name_or_path}: no config.json; is it the output folder of a finished stage?")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        backbone = Qwen2VLForConditionalGeneration.from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation="sdpa"
-        )
+        tokenizer, backbone = load_pretrained(name_or_path, dtype)
         add_embedding_tokens(backbone, tokenizer)
-        return cls(backbone, tokenizer).to(device)
+        return cls(backbone, tokenizer).to(device).eval()
 
     def save_pretrained(self, path):
         """Weights, tokenizer, chat template, preprocessor and generation config, as plain transformers reads them."""
@@ -222,8 +200,6 @@ class Embedder(nn.Module):
         The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
         of them moves into the place of one that ends; when enough places are free, waiting prompts are read in.
         """
-        was_training = self.training
-        self.eval()  # in train mode with gradient checkpointing transformers would drop the cache
         rows, slots, nothing_left = enumerate(rows), max(slots, G), False
         cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
         live, finished = [], {}
@@ -252,7 +228,7 @@ class Embedder(nn.Module):
         # One autocast around the whole loop: it keeps its bf16 copies of trained fp32 weights until it is left. For the
         # 2B on 80 GB (35 GB of training state) these 4 GB are well spent: to cast anew would make every decode step,
         # which reads them once, read 9 GB and write 4 GB more. Whoever takes a result runs outside of it.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             while (live or not nothing_left) and not poll():
                 # 1. read in waiting prompts, several at once, when enough places are free
                 A, room, batch = len(live), (slots - len(live)) // G, []
@@ -284,7 +260,6 @@ class Embedder(nn.Module):
                     if c.ids[-1] == self.gen_id:
                         c.gen, c.gen_at = F.normalize(hidden[s].float(), dim=-1), len(c.ids) - 1  # the last one wins
                 pick(hidden, live)
-        self.train(was_training)
 
     @property
     def compute_dtype(self):
@@ -334,43 +309,67 @@ class Embedder(nn.Module):
               batch_size=8, blank_image=True, progress=False):  # fmt: skip
         """Both embeddings of any texts, pictures and videos, from one pass per input.
 
-        inputs: list of N {"text": str, "images": [path | PIL.Image], "video": [frame path | PIL.Image]}, keys optional.
-        mode: "disc" reads the prompt only; "gen" and "both" generate. temperature 0 is greedy. batch_size: completions
-        decoded at once; it changes speed and memory, not the result. traces: N assistant texts to read instead of
-        generating, from any other reasoner. Returns Embeddings in the order of the inputs. An input with a picture that
-        cannot be read does not stop the others: it is named in a warning and in .skipped, has zeros for both embeddings
-        and is not valid.
+        inputs: list (or any iterable) of N inputs, each {"text": str, "images": [path | PIL.Image], "video": [path |
+        PIL.Image of each frame]}, keys optional, or a str (a text), or a Path or PIL.Image (a picture); one alone is a
+        list of one. mode: "disc" reads the prompt only; "gen" and "both" generate. temperature 0 is greedy; a sample is
+        a function of (seed, content of the input, number of the sample), so that equal inputs get equal samples.
+        batch_size: completions decoded at once: speed and memory; in fp32 the result is the same up to rounding, in
+        bf16 rounding can turn a close choice between tokens. traces: N assistant texts to read instead of generating,
+        from any other reasoner. Returns Embeddings in the order of the inputs.
+
+        An input that cannot be read (a broken picture, a wrong form, a control token) does not stop the others: it is
+        named in a warning and in .skipped, has zeros for both embeddings and is not valid. So does one whose
+        discriminative embedding is not finite; a generative one that is not finite is not valid. Raises BadInput (a
+        ValueError) where the arguments are wrong or no input has a form that can be read.
         """
         if mode not in ("disc", "gen", "both"):
-            raise ValueError(f'mode is "disc", "gen" or "both", not {mode!r}')
+            raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
+        lowest = {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "temperature": 0}
+        for name, value in zip(lowest, (samples, batch_size, max_new_tokens, temperature)):
+            if not lowest[name] <= value < math.inf:
+                raise BadInput(f"{name}={value}: must be at least {lowest[name]}")
+        inputs = list_of_inputs(inputs)
+        if traces is not None:
+            traces = [traces] if isinstance(traces, str) else list(traces)
+            if len(traces) != len(inputs):
+                raise BadInput(f"{len(traces)} traces for {len(inputs)} inputs: give one text for each")
         N, width = len(inputs), self.backbone.config.text_config.hidden_size
         disc, texts = torch.zeros(N, width), [[""] * samples for _ in range(N)]
         gen, valid = torch.zeros(N, samples, width), torch.zeros(N, samples, dtype=torch.bool)
         num_tokens = torch.zeros(N, samples, dtype=torch.long)
-        # similar lengths side by side, the longest first (it shows at once whether it fits into memory)
-        cost = [
-            len(x.get("text") or "") + 1000 * len(x.get("images") or []) + 1000 * len(x.get("video") or [])
-            for x in inputs
-        ]
-        order = sorted(range(N), key=lambda n: -cost[n])
+        bar = Progress(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
         kept, seeds, skipped = [], [], {}  # input number and seed of each row, in the order of reading; {n: reason}
+
+        def skip(n, error):
+            skipped[n] = str(error)
+            warnings.warn(f"input {n} is left out, its embeddings are zeros: {error}", stacklevel=1)
+            bar.update(1)
+
+        checked = {}
+        for n, item in enumerate(inputs):
+            try:
+                checked[n] = check_input(item, f"input {n}")
+            except BadInput as error:
+                if N == 1 or (n == N - 1 and not checked):  # no other input is to be saved: the caller must hear it
+                    raise
+                skip(n, error)
+        # similar lengths side by side, the longest first (it shows at once whether it fits into memory)
+        length = {n: len(x["text"]) + 1000 * len(x["images"] + x["video"]) for n, x in checked.items()}
+        order = sorted(checked, key=lambda n: -length[n])
 
         def encoded():
             for n in order:
                 try:
-                    trace = traces[n] if traces else None
-                    row = encode_input(self.tokenizer, inputs[n], trace, blank_image=blank_image, name=f"input {n}")
-                except Skip as error:
-                    skipped[n] = str(error)
-                    warnings.warn(f"input {n} is left out, its embeddings are zeros: {error}", stacklevel=1)
-                    bar.update(1)
+                    trace = None if traces is None else traces[n]
+                    row = encode_input(self.tokenizer, checked[n], trace, blank_image=blank_image, name=f"input {n}")
+                except (Skip, BadInput) as error:
+                    skip(n, error)
                     continue
                 kept.append(n)
-                seeds.append(stable_hash(seed, n))
+                seeds.append(stable_hash(seed, row.content))
                 yield row
 
-        bar = tqdm(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
-        if mode == "disc" or traces:
+        if mode == "disc" or traces is not None:
             waiting = encoded()
             while rows := list(itertools.islice(waiting, batch_size)):
                 where = torch.tensor(kept[-len(rows) :])
@@ -379,7 +378,7 @@ class Embedder(nn.Module):
                 read = read + torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
                 out = self(batch, read=read.flatten().to(self.device))[0].view(len(rows), 2, width).cpu()
                 disc[where] = out[:, 0]
-                if traces:
+                if traces is not None:
                     valid[where] = torch.tensor([row.gen_at >= 0 for row in rows])[:, None]
                     gen[where] = (out[:, 1] * valid[where, :1])[:, None]
                     num_tokens[where] = torch.tensor([len(row.ids) - row.n_prompt for row in rows])[:, None]
@@ -396,6 +395,14 @@ class Embedder(nn.Module):
                 texts[n] = self.tokenizer.batch_decode([ids[:-1] if end else ids for ids, end in zip(r.ids, ended)])
                 bar.update(1)
         bar.close()
+        if mode == "disc":
+            valid[:] = False
+        no_disc, no_gen = drop_not_finite(disc, gen, valid)
+        for n in no_disc:
+            skipped[n] = f"input {n}: its discriminative embedding is not finite"
+        if no_disc or no_gen:
+            warnings.warn(f"{len({*no_disc, *no_gen})} of {N} inputs have an embedding that is not finite (NaN or "
+                          "infinite): zeros, not valid; are the weights broken?", stacklevel=2)  # fmt: skip
         return Embeddings(
             disc=None if mode == "gen" else disc,
             gen=None if mode == "disc" else gen,
@@ -404,6 +411,19 @@ class Embedder(nn.Module):
             num_tokens=None if mode == "disc" else num_tokens,
             skipped=skipped,
         )
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Every module in eval mode (in train mode with gradient checkpointing transformers drops the cache), and back in
+    its own afterwards, also where the caller takes no more results."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def head(hidden, weight, banned, temperature):
@@ -450,11 +470,68 @@ class TokenLogp(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+def list_of_inputs(given):
+    """What embed() was given -> list; one input alone is a list of one."""
+    if isinstance(given, (str, Path, Image.Image, dict)):
+        return [given]
+    if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
+        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
+    return list(given)
+
+
+def drop_not_finite(disc, gen, valid):
+    """NaN compares as neither better nor worse, so that a broken model would keep the list's order, which may be the
+    right one. In place: an embedding that is not finite becomes zeros and its completion not valid.
+
+    disc [N, D], gen [N, S, D], valid bool [N, S] -> numbers of the inputs without disc (nor gen then), without a gen.
+    """
+    no_disc = ~disc.isfinite().all(1)  # [N]
+    no_gen = ~gen.isfinite().all(2)  # [N, S]
+    disc[no_disc] = 0
+    gen[no_gen | no_disc[:, None]] = 0
+    valid &= ~no_gen & ~no_disc[:, None]
+    return no_disc.nonzero()[:, 0].tolist(), no_gen.any(1).nonzero()[:, 0].tolist()
+
+
 def check_model(name_or_path):
-    """Stops with a sentence where a path is no model folder: transformers would look it up as a hub id."""
+    """Raises BadInput where a path is no model folder: transformers would look it up as a hub id."""
     path = Path(name_or_path)
     if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
-        raise SystemExit(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+        raise MissingFile(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+    if not path.is_dir():
+        return
+    if (path / "meta.json").exists():
+        raise BadInput(f"{path} is a checkpoint; to make a model folder of it: python data.py export {path} --out DIR")
+    if adapters := sorted(file.name for file in path.glob("adapter_*")):
+        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not read here; write it into the "
+                       "weights first, with peft's merge_and_unload() and save_pretrained()")  # fmt: skip
+    if not (path / "config.json").exists():
+        raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
+
+
+def load_pretrained(name_or_path, dtype):
+    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
+    another shape, with random numbers. Only a head that is tied to the token embeddings may be missing."""
+    check_model(name_or_path)
+    try:
+        family = AutoConfig.from_pretrained(name_or_path).model_type
+        if family != "qwen2_vl":
+            raise BadInput(f"{name_or_path}: a model of the family {family}; this code reads qwen2_vl")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        backbone, found = Qwen2VLForConditionalGeneration.from_pretrained(
+            name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # what transformers says of broken files
+        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
+    wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
+    if wrong:
+        raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
+                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
+    return tokenizer, backbone
 
 
 def add_embedding_tokens(backbone, tokenizer):
@@ -584,362 +661,16 @@ def sample(logits, uniforms, forced=None):
     return torch.stack([tokens.double(), logp.gather(-1, tokens[:, None])[:, 0].double()], 1).tolist()
 
 
-def stable_hash(*parts):
-    """A 63-bit seed out of integers and strings, the same in every process and Python."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
 def row_uniforms(seed, g, n):
     """The random numbers of completion g, all drawn when it starts: they depend on nothing that runs beside it."""
     return np.random.default_rng([seed, g]).random(n)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Running: processes, checkpoints, logs (shared by the stages)
-
-
-def start_processes(fsdp=False):
-    """-> (rank, world, device). The same script runs alone and under torchrun, on CPU (gloo) and GPU (nccl)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if fsdp and world == 1:
-        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
-        signal_with_parent(signal.SIGTERM)
-    if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    return rank, world, device
-
-
-def processes():
-    """-> (rank, world)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier(group=None):
-    if dist.is_initialized():
-        dist.barrier(group)
-
-
-def end_processes():
-    """The last thing of a run with several processes.
-
-    gloo's thread frees the tensors of the last collective and needs Python's lock for that; the group's destructor
-    holds the lock and waits for the thread. Without a pause a finished run now and then never ends (torch 2.13).
-    """
-    if dist.is_initialized():
-        time.sleep(1)
-        dist.destroy_process_group()
-
-
-def parallel(embedder, args, device):
-    """What the training loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards."""
-    if args.fsdp:
-        shard(embedder, args.bf16)
-    if args.fsdp or processes()[1] == 1:
-        return embedder
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def shard(embedder, bf16, mesh=None):
-    """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
-    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass. A model that is
-    still in the CPU's memory goes to the GPU group by group: no GPU ever holds all of it in fp32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for layer in embedder.backbone.model.language_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
-    fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
-
-
-@contextlib.contextmanager
-def whole(embedder):
-    """A sharded model is put together for as long as it decodes (in bf16 the 7B takes 15 GB): every layer of every
-    token would else be a collective, and the processes do not decode equally many tokens. FSDP's hooks are off
-    meanwhile: of a decode step of small layers on a CPU they took a fifth."""
-    parts = [module for module in embedder.modules() if isinstance(module, FSDPModule)]
-    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
-    for part in parts:
-        part.unshard()
-        part._forward_pre_hooks, part._forward_hooks = {}, {}
-    try:
-        yield
-    finally:
-        for part, before, behind in hooks:
-            part._forward_pre_hooks, part._forward_hooks = before, behind
-            part.reshard()
-
-
-def first_on_node(make):
-    """make() in one process of every node, then in the others, which find its work on the disk."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    made = make() if first else None
-    barrier()
-    return made if first else make()
-
-
-def gather(x):
-    """All processes' x [n, ...] in the order of a step's rows (process r holds rows r, r + world, ...). No gradient."""
-    if not dist.is_initialized():
-        return x.detach()
-    x = x.detach().contiguous()  # before empty_like: the receiving buffers must have its layout
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-def gather_list(items):
-    """The same for a list of strings or tuples, equally long in every process."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for group in zip(*parts) for item in group]
-
-
-def all_sum(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-class Stopped(RuntimeError):
-    """The run ends here; all processes raise it together, so that they can save together."""
-
-    def __init__(self, reason, code=1):
-        super().__init__(reason)
-        self.code = code
-
-
-class Guard:
-    """Ends a run in good order: on SIGTERM and SIGINT, on figures that are not finite, on too many unusable rows.
-
-    Used around the training loop. The weights change only between steps, so at any moment of a step they are the state
-    of the last complete one: a step that is broken off is simply forgotten. `completed` is the number of complete
-    steps, None where the weights are between two of them and there is nothing to save.
-    """
-
-    def __init__(self, args, out, save, num_rows):
-        self.args, self.out, self.save, self.num_rows = args, Path(out), save, num_rows
-        self.signal, self.completed, self.nonfinite, self.seen, self.unusable = 0, None, 0, 0, 0
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, number, _frame):
-        self.signal = number
-
-    def __exit__(self, _kind, why, _trace):
-        try:
-            if isinstance(why, Stopped):
-                if self.completed:
-                    self.save(self.completed)
-                if processes()[0] == 0:
-                    saved = f"saved after step {self.completed}" if self.completed else "nothing new was saved"
-                    print(f"\n{why}\n{saved}; the same command goes on from there", file=sys.stderr, flush=True)
-                end_processes()
-                raise SystemExit(why.code)
-        finally:  # only now: a second signal must not end the saving
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
-
-    def poll(self):
-        """At points that every process reaches: if any of them has been signalled, all stop."""
-        number = torch.tensor(self.signal)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number:
-            raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
-
-    def finite(self, step, figures, pairs):
-        """True where the update may be made. figures: name -> float."""
-        if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
-            return True
-        self.nonfinite += 1
-        told = ", ".join(f"{name} {x}" for name, x in figures.items())
-        rows = ", ".join(gather_list([pair.name for pair in pairs]))
-        message = f"step {step + 1}: {told}: not finite, nothing was updated; rows {rows}"
-        if self.nonfinite > self.args.skip_nonfinite:
-            raise Stopped(f"{message}\n--skip_nonfinite N leaves out N such steps instead of stopping")
-        if processes()[0] == 0:
-            print(message, file=sys.stderr)
-        return False
-
-    def skipped(self, step, pairs):
-        """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
-        ok = gather(torch.tensor([pair.ok for pair in pairs]))
-        self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
-        if ok.all():
-            return 0
-        found = gather_list([(pair.name, pair.reason) for pair in pairs])
-        self.last_reason = [reason for _, reason in found if reason][-1]
-        if processes()[0] == 0:
-            with open(self.out / "skipped.jsonl", "a") as file:
-                for (name, reason), good in zip(found, ok.tolist()):
-                    if not good:
-                        file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
-        return int((~ok).sum())
-
-    def check_share(self):
-        """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
-        stops, even where its bad rows come first."""
-        if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
-            raise Stopped(
-                f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
-                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
-            )
-
-
-def speed_figures(began, waited, done, steps, pairs, tokens, device):
-    """The wall-clock figures of a step's log line. began: when the step and the loop did; done: steps of this loop."""
-    seconds, elapsed = (time.perf_counter() - t for t in began)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited,
-            "peak_memory_gib": peak / 2**30, "eta_s": elapsed / done * (steps - done)}  # fmt: skip
-
-
-def lr_at(step, *, steps, lr, warmup, floor=0.0):
-    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
-    n = max(1, round(warmup * steps))
-    if step < n:
-        return lr * (step + 1) / n
-    x = (step - n) / max(1, steps - n)
-    return lr * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * x)))
-
-
-def local(x):
-    """What this process holds of a tensor: its rows where FSDP has sharded it, else all."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def is_complete(checkpoint):
-    return (checkpoint / "meta.json").exists() and not checkpoint.suffix
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def save_checkpoint(folder, model, optimizer, step, settings, keep=2):
-    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old ones or the new one.
-
-    All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
-    The learning rate, the batches and the rollouts are functions of (seed, step), and nothing draws from the global
-    random state; it is stored all the same.
-    """
-    rank, world = processes()
-    final = Path(folder) / "checkpoints" / f"step-{step}"
-    temporary = final.with_suffix(".tmp")
-    if is_complete(final):  # stopped right behind a regular save
-        return
-    if rank == 0:
-        for path in final.parent.glob("*"):
-            if not is_complete(path):
-                shutil.rmtree(path)  # what killed runs have left
-        temporary.mkdir(parents=True)
-    barrier()
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    if rank == 0 or sharded:
-        names = {p: n for n, p in model.named_parameters()}
-        tensors = {f"model/{n}": p for p, n in names.items()}
-        tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        part = temporary / f"part-{rank}.safetensors"
-        save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
-        sync(part)
-    barrier()
-    if rank == 0:
-        meta = {"step": step, "parts": world if sharded else 1, "settings": settings}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        sync(temporary / "meta.json")
-        sync(temporary)
-        os.replace(temporary, final)
-        sync(final.parent)
-        for _, old in list_checkpoints(folder)[:-keep]:
-            remove_checkpoint(old)
-    barrier()
-
-
-def remove_checkpoint(path):
-    (path / "meta.json").unlink()  # first: a kill in between must not leave a folder that looks complete
-    shutil.rmtree(path)
-
-
-def list_checkpoints(folder):
-    """Complete checkpoints, oldest first, as (step, path)."""
-    found = [path for path in Path(folder).glob("checkpoints/step-*") if is_complete(path)]
-    return sorted((int(path.name.split("-")[1]), path) for path in found)
-
-
-def load_checkpoint(resume, folder, model, optimizer, settings):
-    """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
-
-    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one; later
-    ones of the folder are then removed, or the next "auto" would take them. Any number of processes, sharded or not,
-    can read what any other has written.
-    """
-    rank, world = processes()
-    known = [path for _, path in list_checkpoints(folder)]
-    path = Path(resume) if resume not in ("auto", "none") else known[-1] if known and resume == "auto" else None
-    if path and not is_complete(path):
-        raise FileNotFoundError(f"--resume {path}: no complete checkpoint there (meta.json is missing)")
-    meta = json.loads((path / "meta.json").read_text()) if path else {"step": 0}
-    steps = gather(torch.tensor([meta["step"]]))
-    if (steps != meta["step"]).any():
-        raise RuntimeError(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
-    if not path:
-        return 0
-    refuse_changed(meta["settings"], settings, path)
-    parts = [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
-
-    def restore(name, x):
-        """Fills this process's rows of x; the parts hold the rows of a tensor one after the other."""
-        size = -(-len(x) // world)  # rows a process, as FSDP cuts them
-        low, high = (rank * size, rank * size + size) if isinstance(x, DTensor) else (0, len(x))
-        first, own = 0, local(x)
-        for part in parts:
-            rows = part.get_slice(name)
-            a, b = max(first, low), min(first + rows.get_shape()[0], high)
-            if a < b:
-                own[a - low : b - low] = rows[a - first : b - first].to(x.device)
-            first += rows.get_shape()[0]
-        return x
-
-    stored = set(parts[0].keys())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            restore(f"model/{name}", p)
-            if f"step/{name}" in stored:  # AdamW's step counter stays on the CPU, its moments live beside the parameter
-                moments = {key: restore(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": parts[0].get_tensor(f"step/{name}"), **moments}
-    torch.set_rng_state(parts[0].get_tensor("random/cpu"))
-    if torch.cuda.is_available() and "random/cuda" in stored:
-        torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
-    barrier()  # nobody reads any more
-    if rank == 0:
-        print(f"resuming after step {meta['step']} from {path}", flush=True)
-        for step, later in list_checkpoints(folder):
-            if step > meta["step"]:
-                remove_checkpoint(later)
-    return meta["step"]
 
 
 def save_model(embedder, base, out):
     """The final model in the Hugging Face layout. All processes call it, rank 0 writes; what FSDP has sharded is put
     together in a plain copy of the base model."""
     rank, _ = processes()
-    if any(isinstance(p, DTensor) for p in embedder.parameters()):
+    if is_sharded(embedder):
         plain = Embedder.from_pretrained(base) if rank == 0 else None
         target = dict(plain.named_parameters()) if plain else {}
         with torch.no_grad():
@@ -952,81 +683,12 @@ def save_model(embedder, base, out):
         embedder.save_pretrained(out)
 
 
-def refuse_changed(before, now, path):
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    if changed:
-        raise SystemExit(
-            f"{path} was made with other settings ({'; '.join(changed)}). "
-            "Give the same ones, or another --out, or --resume none to start anew."
-        )
-
-
-def begin_run(args, rank, digests):
-    """Writes args.json -> what a resumed run must share, or None where the run in --out is finished.
-
-    digests: of the contents of the data files; a run never goes on with other data under the same name.
-    """
-    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
-            "max_skipped", "skip_nonfinite")  # fmt: skip
-    out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
-    settings["content of --data"] = digests
-    path = out / "args.json"
-    if args.resume == "auto" and path.exists() and (before := json.loads(path.read_text())).get("finished"):
-        refuse_changed(before.get("resume", before["settings"]), settings, out)
-        if rank == 0:
-            print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
-        return None
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        write_args(out, args)
-    return settings
-
-
-def open_log(out, start):
-    """log.jsonl, one line a step, open for more: what a killed run wrote beyond its last checkpoint goes."""
-    for name in ("log.jsonl", "skipped.jsonl"):
-        path = Path(out) / name
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
-        write_file(path, lambda temporary, kept=kept: temporary.write_text(kept))
-    return open(Path(out) / "log.jsonl", "a", buffering=1)
-
-
-def write_file(path, write):
-    """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_json(path, data):
-    write_file(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1, default=str)))
-
-
-def write_args(out, args, **more):
-    """args.json: settings, command line, commit and versions that made the folder."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    about = {"settings": asdict(args), "command": sys.argv, "commit": git.stdout.strip() or None, **versions, **more}
-    write_json(Path(out) / "args.json", about)
-
-
-def setting(default, help):
-    """A field of a script's settings: its default and what --help says of it."""
-    return field(default=default, metadata={"help": help})
-
-
-def parse_args(settings, presets, argv=None):
-    """Flags from a dataclass of settings; --preset is read first and sets the defaults of the others."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = transformers.HfArgumentParser(settings, add_help=False)
-    preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
-    if preset not in presets:
-        raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
-    parser = transformers.HfArgumentParser(settings, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(**presets[preset])
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+def export_checkpoint(checkpoint, out):
+    """A checkpoint of sft.py or rl.py as a model folder, so that a step in between can be evaluated."""
+    meta, _ = open_checkpoint(checkpoint)
+    if (Path(out) / "config.json").exists():
+        raise BadInput(f"--out {out} holds a model already; give another folder")
+    embedder = Embedder.from_pretrained(meta["settings"]["model"])  # for tokenizer and configuration
+    restore(checkpoint, embedder)
+    embedder.save_pretrained(out)
+    print(f"wrote {out}: step {meta['step']} of {checkpoint}")

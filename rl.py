@@ -41,26 +41,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import PairData, Row, index_rows, step_loader
-from model import (
-    Embedder,
+from model import Embedder, pad_rows, save_model
+from reward import embedding_reward_parts, format_reward, group_advantages
+from support.run import (
     Guard,
+    Progress,
     all_sum,
     barrier,
     begin_run,
+    check_space,
     end_processes,
     first_on_node,
     gather,
     load_checkpoint,
     open_log,
-    pad_rows,
     parallel,
     parse_args,
     processes,
+    run_script,
     save_checkpoint,
-    save_model,
     setting,
     shard,
     speed_figures,
@@ -69,7 +70,6 @@ from model import (
     whole,
     write_args,
 )
-from reward import embedding_reward_parts, format_reward, group_advantages
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
@@ -340,6 +340,7 @@ def main():
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
+    check_space(out, embedder, optimizer, args.keep)
 
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
@@ -350,10 +351,10 @@ def main():
             f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)"
         )
     log = open_log(out, start) if rank == 0 else None
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
+    bar = Progress(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
 
-    def save(step):
-        save_checkpoint(out, embedder, optimizer, step, settings, args.keep)
+    def save(step, alone=False):
+        return save_checkpoint(out, embedder, optimizer, step, settings, args.keep, alone)
 
     loop_began = time.perf_counter()
     with Guard(args, out, save, len(data.rows)) as guard:
@@ -376,6 +377,9 @@ def main():
             reward_sum = float(all_sum(rewards.sum()))  # a NaN would give its group the advantage 0, without a word
             advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
             rollout_seconds = time.perf_counter() - began
+            about = summary(parts, rewards, advantages, rollouts, ok)
+            tokens = int(all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids))))
+            skipped = guard.skipped(step, pairs)
             # update
             lr, cache = args.lr * (1 - step / args.steps), {}
             for group in optimizer.param_groups:
@@ -389,19 +393,19 @@ def main():
                 stats["grad_norm"] = float(norm.full_tensor() if args.fsdp else norm)
                 figures = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
                 if guard.finite(step, figures, pairs):
+                    guard.completed = None  # until all inner steps are done and the log has its line
                     optimizer.step()
-                    guard.completed = None  # until all inner steps are done
                     history.append(stats)
                 optimizer.zero_grad(set_to_none=True)
-            guard.completed = step + 1
             stats = {key: sum(h[key] for h in history) / len(history) for key in history[0]} if history else {}
-            line = {"step": step + 1, **stats, **summary(parts, rewards, advantages, rollouts, ok), "lr": lr}
-            tokens = all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids)))
-            line |= {"skipped": guard.skipped(step, pairs), "nonfinite": guard.nonfinite, "rollout_s": rollout_seconds}
+            line = {"step": step + 1, **stats, **about, "lr": lr, "skipped": skipped}
+            line |= {"nonfinite": guard.nonfinite, "rollout_s": rollout_seconds}
             done, total = step + 1 - start, args.steps - start
-            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, int(tokens), device)
+            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, tokens, device)
             if rank == 0:
                 log.write(json.dumps(line) + "\n")
+            guard.completed = step + 1
+            if rank == 0:
                 shown = ("reward", "kl", "length_query", "loss", "grad_norm", "pairs_per_s", "tokens_per_s",
                          "data_wait_s", "peak_memory_gib")  # fmt: skip
                 bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
@@ -417,4 +421,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

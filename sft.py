@@ -40,28 +40,28 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
-from model import (
-    Embedder,
+from model import Embedder, pad_rows, save_model
+from support.run import (
     Guard,
+    Progress,
     Stopped,
     all_sum,
     barrier,
     begin_run,
+    check_space,
     end_processes,
     first_on_node,
     gather,
     load_checkpoint,
     lr_at,
     open_log,
-    pad_rows,
     parallel,
     parse_args,
     processes,
+    run_script,
     save_checkpoint,
-    save_model,
     setting,
     speed_figures,
     start_processes,
@@ -279,6 +279,7 @@ def main():
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
+    check_space(out, embedder, optimizer, args.keep)
 
     # data
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
@@ -289,10 +290,10 @@ def main():
     if rank == 0:
         print(f"{len(data.rows):,} pairs, {n_params:,} trained parameters, {world} process(es) on {device.type}")
     log = open_log(out, start) if rank == 0 else None
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
+    bar = Progress(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
 
-    def save(step):
-        save_checkpoint(out, embedder, optimizer, step, settings, args.keep)
+    def save(step, alone=False):
+        return save_checkpoint(out, embedder, optimizer, step, settings, args.keep, alone)
 
     loop_began = time.perf_counter()
     with Guard(args, out, save, len(data.rows)) as guard:
@@ -307,16 +308,19 @@ def main():
             parts, tokens = sft_step(model, pairs, now, guard.poll)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             norm = float(norm.full_tensor() if args.fsdp else norm)
-            if guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            guard.completed = step + 1
+            finite = guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs)
             line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm}
             line |= {"skipped": guard.skipped(step, pairs), "nonfinite": guard.nonfinite}
+            guard.completed = None  # an error between here and the log's line leaves nothing that could be saved
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             done, total = step + 1 - start, args.steps - start
             line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, tokens, device)
             if rank == 0:
                 log.write(json.dumps(line) + "\n")
+            guard.completed = step + 1
+            if rank == 0:
                 shown = {key: f"{value:.3g}" for key, value in line.items() if key not in ("step", "eta_s")}
                 bar.set_postfix({key: value for key, value in shown.items() if value != "0"})  # tqdm shows the ETA
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
@@ -331,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

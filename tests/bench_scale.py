@@ -73,7 +73,8 @@ def measured(size, stage, fsdp):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from model import Embedder, shard
+    from model import Embedder
+    from support.run import shard
 
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))

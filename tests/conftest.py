@@ -221,8 +221,13 @@ def world(tmp_path_factory):
 
 def run_here(module, argv, monkeypatch):
     """The script's main() in this process: no second import of torch, and the test may replace its parts."""
+    import support.run
+
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-    module.main()
+    try:
+        module.main()
+    finally:
+        support.run.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
 
 
 def run_killed(module, step_function, call, argv, monkeypatch):

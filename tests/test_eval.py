@@ -326,7 +326,7 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     assert scores["encoded"] == {"greedy": 8, "samples": 4}
     cls = scores["tasks"]["test/cls"]
     assert set(cls) == {"modality", "group", "main_metric", "num_queries", "num_candidates", *ev.MODES, "pass@k",
-                        "invalid", "unreadable", "tokens_per_input", "seconds"}  # fmt: skip
+                        "invalid", "unreadable", "not_finite", "tied", "tokens_per_input", "seconds"}  # fmt: skip
     assert list(cls["gen"]) == ev.METRICS and list(cls["pass@k"]) == ["1", "2", "4"]
     assert (cls["num_queries"], cls["num_candidates"], cls["invalid"], cls["unreadable"]) == (4, 5, 2, 0)
     assert cls["disc"]["hit@1"] == 1 and cls["gen"]["hit@1"] == 0.75 and cls["oracle"]["hit@1"] == 1
@@ -350,7 +350,7 @@ def test_errors_of_the_command_line(tmp_path):
     with pytest.raises(SystemExit, match="data.py toy"):
         ev.main(["--root", str(tmp_path)])
     write_tasks(tmp_path)
-    with pytest.raises(SystemExit, match="no model folder"):
+    with pytest.raises(FileNotFoundError, match="no model folder"):
         ev.main(["--root", str(tmp_path), "--model", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="temperature"):
         ev.main(["--root", str(tmp_path), "--temperature", "0"])

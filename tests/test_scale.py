@@ -19,11 +19,12 @@ from test_rl import flags as rl_flags
 from test_sft import flags, plain_step, same_weights, small, some_pairs, train, trainable, weights
 
 import data as data_file
-import model as model_file
 import rl
 import sft
+import support.run as run_file
 from data import BatchOrder, Rows, index_rows, read_rows, scan_rows
-from model import Embedder, list_checkpoints, load_checkpoint, save_checkpoint
+from model import Embedder
+from support.run import list_checkpoints, load_checkpoint, save_checkpoint
 
 # ---- processes -------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
     want_gradients = gradients(model)
 
     def main():
-        rank, _, _ = model_file.start_processes()
+        rank, _, _ = run_file.start_processes()
         model = trainable(writer_dir)
         if checkpointing:
             model.backbone.activation_checkpointing_enable({"use_reentrant": False})
@@ -282,7 +283,7 @@ def test_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     train(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, 1, {})
     with monkeypatch.context() as patch:
-        patch.setattr(model_file.shutil, "rmtree", lambda path: die_softly())
+        patch.setattr(run_file.shutil, "rmtree", lambda path: die_softly())
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2]

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 import sft
 from data import PairData
-from model import Embedder, list_checkpoints, load_checkpoint, lr_at, save_checkpoint
+from model import Embedder
 from sft import Settings, info_nce, sft_step
+from support.run import list_checkpoints, load_checkpoint, lr_at, save_checkpoint
 
 
 def twin_info_nce(query, target, tau, same=None):

@@ -1,0 +1,801 @@
+"""What carries a stage for days: processes, sharding, checkpoints, signals, logs and flags. Imports nothing of ours.
+
+No reader of the paper has to open this file: the stages are in sft.py, rl.py and eval.py.
+"""
+
+import argparse
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing.util
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers.utils import cached_file
+
+# ---------------------------------------------------------------------------------------------------------------
+# A program and its end
+
+
+class BadInput(ValueError):
+    """Something that the user can mend: a sentence with the file, the place in it and the cure. No traceback."""
+
+
+class MissingFile(BadInput, FileNotFoundError):
+    """A BadInput that is also what Python raises for such a file."""
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what schedulers and terminals send
+
+
+class Unbreakable:
+    """stdout or stderr that may go away (`| tee` killed, terminal closed, disk full): what it cannot take is lost, and
+    the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def run_script(main):
+    """main() as a program that always ends: exit code 0, 1 for an error, 128 + n after signal n.
+
+    What a user can mend is one sentence, everything else a traceback. A failed process leaves by os._exit: threads of
+    gloo and nccl, or a worker that is still alive, would keep it, and its GPU, for ever.
+    """
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    code = 1
+    try:
+        main()
+        return
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the process must end)
+        print(sentence_of(error) or traceback.format_exc(), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kill_workers()
+    os._exit(code)
+
+
+def sentence_of(error):
+    """What to tell the user in place of a traceback, None where the traceback is what helps."""
+    text = str(error)
+    if isinstance(error, BadInput):
+        return text.rpartition("BadInput: ")[2]  # one of a loader worker comes with the worker's traceback before it
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return (f"a background process that reads the data has died ({text.splitlines()[0]}): most often the system "
+                "ran out of memory; give fewer --workers")  # fmt: skip
+    if isinstance(error, RuntimeError) and "peer" in text and dist.is_initialized():
+        return f"rank {dist.get_rank()}: another process of this run has ended, its message says why ({text[:200]})"
+    return None
+
+
+def kill_workers():
+    """By SIGKILL: the loader's workers ignore SIGTERM, and multiprocessing would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(kill_workers)  # later than multiprocessing's own handler, which is imported above: so it runs first
+
+
+def tie_to_parent(parent, _worker=0):
+    """For a loader's worker. A scheduler signals the whole process group: the workers must live until the training loop
+    has saved, and not a moment longer than it (those of a killed one would wait for ever, each for the other, with full
+    pipes)."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def signal_with_parent(number):
+    """Linux sends this process the signal when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_processes(fsdp=False):
+    """-> (rank, world, device). The same script runs alone and under torchrun, on CPU (gloo) and GPU (nccl)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if fsdp and world == 1:
+        raise SystemExit("--fsdp spreads the model over processes: start it with torchrun --nproc_per_node N")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
+        signal_with_parent(signal.SIGTERM)
+        end_without_torchrun()
+    if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return rank, world, device
+
+
+def end_without_torchrun():
+    """Where torchrun ended before signal_with_parent, no signal comes; its store, which the first node's torchrun
+    holds, does not answer then."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(where, timeout=60).close()
+        except OSError as error:
+            raise SystemExit(f"torchrun has ended: its store at {where[0]}:{where[1]} gives {error}") from None
+
+
+def processes():
+    """-> (rank, world)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier(group=None):
+    if dist.is_initialized():
+        dist.barrier(group)
+
+
+def end_processes():
+    """The last thing of a run with several processes.
+
+    gloo's thread frees the tensors of the last collective and needs Python's lock for that; the group's destructor
+    holds the lock and waits for the thread. Without a pause a finished run now and then never ends (torch 2.13).
+    """
+    if dist.is_initialized():
+        time.sleep(1)
+        dist.destroy_process_group()
+
+
+def parallel(embedder, args, device):
+    """What the training loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards."""
+    if args.fsdp:
+        shard(embedder, args.bf16)
+    if args.fsdp or processes()[1] == 1:
+        return embedder
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def shard(embedder, bf16, mesh=None):
+    """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
+    together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass. A model that is
+    still in the CPU's memory goes to the GPU group by group: no GPU ever holds all of it in fp32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for layer in embedder.backbone.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
+    fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
+
+
+@contextlib.contextmanager
+def whole(embedder):
+    """A sharded model is put together for as long as it decodes (in bf16 the 7B takes 15 GB): every layer of every
+    token would else be a collective, and the processes do not decode equally many tokens. FSDP's hooks are off
+    meanwhile: of a decode step of small layers on a CPU they took a fifth."""
+    parts = [module for module in embedder.modules() if isinstance(module, FSDPModule)]
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    for part in parts:
+        part.unshard()
+        part._forward_pre_hooks, part._forward_hooks = {}, {}
+    try:
+        yield
+    finally:
+        for part, before, behind in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, behind
+            part.reshard()
+
+
+def first_on_node(make):
+    """make() in one process of every node, then in the others, which find its work on the disk."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    made = make() if first else None
+    barrier()
+    return made if first else make()
+
+
+def gather(x):
+    """All processes' x [n, ...] in the order of a step's rows (process r holds rows r, r + world, ...). No gradient."""
+    if not dist.is_initialized():
+        return x.detach()
+    x = x.detach().contiguous()  # before empty_like: the receiving buffers must have its layout
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def gather_list(items):
+    """The same for a list of strings or tuples, equally long in every process."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for group in zip(*parts) for item in group]
+
+
+def all_sum(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+class Stopped(RuntimeError):
+    """The run ends here; all processes raise it together, so that they can save together."""
+
+    def __init__(self, reason, code=1):
+        super().__init__(reason)
+        self.code = code
+
+
+class Guard:
+    """Ends a run in good order: on a signal, on figures that are not finite, on too many unusable rows, on any error.
+
+    Used around the training loop. The weights change only between steps, so at any moment of a step they are the state
+    of the last complete one: a step that is broken off is simply forgotten. `completed` is the number of complete
+    steps, None where the weights are between two of them and there is nothing to save.
+    """
+
+    def __init__(self, args, out, save, num_rows):
+        self.args, self.out, self.save, self.num_rows = args, Path(out), save, num_rows
+        self.signal, self.completed, self.nonfinite, self.seen, self.unusable = 0, None, 0, 0, 0
+
+    def __enter__(self):
+        # a signal that is ignored from the start stays so: that is what nohup is for
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
+        return self
+
+    def note(self, number, _frame):
+        self.signal = number
+
+    def __exit__(self, _kind, why, _trace):
+        try:
+            if isinstance(why, Stopped):
+                if self.completed:
+                    self.save(self.completed)
+                if processes()[0] == 0:
+                    saved = f"saved after step {self.completed}" if self.completed else "nothing new was saved"
+                    print(f"\n{why}\n{saved}; the same command goes on from there", file=sys.stderr, flush=True)
+                end_processes()
+                raise SystemExit(why.code)
+            if isinstance(why, Exception) and processes()[0] == 0:
+                self.save_alone()  # the error goes on its way
+        finally:  # only now: a second signal must not end the saving
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def save_alone(self):
+        """On the way down from an error, which other processes may not have met or not have survived: process 0 saves
+        its replica, without them. Of a sharded model it has only a part."""
+        try:
+            saved = bool(self.completed) and self.save(self.completed, alone=True)
+        except Exception as error:  # noqa: BLE001 (the first error must be heard, not only this one)
+            saved = print(f"\nsaving failed too: {error!r}", file=sys.stderr)
+        told = f"saved after step {self.completed}" if saved else "nothing new was saved"
+        print(f"\nan error ends this run; {told}; the same command goes on from there", file=sys.stderr, flush=True)
+
+    def poll(self):
+        """At points that every process reaches: if any of them has been signalled, all stop."""
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
+
+    def finite(self, step, figures, pairs):
+        """True where the update may be made. figures: name -> float."""
+        if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
+            return True
+        self.nonfinite += 1
+        told = ", ".join(f"{name} {x}" for name, x in figures.items())
+        rows = ", ".join(gather_list([pair.name for pair in pairs]))
+        message = f"step {step + 1}: {told}: not finite, nothing was updated; rows {rows}"
+        if self.nonfinite > self.args.skip_nonfinite:
+            raise Stopped(f"{message}\n--skip_nonfinite N leaves out N such steps instead of stopping")
+        if processes()[0] == 0:
+            print(message, file=sys.stderr)
+        return False
+
+    def skipped(self, step, pairs):
+        """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
+        ok = gather(torch.tensor([pair.ok for pair in pairs]))
+        self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
+        if ok.all():
+            return 0
+        found = gather_list([(pair.name, pair.reason) for pair in pairs])
+        self.last_reason = [reason for _, reason in found if reason][-1]
+        if processes()[0] == 0:
+            with open(self.out / "skipped.jsonl", "a") as file:
+                for (name, reason), good in zip(found, ok.tolist()):
+                    if not good:
+                        file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
+        return int((~ok).sum())
+
+    def check_share(self):
+        """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
+        stops, even where its bad rows come first."""
+        if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
+            raise Stopped(
+                f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
+                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
+            )
+
+
+def speed_figures(began, waited, done, steps, pairs, tokens, device):
+    """The wall-clock figures of a step's log line. began: when the step and the loop did; done: steps of this loop."""
+    seconds, elapsed = (time.perf_counter() - t for t in began)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited,
+            "peak_memory_gib": peak / 2**30, "eta_s": elapsed / done * (steps - done)}  # fmt: skip
+
+
+class Progress(tqdm):
+    """A bar on a terminal; in a log file one plain line a minute."""
+
+    def __init__(self, *given, **more):
+        self.on_terminal = sys.stderr.isatty()
+        if not self.on_terminal:
+            more |= {"mininterval": 60, "maxinterval": 60, "ncols": 160}
+        super().__init__(*given, **more)
+
+    def status_printer(self, file):
+        if self.on_terminal:
+            return tqdm.status_printer(file)
+        return lambda text: print(text, file=file, flush=True) if text else None
+
+    def set_postfix(self, figures):
+        super().set_postfix(figures, refresh=self.on_terminal)
+
+
+def lr_at(step, *, steps, lr, warmup, floor=0.0):
+    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
+    n = max(1, round(warmup * steps))
+    if step < n:
+        return lr * (step + 1) / n
+    x = (step - n) / max(1, steps - n)
+    return lr * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def local(x):
+    """What this process holds of a tensor: its rows where FSDP has sharded it, else all."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def is_complete(checkpoint):
+    return (checkpoint / "meta.json").exists() and not checkpoint.suffix
+
+
+def is_sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=False):
+    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old ones or the new one.
+
+    All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
+    The learning rate, the batches and the rollouts are functions of (seed, step), and nothing draws from the global
+    random state; it is stored all the same.
+    alone: rank 0 calls it without the others. Returns whether the checkpoint is there.
+    """
+    rank, world = processes()
+    sharded = is_sharded(model)
+    if alone and sharded and world > 1:
+        return False
+    meet = (lambda: None) if alone else barrier
+    final = Path(folder) / "checkpoints" / f"step-{step}"
+    temporary = final.with_suffix(".tmp")
+    if is_complete(final):  # stopped right after a regular save
+        return True
+    if rank == 0:
+        for path in final.parent.glob("*"):
+            if not is_complete(path):
+                shutil.rmtree(path)  # what killed runs have left
+        temporary.mkdir(parents=True)
+    meet()
+    try:
+        if rank == 0 or sharded:
+            names = {p: n for n, p in model.named_parameters()}
+            tensors = {f"model/{n}": p for p, n in names.items()}
+            tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
+            tensors["random/cpu"] = torch.get_rng_state()
+            if torch.cuda.is_available():
+                tensors["random/cuda"] = torch.cuda.get_rng_state()
+            part = temporary / f"part-{rank}.safetensors"
+            save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
+            sync(part)
+        meet()
+        if rank == 0:
+            meta = {"step": step, "parts": world if sharded else 1, "settings": settings}
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            sync(temporary / "meta.json")
+            sync(temporary)
+            os.replace(temporary, final)
+            sync(final.parent)
+            for _, old in list_checkpoints(folder)[:-keep]:
+                remove_checkpoint(old)
+    except OSError:  # a full disk: what is half written must not keep it full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    meet()
+    return True
+
+
+def remove_checkpoint(path):
+    (path / "meta.json").unlink()  # first: a kill in between must not leave a folder that looks complete
+    shutil.rmtree(path)
+
+
+def list_checkpoints(folder):
+    """Complete checkpoints, oldest first, as (step, path)."""
+    found = [path for path in Path(folder).glob("checkpoints/step-*") if is_complete(path)]
+    return sorted((int(path.name.split("-")[1]), path) for path in found)
+
+
+def open_checkpoint(path):
+    """-> content of meta.json, the open parts. BadInput where a file of it is torn or lacking."""
+    path = Path(path)
+    if not is_complete(path):
+        raise MissingFile(f"{path}: no complete checkpoint there (meta.json is missing)")
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        return meta, [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        older = [str(p) for _, p in list_checkpoints(path.parent.parent) if p.resolve() != path.resolve()]
+        cure = f"--resume {older[-1]} takes the one before" if older else "--resume none starts anew"
+        raise BadInput(f"{path}: this checkpoint is broken ({error}); {cure}") from error
+
+
+def restore(path, model, optimizer=None):
+    """Fills model and optimizer from a checkpoint -> its meta. Any number of processes, sharded or not, can read what
+    any other has written. BadInput where a tensor is lacking or has another shape."""
+    rank, world = processes()
+    meta, parts = open_checkpoint(path)
+    stored = set(parts[0].keys())
+
+    def fill(name, x):
+        """Fills this process's rows of x; the parts hold the rows of a tensor one after the other."""
+        slices = [part.get_slice(name) for part in parts] if name in stored else []
+        shapes = [s.get_shape() for s in slices]
+        shape = [sum(s[0] for s in shapes), *shapes[0][1:]] if shapes else None
+        if shape != list(x.shape) or any(s[1:] != shape[1:] for s in shapes):
+            raise BadInput(f"{path}: {name} has shape {shape}, the model {list(x.shape)}: it is of another model")
+        size = -(-len(x) // world)  # rows a process, as FSDP cuts them
+        low, high = (rank * size, rank * size + size) if isinstance(x, DTensor) else (0, len(x))
+        first, own = 0, local(x)
+        for rows, (n, *_) in zip(slices, shapes):
+            a, b = max(first, low), min(first + n, high)
+            if a < b:
+                own[a - low : b - low] = rows[a - first : b - first].to(x.device)
+            first += n
+        return x
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            fill(f"model/{name}", p)
+            if optimizer and f"step/{name}" in stored:  # AdamW's step counter stays on the CPU, its moments do not
+                moments = {key: fill(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": parts[0].get_tensor(f"step/{name}"), **moments}
+    if optimizer:
+        torch.set_rng_state(parts[0].get_tensor("random/cpu"))
+        if torch.cuda.is_available() and "random/cuda" in stored:
+            torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
+    return meta
+
+
+def load_checkpoint(resume, folder, model, optimizer, settings):
+    """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
+
+    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one; later
+    ones of the folder are then removed, or the next "auto" would take them.
+    """
+    rank, _ = processes()
+    known = [path for _, path in list_checkpoints(folder)]
+    path = Path(resume) if resume not in ("auto", "none") else known[-1] if known and resume == "auto" else None
+    meta = open_checkpoint(path)[0] if path else {"step": 0}
+    steps = gather(torch.tensor([meta["step"]]))
+    if (steps != meta["step"]).any():
+        raise BadInput(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+    if not path:
+        return 0
+    refuse_changed(meta["settings"], settings, path, meta["step"])
+    restore(path, model, optimizer)
+    barrier()  # nobody reads any more
+    if rank == 0:
+        print(f"resuming after step {meta['step']} from {path}", flush=True)
+        for step, later in list_checkpoints(folder):
+            if step > meta["step"]:
+                remove_checkpoint(later)
+    return meta["step"]
+
+
+def check_space(out, model, optimizer, keep):
+    """Before the first step: stops where the disk cannot hold the checkpoints and the final model."""
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    weights = sum(4 * p.numel() for p in model.parameters())
+    checkpoint = weights + sum(8 * p.numel() for p in trained)  # AdamW's two moments
+    there = min(keep, len(list_checkpoints(out)))  # they make room for the next ones
+    need = (keep + 1 - there) * checkpoint + weights  # one is written before the oldest goes
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise BadInput(f"{out} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB: up to {keep + 1} "
+                       f"checkpoints of {checkpoint / 1e9:.1f} GB and the final model; make room, choose another --out "
+                       "or a smaller --keep")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run's folder: its lock, settings and log
+
+CHANGEABLE = ("steps", "lr")  # a resumed run may have others: people extend runs
+
+
+def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE):
+    """Stops where a resumed run is not the same one. step: the step that it goes on after."""
+    changed = {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
+    refused = [text for key, text in changed.items() if key not in may_change]
+    if refused:
+        raise SystemExit(
+            f"{path} was made with other settings ({'; '.join(refused)}). "
+            "Give the same ones, or another --out, or --resume none to start anew."
+        )
+    if now.get("steps", step) < step:
+        raise SystemExit(f"{path} is after step {step}, beyond --steps {now['steps']}; an earlier checkpoint can be "
+                         "named by --resume DIR, --resume none starts anew")  # fmt: skip
+    if changed and processes()[0] == 0:
+        print(f"the resumed run has other settings from here on: {'; '.join(changed.values())}", flush=True)
+
+
+HELD = []  # open files whose locks this process holds
+
+
+def hold(folder):
+    """Makes this run the only one that writes to the folder, or stops with a sentence that names the other one.
+
+    All processes call it: rank r holds byte r of the folder's .lock, and a run begins only where all bytes are free, so
+    not beside ranks that are still dying. The kernel frees a process's locks when it ends, however it ends.
+    """
+    rank, world = processes()
+    path, taken = Path(folder) / ".lock", ""
+    if rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 (held as long as this process lives)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all bytes
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename} since {datetime.now():%Y-%m-%d %H:%M:%S}: "
+                       f"{' '.join(sys.argv)[:300]}")  # fmt: skip
+            file.flush()
+            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # all but the first
+            HELD.append(file)
+        except BlockingIOError:
+            file.seek(0)
+            taken = file.read()
+        except OSError as error:  # some network disks have no locks
+            print(f"warning: {path} cannot be locked ({error}); see that no other run writes here", file=sys.stderr)
+    if taken := next((text for text in gather_list([taken]) if text), ""):
+        raise BadInput(f"{folder} is in use by another run, or by processes of it that are still ending: {taken}; wait "
+                       "for it, end it, or give another --out")  # fmt: skip
+    if rank > 0 and path.exists():
+        file = open(path, "a+")  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        HELD.append(file)
+
+
+def weights_digest(name_or_path):
+    """Identity of a model's weights, cheap for any size: names, sizes, headers and 256 pieces of each file."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():  # a hub id: its commit
+        try:
+            return Path(cached_file(str(name_or_path), "config.json")).parent.name
+        except OSError as error:
+            raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            head = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(head, size)))
+            for at in np.linspace(0, max(0, size - 4096), 256).astype(int).tolist():
+                file.seek(at)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def begin_run(args, rank, digests):
+    """Locks --out, writes args.json -> what a resumed run must share, or None where the run in --out is finished.
+
+    digests: of the contents of the data files; a run never goes on with other data under the same name.
+    """
+    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
+            "max_skipped", "skip_nonfinite")  # fmt: skip
+    out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
+    settings["content of --data"] = digests
+    settings["content of --model"] = first_on_node(lambda: weights_digest(args.model))
+    hold(out)
+    path = out / "args.json"
+    if args.resume == "auto" and path.exists() and (before := read_json(path)).get("finished"):
+        before = before.get("resume", before["settings"])
+        if args.steps <= before["steps"] or not list_checkpoints(out):  # else it is extended, from its last checkpoint
+            refuse_changed(before, settings, out, may_change=())
+            if rank == 0:
+                print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
+            return None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        write_args(out, args)
+    barrier()
+    return settings
+
+
+def open_log(out, start):
+    """log.jsonl, one line a step, open for more: what a killed run wrote beyond its last checkpoint goes."""
+    for name in ("log.jsonl", "skipped.jsonl"):
+        path = Path(out) / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
+        write_file(path, lambda temporary, kept=kept: temporary.write_text(kept))
+    return open(Path(out) / "log.jsonl", "a", buffering=1)
+
+
+def write_file(path, write):
+    """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path, data):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1, default=str)))
+
+
+def read_json(path):
+    """BadInput with the file, the reason and the cure where it is no JSON in UTF-8, or names a key twice."""
+    path = Path(path)
+
+    def once(pairs):  # json would keep the last one and drop the others
+        if len(found := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+        return found
+
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=once)
+    except FileNotFoundError as error:
+        raise MissingFile(f"{path}: no such file") from error
+    except ValueError as error:  # of either kind
+        raise BadInput(f"{path}: not valid JSON in UTF-8 ({error}); {cure_of_bytes(path)}") from error
+
+
+def cure_of_bytes(path):
+    """What to do about a text file that cannot be parsed, by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith(b"\xef\xbb\xbf"):
+        return f"it begins with a byte order mark: save it without one, or sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        return f"it is in UTF-16: iconv -f UTF-16 -t UTF-8 {path} > NEW"
+    return "mend that place, or copy the file again if it is not whole"
+
+
+def write_args(out, args, **more):
+    """args.json: settings, command line, commit and versions that made the folder."""
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent)  # fmt: skip
+        commit = git.stdout.strip() or None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"settings": asdict(args), "command": sys.argv, "commit": commit, **versions, **more}
+    write_json(Path(out) / "args.json", about)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags
+
+BOUNDS = (  # lowest value, whether it is allowed itself, highest value, settings
+    (1, True, math.inf, "steps batch_size micro_batch update_batch inner_steps save_every keep"),
+    (1, True, math.inf, "max_new_tokens max_length max_tokens video_max_pixels size"),
+    (2, True, math.inf, "G"),  # a group of one has no advantage: nothing would be learned
+    (0, True, math.inf, "workers seed tau_steps skip_nonfinite samples lr weight_decay beta eps_high"),
+    (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_grpo w_anchor"),
+    (0, True, 1, "warmup lr_floor max_skipped max_repeat eps_low"),
+    (0, True, 0.999999, "beta2"),
+    (0, False, math.inf, "tau tau_start clip temperature"),
+)
+
+
+def check_bounds(args, **own):
+    """Stops with a sentence where a setting is out of its bounds. own: {name: (lowest, is it allowed, highest)}."""
+    bounds = {name: bound for *bound, names in BOUNDS for name in names.split()} | own
+    for name, value in vars(args).items():
+        low, allowed, high = bounds.get(name, (0, True, math.inf))
+        if name not in bounds or isinstance(value, bool) or value is None:
+            continue
+        if not (low <= value <= high and (allowed or value > low) and math.isfinite(value)):
+            above = f"{'at least' if allowed else 'above'} {low}"
+            raise SystemExit(f"--{name} {value}: must be {above}{f' and at most {high}' * math.isfinite(high)}")
+
+
+def setting(default, help):
+    """A field of a script's settings: its default and what --help says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse_args(settings, presets, argv=None):
+    """Flags from a dataclass of settings; --preset is read first and sets the defaults of the others."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = transformers.HfArgumentParser(settings, add_help=False)
+    preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
+    if preset not in presets:
+        raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
+    parser = transformers.HfArgumentParser(settings, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(**presets[preset])
+    args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    check_bounds(args)
+    return args
+
+
+def stable_hash(*parts):
+    """A 63-bit seed out of integers and strings, the same in every process and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
