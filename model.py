@@ -18,6 +18,7 @@ Where this departs from the official code
 
 import contextlib
 import itertools
+import json
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -33,7 +34,17 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLForCond
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import DISC, FORMS, GEN, PIXELS, Row, Skip, check_input, encode_input, normalise
-from support.run import BadInput, MissingFile, Progress, is_sharded, open_checkpoint, processes, restore, stable_hash
+from support.run import (
+    BadInput,
+    MissingFile,
+    Progress,
+    is_sharded,
+    open_checkpoint,
+    processes,
+    read_json,
+    restore,
+    stable_hash,
+)
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
@@ -107,6 +118,7 @@ class Embedder(nn.Module):
         self.tokenizer.save_pretrained(path)
         low, high = PIXELS["image"]
         Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high}).save_pretrained(path)
+        add_keys_of_transformers_4(path)
 
     # ---- one pass with gradients --------------------------------------------------------------------------------
 
@@ -468,6 +480,23 @@ class TokenLogp(torch.autograd.Function):
             torch.mm(d, weight, out=d_h)
             d_weight.addmm_(d.T, h)
         return d_hidden, d_weight, None, None, None
+
+
+def add_keys_of_transformers_4(path):
+    """Some keys of a saved folder also under the names that transformers 4 reads (tested by hand with 4.57.6), for
+    engines that are still on it; transformers 5 takes no notice. Without them 4 falls back to its defaults: another
+    rotary base, untied heads, other sizes of pictures."""
+    files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
+    config, tokenizer, pictures = (read_json(file) for file in files)
+    text = config["text_config"]
+    rope = dict(text["rope_parameters"])
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    if "extra_special_tokens" in tokenizer:
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    pictures |= {"min_pixels": pictures["size"]["shortest_edge"], "max_pixels": pictures["size"]["longest_edge"]}
+    for file, content in zip(files, (config, tokenizer, pictures)):
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def list_of_inputs(given):

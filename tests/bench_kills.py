@@ -124,7 +124,8 @@ def kills(count, seed=0):
     sft_argv = [*common, "--data", folder / "toy/sft.json", "--steps", 12, "--micro_batch", 4]
     rl_argv = [*common, "--data", folder / "toy/rl.json", "--steps", 6, "--max_new_tokens", 8, "--G", 2]
     cases = {"sft": (sft, sft_argv), "rl": (rl, rl_argv)}
-    print("| stage, processes | kills | runs | refused starts | hangs | wrong weights | wrong logs |" + "\n|" + "---|" * 7)
+    print("| stage, processes | kills | runs | refused starts | hangs | wrong weights | wrong logs |")
+    print("|---|---|---|---|---|---|---|")
     for stage, (module, argv) in cases.items():
         for processes in (1, 2):
             place = folder / f"{stage}{processes}"

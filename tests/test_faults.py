@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -922,3 +923,34 @@ def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypa
         assert torch.equal(p, torch.cat([part[f"model/{name}"] for part in parts])), name
     with pytest.raises(BadInput, match="holds a model already"):
         export_checkpoint(checkpoint, tmp_path / "two")
+
+
+# ---- 15. loads elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_keys_of_transformers_4(writer, writer_dir, tmp_path):
+    """transformers 4 reads other names: with its defaults in their place its logits were others. Our folder has both
+    and is read by transformers 5 as before; a folder that is loaded and saved again is the same. (That 4.57 gives
+    identical logits is tried by hand: it needs an environment of its own.)"""
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    config, tokenizer, pictures = (json.loads((writer_dir / f"{name}.json").read_text())
+                                   for name in ("config", "tokenizer_config", "preprocessor_config"))  # fmt: skip
+    text = config["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
+    assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]
+    assert text["tie_word_embeddings"] is config["tie_word_embeddings"] is True
+    assert "<|vision_start|>" in tokenizer["additional_special_tokens"] and "extra_special_tokens" not in tokenizer
+    assert (pictures["min_pixels"], pictures["max_pixels"]) == (784, 2_359_296)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Qwen2VLForConditionalGeneration.from_pretrained(writer_dir).eval()
+        again = Embedder.from_pretrained(writer_dir)
+        again.save_pretrained(tmp_path)
+    ids = writer.tokenizer("<think>a red star</think><answer>star<gen_emb>", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, writer.backbone(input_ids=ids).logits)
+    special = AutoTokenizer.from_pretrained(writer_dir).all_special_tokens
+    assert special == writer.tokenizer.all_special_tokens and len(special) > 3
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((writer_dir / name).read_text()), name

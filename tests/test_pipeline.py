@@ -4,11 +4,13 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, picture
 
 REAL = ROOT.parent / "shared" / "real_data"
 
@@ -107,3 +109,78 @@ def test_real_pictures(tmp_path):
     log = read_log(rl)
     assert len(log) == 20 and all(math.isfinite(value) for line in log for value in line.values())
     assert log[0]["kl"] == 0 and log[0]["logp_mismatch"] < 1e-4
+
+
+# Every line of the README's code blocks that starts a program, by its first words, and what runs for it here: {} is the
+# line itself after SMALL's replacements. Lines that only fetch from the hub cannot run.
+SMALL = {
+    "torchrun --nproc_per_node 8": "torchrun --nproc_per_node 2", "--batch_size 1024": "--batch_size 4",
+    "--preset 2b": "--preset toy", "Qwen/Qwen2-VL-2B-Instruct": "tiny", "zai-org/GLM-4.1V-9B-Thinking": "tiny",
+    "zhibinlan/UME-R1-2B": "runs/2b/rl", "UME-sft-train.json": "toy/sft.json", "UME-rl-train.json": "toy/rl.json",
+    "MMEB-train": "toy", "MORE_PAIRS": "toy/rl_dev.json", " PAIRS ": " toy/rl_test.json ", " DIR ": " toy ",
+    "data/MMEB": "mini_mmeb_root", "/tmp/mini": "mini", "tests/data": f"{ROOT}/tests/data",
+    " assets": f" {ROOT}/assets", 'device="cuda"': 'device="cpu"', "=2048": "=16", "step-1000": "step-1",
+}  # fmt: skip
+SFT = "{} --model tiny --steps 2 --save_every 1 --batch_size 4 --micro_batch 2 --workers 0"
+RL = "{} --steps 1 --batch_size 4 --max_new_tokens 16 --workers 0"
+EVAL = "{} --max_new_tokens 16 --workers 0"
+COMMANDS = {
+    "python data.py check UME": "{} --workers 1",
+    "torchrun --nproc_per_node 8 sft.py --preset 2b --data UME": SFT,
+    "torchrun --nproc_per_node 8 rl.py  --preset 2b --data UME": RL,
+    "torchrun --nproc_per_node 8 eval.py --preset 2b --model runs/2b/rl": EVAL,
+    "torchrun --nproc_per_node 8 data.py annotate": "{} --max_new_tokens 16",
+    "python data.py check sft.json": "{} --workers 1 || true",  # the tiny teacher has written no usable row
+    "python data.py rl-subset": "touch sft.json && {} --size 8",
+    "torchrun --nproc_per_node 8 sft.py --preset 2b --data sft": SFT.replace("{}", "cp toy/sft.json sft.json && {}"),
+    "torchrun --nproc_per_node 8 rl.py  --preset 2b --data rl": RL,
+    "python data.py export": "{}",
+    "python eval.py --check": "{}",
+    "torchrun --nproc_per_node 8 eval.py --preset 2b --model zhi": EVAL,
+    "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks image": EVAL,
+    "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks I-QA": EVAL,
+    "mkdir -p /tmp/mini": "{}",
+    "python eval.py --model assets/toy_base": "{} --workers 0",
+}
+ELSEWHERE = (  # CI runs its own two commands, test_annotate.py the chain on real pictures; the rest is the download
+    "python3 -m venv", ".venv/bin/", "source .venv", "PAIRS=", "python data.py annotate --pairs $",
+    "python data.py check $", "python sft.py --data $", "hf ", "python - <<", "D=", "$D", "F=", "tar ", "cat ",
+    "mkdir -p ROOT",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme(toy_data, tiny_dir, tmp_path):
+    """Bug story: the README's command for the miniature of MMEB, typed in as it stands, ended in a KeyError after all
+    its work. Every line that starts a program runs here, one after the other as a reader would, at a small size, and
+    the Python too; a new line fails the test until it runs."""
+    (tmp_path / "toy").symlink_to(toy_data)
+    (tmp_path / "tiny").symlink_to(tiny_dir)
+    shutil.unpack_archive(ROOT / "tests/data/mini_mmeb_root.tar.gz", tmp_path)
+    picture(0).save(tmp_path / "star.png")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+           "PYTHONPATH": str(ROOT)}  # fmt: skip
+    waiting = dict(COMMANDS)
+
+    def small(text):
+        for full, replacement in SMALL.items():
+            text = text.replace(full, replacement)
+        return text
+
+    def run(text, command, **more):
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, **more)
+        assert done.returncode == 0, f"{text}\n{command}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
+
+    for block in (ROOT / "README.md").read_text().split("```")[1::2]:
+        language, _, code = block.partition("\n")
+        if language == "python":
+            run(code, [sys.executable, "-c", small(code)])
+            continue
+        for line in code.splitlines():
+            if line.startswith(ELSEWHERE) or not re.match(r"(python3?|torchrun|mkdir|\.venv|hf|tar|cat|source) ", line):
+                continue
+            start = next((start for start in waiting if line.startswith(start)), None)
+            assert start, f"not run by this test: {line}"
+            command = waiting.pop(start).format(small(line.split("   #")[0]))
+            run(line, re.sub(r"(\w+\.py) ", rf"{ROOT}/\1 ", command), shell=True)
+    assert not waiting, "the README has these no longer"
