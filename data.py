@@ -499,7 +499,7 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
     """
     path, kept = Path(path), None
     if cache and path.is_file():
-        about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "1")
+        about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "2")
         kept = Path(cache) / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
         if kept.exists():
             return dict(np.load(kept))
@@ -510,7 +510,7 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
             if kind:
                 check_row(row, kind, needs, f"{path}, row {i}")
             spans.extend((start, end))
-            dataset.append(names.setdefault(str(row.get("dataset_name", "")), len(names)))
+            dataset.append(names.setdefault(dataset_of(row), len(names)))
             bar.update(end - bar.n)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
@@ -546,6 +546,11 @@ class Rows:
         start, end = self.indexes[f]["spans"][j].tolist()
         # pread takes its place as an argument: forked workers share the open file
         return f"{self.files[f]}, row {j}", json.loads(os.pread(self.open[f].fileno(), end - start, start))
+
+
+def dataset_of(row):
+    """Published RL rows have both keys, with the finer name in dataset_name."""
+    return str(row.get("dataset_name") or row.get("dataset") or "")
 
 
 def sft_side(side, name):
@@ -794,7 +799,7 @@ def read_pairs(files):
             elif "qry_image_path" in row:
                 check_keys(row, "a row of MMEB-train", f"{file}, row {i}")
             sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
-            pairs.append({"dataset_name": row.get("dataset_name") or name, **sides})
+            pairs.append({"dataset_name": dataset_of(row) or name, **sides})
     return pairs
 
 
@@ -1185,7 +1190,7 @@ class Checked(Dataset):
 
     def __getitem__(self, i):
         (name, row), data = self.data.rows[i], self.data
-        found = Found(str(row.get("dataset_name", "")))
+        found = Found(dataset_of(row))
         try:
             check_row(row, data.kind, data.needs, name)
             sides = [side_of(row, data.kind, side, name) for side in ("qry", "pos")]
@@ -1446,7 +1451,12 @@ def in_parallel(out, jobs):
     (out / "images").mkdir(parents=True, exist_ok=True)
     blank_picture().save(out / "images/blank.jpg")
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        return [job.result() for job in [pool.submit(function, out, *rest) for function, *rest in jobs]]
+        waiting = [pool.submit(function, out, *rest) for function, *rest in jobs]
+        try:
+            return [job.result() for job in waiting]
+        except BaseException:  # Ctrl-C: what has not begun is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidates=200):

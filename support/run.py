@@ -79,7 +79,8 @@ def run_script(main):
     What a user can mend is one sentence, everything else a traceback. A failed process leaves by os._exit: threads of
     gloo and nccl, or a worker that is still alive, would keep it, and its GPU, for ever.
     """
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    for name in ("stdout", "stderr"):  # None where the shell has closed it
+        setattr(sys, name, Unbreakable(getattr(sys, name) or open(os.devnull, "w")))  # noqa: SIM115
     code = 1
     try:
         main()
@@ -95,7 +96,7 @@ def run_script(main):
         print(sentence_of(error) or traceback.format_exc(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    kill_workers()
+    kill_workers(daemons_only=False)
     os._exit(code)
 
 
@@ -114,10 +115,12 @@ def sentence_of(error):
     return None
 
 
-def kill_workers():
-    """By SIGKILL: the loader's workers ignore SIGTERM, and multiprocessing would wait for them for ever."""
+def kill_workers(daemons_only=True):
+    """By SIGKILL: the loader's workers ignore SIGTERM, and multiprocessing, which sends it at exit, would wait for them
+    for ever."""
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon or not daemons_only:
+            child.kill()
 
 
 atexit.register(kill_workers)  # later than multiprocessing's own handler, which is imported above: so it runs first

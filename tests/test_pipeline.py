@@ -131,7 +131,7 @@ COMMANDS = {
     "torchrun --nproc_per_node 8 eval.py --preset 2b --model runs/2b/rl": EVAL,
     "torchrun --nproc_per_node 8 data.py annotate": "{} --max_new_tokens 16",
     "python data.py check sft.json": "{} --workers 1 || true",  # the tiny teacher has written no usable row
-    "python data.py rl-subset": "touch sft.json && {} --size 8",
+    "python data.py rl-subset": "touch sft.json && {} --size 60",
     "torchrun --nproc_per_node 8 sft.py --preset 2b --data sft": SFT.replace("{}", "cp toy/sft.json sft.json && {}"),
     "torchrun --nproc_per_node 8 rl.py  --preset 2b --data rl": RL,
     "python data.py export": "{}",
