@@ -50,7 +50,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from support.run import BadInput, MissingFile, Progress, check_bounds, cure_of_bytes, hold, run_script, tie_to_parent
+from support.run import (
+    BadInput,
+    MissingFile,
+    Progress,
+    check_bounds,
+    cure_of_bytes,
+    hold,
+    keys_once,
+    run_script,
+    tie_to_parent,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)
@@ -145,13 +155,9 @@ def open_picture(source, root=None):
             picture = source
         else:
             path = Path(root, source) if root else Path(source)
-            below = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path))  # links there are fine
-            if not below:
-                raise Skip(f"{source}: the path leaves --media_root {root}")
-            if path.name == "blank.jpg" and not path.exists():  # the authors' stand-in for "no picture"
+            if is_blank(path):
                 return blank_picture()
-            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-                raise Skip(f"{path}: cannot be read as a picture (it is no file)")
+            look_up(source, root)
             picture = Image.open(path)
         (width, height), size = picture.size, "{} x {} pixels".format(*picture.size)
         if width * height > MAX_DECODED:
@@ -162,10 +168,29 @@ def open_picture(source, root=None):
         return to_rgb(picture)
     except (Skip, MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except FileNotFoundError as error:
-        raise Skip(f"{path}: no such file (is --media_root right?)") from error
     except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
         raise Skip(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
+
+
+def look_up(source, root=None):
+    """Raises Skip where a path is no file below root. A link that lies there may point anywhere; a pipe is no file:
+    opening it would wait for ever."""
+    path = Path(root, source) if root else Path(source)
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
+        raise Skip(f"{source}: the path leaves --media_root {root}")
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long
+        raise Skip(f"{path}: cannot be read as a picture ({error.strerror})") from error
+    if not there:
+        raise Skip(f"{path}: no such file (is --media_root right?)")
+    if not path.is_file():
+        raise Skip(f"{path}: cannot be read as a picture (it is no file)")
+
+
+def is_blank(path):
+    """The authors' stand-in for "no picture", which need not be there."""
+    return path.name == "blank.jpg" and not path.exists()
 
 
 def thinned(frames, n=NUM_FRAMES):
@@ -443,15 +468,19 @@ def scan_lines(file, path):
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield at, at + len(line), json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg}); a file is one list of rows, or "
-                               "lines of one whole row each") from error  # fmt: skip
+                yield at, at + len(line), json.loads(line, object_pairs_hook=keys_once)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise BadInput(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)}); a file is one "
+                               "list of rows, or lines of one whole row each") from error  # fmt: skip
+            except UnicodeDecodeError:
+                raise
+            except ValueError as error:  # a key that is there twice, a number of 5,000 digits
+                raise BadInput(f"{path}, line {number}: {error}") from error
         at += len(line)
 
 
 def scan_list(file, path, block):
-    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder(object_pairs_hook=keys_once).raw_decode
     text, place, byte, line, last = "", 0, 0, 1, False  # text is what is being parsed, place the next character of it;
     # byte: place in the file; line: number of text's first line; last: nothing is left to read
 
@@ -485,6 +514,8 @@ def scan_list(file, path, block):
                 if last:
                     raise broken(error.msg, error.pos) from error
                 refill()  # the row may go on in the next block
+            except (ValueError, RecursionError) as error:
+                raise broken(error, place) from error
         size = len(text[place:end].encode())
         yield byte, byte + size, row
         byte, place = byte + size, end
@@ -600,7 +631,8 @@ def side_of(row, kind, side, name):
 
 
 def check_row(row, kind, needs, name):
-    """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have."""
+    """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have, and
+    "answer" where its assistant's text is learned."""
     for side in ("qry", "pos"):
         where, human, images, video, answer = side_of(row, kind, side, name)
         if kind == "rl":  # its texts have been checked, its marks do not count
@@ -608,6 +640,8 @@ def check_row(row, kind, needs, name):
         for text in (human, answer or ""):
             check_text(text, where)
         media_marks(human, images, video, where)  # also without media: they may have been lost
+        if "answer" in needs and not answer:
+            raise BadInput(f"{where}: no assistant text, from which the next-token loss learns; mend the row")
         for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
             if token in needs and token not in text:
                 raise BadInput(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
@@ -789,7 +823,11 @@ def read_pairs(files):
         if Path(file).suffix == ".parquet":
             import pyarrow.parquet
 
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            try:
+                table = pyarrow.parquet.read_table(file)
+            except (OSError, ValueError) as error:  # what pyarrow says of a file that is torn or not there
+                raise BadInput(f"{file}: cannot be read as parquet ({error}); copy it again") from error
+            batches = table.to_batches(max_chunksize=1024)
             name, rows = Path(file).resolve().parent.name, (row for batch in batches for row in batch.to_pylist())
         else:
             name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: the reasoning left out has gigabytes
@@ -809,7 +847,7 @@ def bare_side(row, side, name):
     if isinstance(given, dict) and "conversations" in given:
         text, images, video, _ = sft_side(given, name)
         media_marks(text, images, video, name)
-        text = re.sub(f"{IMAGE_MARK}|{VIDEO_MARK}", "", text.split(f"\n{DISC}")[0])
+        text = re.sub(f"{IMAGE_MARK}|{VIDEO_MARK}", "", text.split(DISC)[0])
     elif isinstance(given, dict):
         text, images, video = check_input(given, name).values()
     elif f"{side}_image_path" in row:  # MMEB-train calls the query's text "qry", the target's "pos_text"
@@ -1079,7 +1117,10 @@ def annotate(args):
     from model import check_model
     from support.run import barrier, end_processes, read_json, stable_hash, start_processes, write_json
 
-    pairs, folder = read_pairs(args.pairs), Path(f"{args.out}.answers")
+    folder = Path(f"{args.out}.answers")
+    if Path(args.out).exists() and not folder.is_dir():
+        raise BadInput(f"--out {args.out} is a file that annotate has not made; give another name")
+    pairs = read_pairs(args.pairs)
     if not pairs:
         raise SystemExit(f"{', '.join(args.pairs)}: no rows")
     check_model(args.teacher)
@@ -1138,6 +1179,10 @@ def annotate(args):
 def rl_subset(args):
     """A balanced draw from --pairs without what --sft holds: one pair of each modality in turn, in it one of each
     dataset in turn; where one runs out the others fill up."""
+    try:
+        re.compile(args.visdoc)
+    except re.error as error:
+        raise BadInput(f"--visdoc {args.visdoc}: no regular expression ({error})") from error
     pairs = read_pairs(args.pairs)
 
     def content(pair):
@@ -1198,8 +1243,8 @@ class Checked(Dataset):
             found = found._replace(pictures=len(paths), target=content_key(*sides[1][1:4]))
             if data.tokenizer is None:
                 for path in paths:
-                    if not Path(data.root, path).exists() and Path(path).name != "blank.jpg":
-                        raise Skip(f"{Path(data.root, path)}: no such file (is --media_root right?)")
+                    if not is_blank(Path(data.root, path)):
+                        look_up(path, data.root)
                 return found
             pair = data[i]  # as in training
             if not pair.ok:
@@ -1217,9 +1262,9 @@ def check(args):
     """Prints what the loader makes of every row -> whether all is well."""
     tokenizer = None
     if args.model:
-        from transformers import AutoTokenizer
+        from model import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = load_tokenizer(args.model)
         tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
     rows = Rows([args.file], kind=None)
     kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
@@ -1518,9 +1563,10 @@ def main():
     p.add_argument("checkpoint", help="OUT/checkpoints/step-N")
     p.add_argument("--out", required=True, help="model folder")
     args = parser.parse_args()
-    check_bounds(args, temperature=(0, True, float("inf")))
-    if any(Path(file).resolve() == Path(args.out).resolve() for file in getattr(args, "pairs", [])):
-        raise SystemExit(f"--out {args.out} is one of the files of --pairs; give another name")
+    check_bounds(vars(args), temperature=(0, True, 100))
+    given = [*getattr(args, "pairs", []), *getattr(args, "sft", [])]
+    if any(Path(file).resolve() == Path(args.out).resolve() for file in given):
+        raise SystemExit(f"--out {args.out} is one of the files that are read; give another name")
     if args.command == "annotate":
         annotate(args)
     elif args.command == "rl-subset":

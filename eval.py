@@ -201,7 +201,7 @@ def load_task(name, root, vidore_instruction=True) -> Task:
         labels, grades = keys_of(query["labels"]), query.get("grades")
         check(labels, f"query {i}: labels must be a key or a list of keys, not {query['labels']!r}")
         right = isinstance(grades, list) and len(grades) == len(labels) and all(map(is_grade, grades))
-        check(grades is None or right, f"query {i} has not one grade, a number of at least 0, per label: {grades!r}")
+        check(grades is None or right, f"query {i} has not one grade, a number from 0 to 100, per label: {grades!r}")
         own = query.get("candidates")
         if raw["eval_type"] == "local":
             own = keys_of(own)
@@ -236,7 +236,7 @@ def keys_of(given):
 
 
 def is_grade(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 100  # 2 to the 1,024 is no float
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -938,7 +938,7 @@ def change_table(names, first, last):
 
 def model_names(models):
     """The folders' names, with as many of their parents as it takes to tell them apart."""
-    parts = [Path(model).absolute().parts for model in models]
+    parts = [Path(os.path.abspath(model)).parts for model in models]
     if len(set(parts)) < len(parts):
         raise SystemExit(f"--model names a folder twice: {' '.join(models)}")
     depth = 1
@@ -1090,7 +1090,7 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
 def main(argv=None):
     settings = parse_args(Settings, PRESETS, argv)
     if settings.video_max_pixels < PIXELS["video"][0]:
-        raise SystemExit(f"--video_max_pixels {settings.video_max_pixels}: must be at least {PIXELS['video'][0]}")
+        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {PIXELS['video'][0]}")
     names = choose_tasks(settings)
     if not names:
         raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "

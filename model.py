@@ -19,7 +19,6 @@ Where this departs from the official code
 import contextlib
 import itertools
 import json
-import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DISC, FORMS, GEN, PIXELS, Row, Skip, check_input, encode_input, normalise
+from data import DISC, FORMS, GEN, PIXELS, Row, Skip, check_input, check_text, encode_input, normalise
 from support.run import (
     BadInput,
     MissingFile,
@@ -110,6 +109,8 @@ class Embedder(nn.Module):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
         tokenizer, backbone = load_pretrained(name_or_path, dtype)
         add_embedding_tokens(backbone, tokenizer)
+        if len(tokenizer) > (rows := backbone.get_input_embeddings().weight.shape[0]):
+            raise BadInput(f"{name_or_path}: its tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them")
         return cls(backbone, tokenizer).to(device).eval()
 
     def save_pretrained(self, path):
@@ -336,13 +337,16 @@ class Embedder(nn.Module):
         """
         if mode not in ("disc", "gen", "both"):
             raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
-        lowest = {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "temperature": 0}
-        for name, value in zip(lowest, (samples, batch_size, max_new_tokens, temperature)):
-            if not lowest[name] <= value < math.inf:
-                raise BadInput(f"{name}={value}: must be at least {lowest[name]}")
+        for name, value in dict(samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens).items():
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise BadInput(f"{name}={value}: must be at least 1, a whole number")
+        if temperature != 0 and not 0.001 <= temperature <= 100:
+            raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
         inputs = list_of_inputs(inputs)
         if traces is not None:
-            traces = [traces] if isinstance(traces, str) else list(traces)
+            traces = [traces] if isinstance(traces, str) else traces
+            if not isinstance(traces, (list, tuple)):
+                raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
             if len(traces) != len(inputs):
                 raise BadInput(f"{len(traces)} traces for {len(inputs)} inputs: give one text for each")
         N, width = len(inputs), self.backbone.config.text_config.hidden_size
@@ -361,7 +365,10 @@ class Embedder(nn.Module):
         for n, item in enumerate(inputs):
             try:
                 checked[n] = check_input(item, f"input {n}")
+                if traces is not None:
+                    check_text(traces[n], f"trace {n}")
             except BadInput as error:
+                checked.pop(n, None)
                 if N == 1 or (n == N - 1 and not checked):  # no other input is to be saved: the caller must hear it
                     raise
                 skip(n, error)
@@ -538,28 +545,42 @@ def check_model(name_or_path):
         raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
 
 
-def load_pretrained(name_or_path, dtype):
-    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
-    another shape, with random numbers. Only a head that is tied to the token embeddings may be missing."""
+def load_tokenizer(name_or_path):
+    """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
     check_model(name_or_path)
     try:
-        family = AutoConfig.from_pretrained(name_or_path).model_type
-        if family != "qwen2_vl":
-            raise BadInput(f"{name_or_path}: a model of the family {family}; this code reads qwen2_vl")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:  # what transformers says of broken files
+        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if config.model_type != "qwen2_vl":
+        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads qwen2_vl")
+    pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    if pads != [config.image_token_id, config.video_token_id]:
+        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
+                       "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
+    return tokenizer
+
+
+def load_pretrained(name_or_path, dtype):
+    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
+    another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
+    token embeddings may be missing."""
+    tokenizer = load_tokenizer(name_or_path)
+    try:
         backbone, found = Qwen2VLForConditionalGeneration.from_pretrained(
             name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except BadInput:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # what transformers says of broken files
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
     wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
     if wrong:
         raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
                        f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
+    if extra := sorted(found["unexpected_keys"]):
+        raise BadInput(f"{name_or_path}: the model of config.json has no room for {len(extra)} tensors of the files: "
+                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}; is it another model's?")  # fmt: skip
     return tokenizer, backbone
 
 

@@ -360,7 +360,7 @@ def main():
     with Guard(args, out, save, len(data.rows)) as guard:
         for step in bar:
             guard.completed, began = step, time.perf_counter()
-            pairs = next(loader)
+            pairs = guard.next_pairs(loader)
             waited = time.perf_counter() - began
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
             ok = torch.tensor([pair.ok for pair in pairs], device=device)
@@ -412,7 +412,7 @@ def main():
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save(step + 1)
             guard.check_share()
-    save_model(embedder, args.model, out)
+        save_model(embedder, args.model, out)  # guarded too: what cannot be saved so is kept as a checkpoint
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")

@@ -255,10 +255,16 @@ def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
+    contrast = args.w_disc or args.w_gen or args.cross_weight
+    if not contrast and not args.w_ce:
+        raise SystemExit("all weights of the loss are 0: there is nothing to train")
+    if contrast and args.batch_size == 1:
+        raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
     rank, world, device = start_processes(args.fsdp)
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
     needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
+    needs += ["answer"] if args.w_ce else []
     digests = first_on_node(lambda: [str(index_rows(file, "sft", needs, args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
@@ -299,7 +305,7 @@ def main():
     with Guard(args, out, save, len(data.rows)) as guard:
         for step in bar:
             guard.completed, began = step, time.perf_counter()
-            pairs = next(loader)
+            pairs = guard.next_pairs(loader)
             waited = time.perf_counter() - began
             lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
             for group in optimizer.param_groups:
@@ -326,7 +332,7 @@ def main():
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save(step + 1)
             guard.check_share()
-    save_model(embedder, args.model, out)
+        save_model(embedder, args.model, out)  # guarded too: what cannot be saved so is kept as a checkpoint
     if rank == 0:
         write_args(out, args, finished=True, resume=settings)
         print(f"saved {out}")

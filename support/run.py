@@ -288,6 +288,7 @@ class Guard:
     def __init__(self, args, out, save, num_rows):
         self.args, self.out, self.save, self.num_rows = args, Path(out), save, num_rows
         self.signal, self.completed, self.nonfinite, self.seen, self.unusable = 0, None, 0, 0, 0
+        self.waiting = False
 
     def __enter__(self):
         # a signal that is ignored from the start stays so: that is what nohup is for
@@ -297,6 +298,17 @@ class Guard:
 
     def note(self, number, _frame):
         self.signal = number
+        if self.waiting:
+            raise Stopped(signal.Signals(number).name, 128 + number)
+
+    def next_pairs(self, loader):
+        """The next step's pairs. A disk that does not answer must not hold back the end of a run: with one process a
+        signal ends the waiting (several have to meet first)."""
+        self.waiting = processes()[1] == 1
+        try:
+            return next(loader)
+        finally:
+            self.waiting = False
 
     def __exit__(self, _kind, why, _trace):
         try:
@@ -448,9 +460,9 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
     if is_complete(final):  # stopped right after a regular save
         return True
     if rank == 0:
-        for path in final.parent.glob("*"):
-            if not is_complete(path):
-                shutil.rmtree(path)  # what killed runs have left
+        for path in final.parent.glob("step-*"):
+            if re.fullmatch(r"step-\d+(\.tmp)?", path.name) and not is_complete(path):
+                shutil.rmtree(path)  # what killed runs have left; anything else is the user's
         temporary.mkdir(parents=True)
     meet()
     try:
@@ -474,7 +486,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
             sync(final.parent)
             for _, old in list_checkpoints(folder)[:-keep]:
                 remove_checkpoint(old)
-    except OSError:  # a full disk: what is half written must not keep it full
+    except (OSError, SafetensorError):  # a full disk: what is half written must not keep it full
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     meet()
@@ -488,8 +500,8 @@ def remove_checkpoint(path):
 
 def list_checkpoints(folder):
     """Complete checkpoints, oldest first, as (step, path)."""
-    found = [path for path in Path(folder).glob("checkpoints/step-*") if is_complete(path)]
-    return sorted((int(path.name.split("-")[1]), path) for path in found)
+    found = [path for path in Path(folder).glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((int(path.name.split("-")[1]), path) for path in found if is_complete(path))
 
 
 def open_checkpoint(path):
@@ -615,7 +627,11 @@ def hold(folder):
     not beside ranks that are still dying. The kernel frees a process's locks when it ends, however it ends.
     """
     rank, world = processes()
-    path, taken = Path(folder) / ".lock", ""
+    path, taken, made = Path(folder) / ".lock", "", Path(folder) / "args.json"
+    if made.exists():
+        scripts = [Path(command[0]).name for command in (read_json(made)["command"], sys.argv)]
+        if scripts[0] != scripts[1] and "eval.py" in scripts and {*scripts} <= {"sft.py", "rl.py", "eval.py"}:
+            raise BadInput(f"{folder} is the folder of a run of {scripts[0]}; give another --out")
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 (held as long as this process lives)
@@ -643,8 +659,8 @@ def hold(folder):
 
 
 def weights_digest(name_or_path):
-    """Identity of a model's weights: of all bytes (a sample of them misses a changed norm), about a second a GB; of a
-    hub id its commit."""
+    """Identity of a model: of all bytes of weights, configuration and tokenizer (a sample misses a changed norm), about
+    a second a GB; of a hub id its commit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
@@ -652,7 +668,8 @@ def weights_digest(name_or_path):
         except OSError as error:
             raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
     whole = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob("*.safetensors")):
+    names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
+    for path in sorted(path for name in names for path in folder.glob(name)):
         with open(path, "rb") as file:
             whole.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
     return whole.hexdigest()
@@ -666,11 +683,14 @@ def begin_run(args, rank, digests):
     free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
             "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
+    if Path(args.model).resolve() == out.resolve():
+        raise BadInput(f"--out {out} is --model too, which would be overwritten; give another --out")
     settings["content of --data"] = digests
     settings["content of --model"] = first_on_node(lambda: weights_digest(args.model))
     hold(out)
     path = out / "args.json"
-    if args.resume == "auto" and path.exists() and (before := read_json(path)).get("finished"):
+    before = read_json(path) if args.resume == "auto" and path.exists() else {}
+    if before.get("finished") and any(out.glob("*.safetensors")):  # else somebody has taken the model away
         before = before.get("resume", before["settings"])
         if args.steps <= before["steps"] or not list_checkpoints(out):  # else it is extended, from its last checkpoint
             refuse_changed(before, settings, out, may_change=())
@@ -711,19 +731,20 @@ def write_json(path, data):
 def read_json(path):
     """BadInput with the file, the reason and the cure where it is no JSON in UTF-8, or names a key twice."""
     path = Path(path)
-
-    def once(pairs):  # json would keep the last one and drop the others
-        if len(found := dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
-        return found
-
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=once)
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=keys_once)
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: no such file") from error
-    except ValueError as error:  # of either kind
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON in UTF-8 ({error}); {cure_of_bytes(path)}") from error
+
+
+def keys_once(pairs):
+    """For json's object_pairs_hook, which by itself keeps the last of two equal keys and drops the other."""
+    if len(found := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+    return found
 
 
 def cure_of_bytes(path):
@@ -732,8 +753,14 @@ def cure_of_bytes(path):
         start = file.read(4)
     if start.startswith(b"\xef\xbb\xbf"):
         return f"it begins with a byte order mark: save it without one, or sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"it is in UTF-16: iconv -f UTF-16 -t UTF-8 {path} > NEW"
+    if start[:2] in (b"\x1f\x8b", b"PK"):
+        return "it is a packed file: unpack it"
+    if start == b"PAR1":
+        return "it is a parquet file, which --pairs and MMEB's annotations can be, by the ending .parquet"
+    if b"\0" in start:
+        return "it is no text file"
     return "mend that place, or copy the file again if it is not whole"
 
 
@@ -756,24 +783,28 @@ BOUNDS = (  # lowest value, whether it is allowed itself, highest value, setting
     (1, True, math.inf, "steps batch_size micro_batch update_batch inner_steps save_every keep"),
     (1, True, math.inf, "max_new_tokens max_length max_tokens video_max_pixels size"),
     (2, True, math.inf, "G"),  # a group of one has no advantage: nothing would be learned
-    (0, True, math.inf, "workers seed tau_steps skip_nonfinite samples lr weight_decay beta eps_high"),
+    (0, True, math.inf, "workers tau_steps skip_nonfinite samples beta eps_high"),
+    (0, True, 2**63 - 1, "seed"),
+    (0, True, 10, "lr weight_decay"),
     (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_grpo w_anchor"),
     (0, True, 1, "warmup lr_floor max_skipped max_repeat eps_low"),
     (0, True, 0.999999, "beta2"),
-    (0, False, math.inf, "tau tau_start clip temperature"),
+    (0, False, math.inf, "tau tau_start clip"),
+    (0.001, True, 100, "temperature"),  # beyond it logits leave their numbers' range, or reach the ban's
 )
 
 
-def check_bounds(args, **own):
-    """Stops with a sentence where a setting is out of its bounds. own: {name: (lowest, is it allowed, highest)}."""
+def check_bounds(given, **own):
+    """Raises BadInput where one of the given settings, a dict, is out of its bounds. own: {name: (lowest, whether it is
+    allowed itself, highest)}."""
     bounds = {name: bound for *bound, names in BOUNDS for name in names.split()} | own
-    for name, value in vars(args).items():
+    for name, value in given.items():
         low, allowed, high = bounds.get(name, (0, True, math.inf))
         if name not in bounds or isinstance(value, bool) or value is None:
             continue
         if not (low <= value <= high and (allowed or value > low) and math.isfinite(value)):
             above = f"{'at least' if allowed else 'above'} {low}"
-            raise SystemExit(f"--{name} {value}: must be {above}{f' and at most {high}' * math.isfinite(high)}")
+            raise BadInput(f"--{name} {value}: must be {above}{f' and at most {high}' * math.isfinite(high)}")
 
 
 def setting(default, help):
@@ -791,7 +822,7 @@ def parse_args(settings, presets, argv=None):
     parser = transformers.HfArgumentParser(settings, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(**presets[preset])
     args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    check_bounds(args)
+    check_bounds(vars(args))
     return args
 
 

@@ -352,6 +352,6 @@ def test_errors_of_the_command_line(tmp_path):
     write_tasks(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model folder"):
         ev.main(["--root", str(tmp_path), "--model", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit, match="temperature"):
+    with pytest.raises(ValueError, match="temperature"):
         ev.main(["--root", str(tmp_path), "--temperature", "0"])
     assert ev.parse_args(ev.Settings, ev.PRESETS, ["--preset", "2b"]).samples == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ANSWERS, ROOT, inputs, picture, read_log, run_here, run_pro
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_rl import flags as rl_flags
-from test_scale import act_at, die
+from test_scale import act_at, die, terminate
 from test_sft import flags, same_weights, weights
 
 import data as data_file
@@ -121,6 +122,7 @@ def test_a_failed_evaluation_ends(tiny_dir, tmp_path, signalled):
     assert ("interrupted" if signalled else "boom") in output
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run_with_a_sentence(tiny_dir, world, tmp_path):
     """A worker that the kernel has killed for memory: one sentence with the cure, the last complete step saved."""
     kill = "import multiprocessing; os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
@@ -503,6 +505,8 @@ def test_labels_that_are_numbers_or_outside_the_pool(tmp_path, capsys):
     (dict(samples=-1), "samples=-1"), (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("nan")), "temperature=nan"),
     (dict(traces=["a"]), "1 traces for 2 inputs"), (dict(traces=[]), "0 traces for 2 inputs"),
+    (dict(traces={"a": 1, "b": 2}), "not dict"), (dict(samples=2.5), "whole number"), (dict(batch_size="3"), "whole"),
+    (dict(temperature=1e-40), "temperature=1e-40"), (dict(temperature=1e12), "temperature=1"),
 ])  # fmt: skip
 def test_arguments_of_embed(embedder, more, message):
     """Bug story: batch_size=0 gave zeros for all inputs, without a word."""
@@ -601,7 +605,10 @@ def test_a_sample_depends_on_the_content_not_on_the_place(writer):
     ('[{"a": 1}]'.encode("utf-16"), "UTF-16: iconv"),
     (b'{"data": [{"a": 1}]}', "the rows lie under 'data'; save that list"),
     (b'{\n "data": [\n  {"a": 1}]}', "line 1: not valid JSON.*one list of rows"),
-    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "is the file whole"),
+    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "is the file whole"), (b"\x1f\x8b\x08\0\0", "packed file"),
+    (b"PAR1\0\0", "parquet"), (b'{"a": 1, "a": 2}', "line 1: the key 'a' is there twice"),
+    (b'[{"image": "x", "image": "y"}]', "the key 'image' is there twice"), (b"[" * 9999, "recursion"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
 ])  # fmt: skip
 def test_files_in_other_clothes(tmp_path, content, message):
     """Each says which file it is and how to mend it."""
@@ -665,6 +672,33 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkey
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"] and len(calls) == 3
 
 
+def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_path, monkeypatch):
+    """The model's folder cannot be written: the last step is kept as a checkpoint, and the same command ends from
+    there."""
+    argv = flags(tiny_dir, world, tmp_path, steps=3, save_every=50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "save_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(sft, argv, patch)
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
+    monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("all steps are done"))
+    run_here(sft, argv, monkeypatch)
+    assert (tmp_path / "model.safetensors").exists() and len(read_log(tmp_path)) == 3
+
+
+def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path):
+    """A disk that does not answer: SIGTERM was heard and never acted on, since no step began any more."""
+    def stuck():
+        data_file.PairData.__getitem__ = lambda self, i: time.sleep(300)
+        signal.signal(signal.SIGALRM, lambda *_: terminate())
+        signal.setitimer(signal.ITIMER_REAL, 2)
+
+    began = time.time()
+    argv = flags(tiny_dir, world, tmp_path, steps=5)
+    run_processes(sft, argv, 1, codes=128 + signal.SIGTERM, before=act_at(sft, "sft_step", 2, stuck))
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [2] and time.time() - began < 60
+
+
 def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp_path, monkeypatch):
     """Out of memory inside the optimiser: its weights are between two steps and must not be saved; the resumed run is
     bit-equal to one that was never broken off, and so is its log."""
@@ -713,7 +747,7 @@ def test_flags_out_of_their_range(module, flag, value, tmp_path, monkeypatch):
     sentence before anything starts."""
     more = ["--root", str(tmp_path), "--tasks", "x"] if module is ev else []
     monkeypatch.setattr(sys, "argv", ["x.py", f"--{flag}", str(value), "--out", str(tmp_path / "out"), *more])
-    with pytest.raises(SystemExit, match=f"--{flag} {value}[.0]*: must be (at least|above)"):
+    with pytest.raises(BadInput, match=f"--{flag} {value}[.0]*: must be (at least|above)"):
         module.main()
     assert not (tmp_path / "out").exists()
 
@@ -755,13 +789,28 @@ def test_missing_tensors_are_named(tiny_dir, tmp_path, change, name):
 
 
 def test_models_that_are_none_of_ours(tiny_dir, tmp_path):
-    """Another family, adapter files alone or beside weights, weights that are cut off: each a sentence."""
+    """Another family, adapter files alone or beside weights, weights that are cut off, a tokenizer that is not there
+    (transformers makes an empty one, all texts were equal) or another model's, a config.json of fewer layers (the
+    others' weights were left out): each a sentence."""
     Embedder.from_pretrained(tiny_dir).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
     with pytest.raises(BadInput, match="family qwen2_5_vl; this code reads qwen2_vl"):
         Embedder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
+    fewer = config["vision_config"] | {"depth": config["vision_config"]["depth"] - 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": fewer}))
+    with pytest.raises(BadInput, match="no room for 12 tensors of the files: model.visual.blocks"):
+        Embedder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace("<|image_pad|>", "<|picture_pad|>"))
+    with pytest.raises(BadInput, match="its tokenizer is not the model's"):
+        Embedder.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match="its tokenizer is not the model's|cannot be loaded"):
+        Embedder.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer)
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(BadInput, match=f"{tmp_path}: cannot be loaded"):
@@ -830,9 +879,57 @@ def test_a_run_is_extended(tiny_dir, world, tmp_path, monkeypatch, capsys):
         run_here(sft, argv(steps=6, lr=5e-4, tau=0.3), monkeypatch)
 
 
+def test_only_our_own_files_are_cleared_away(tmp_path):
+    """Bug story: notes.txt in checkpoints/ ended the save, a copy named step-2-best was deleted as the oldest."""
+    model = torch.nn.Linear(3, 4)
+    for step in (1, 2, 3):
+        run_file.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {}, keep=1)
+        if step == 1:
+            (tmp_path / "checkpoints/notes.txt").write_text("mine")
+            shutil.copytree(tmp_path / "checkpoints/step-1", tmp_path / "checkpoints/step-1-best")
+            (tmp_path / "checkpoints/step-best").mkdir()
+            (tmp_path / "checkpoints/step-9").mkdir()  # as a kill leaves one
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["notes.txt", "step-1-best", "step-3", "step-best"]
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
+
+
+def test_nothing_of_the_users_is_overwritten(tiny_dir, world, tmp_path, monkeypatch, capsys):
+    """--out that is --model; eval.py into a stage's folder, whose args.json says what made it; data.py's commands onto
+    the files that they read or that somebody else has made."""
+    model = tmp_path / "model"
+    Embedder.from_pretrained(tiny_dir).save_pretrained(model)
+    with pytest.raises(BadInput, match="is --model too"):
+        run_here(sft, flags(model, world, model), monkeypatch)
+    run_here(sft, flags(tiny_dir, world, tmp_path / "sft"), monkeypatch)
+    write_local_task(tmp_path)
+    with pytest.raises(BadInput, match="is the folder of a run of sft.py"):
+        monkeypatch.setattr(sys, "argv", ["eval.py"])
+        ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "sft"), "--workers", "0"])
+    rows = tmp_path / "rows.json"
+    rows.write_text((world / "sft.json").read_text())
+    for command in (["rl-subset", "--pairs", world / "rl.json", "--sft", rows, "--out", rows],
+                    ["annotate", "--pairs", world / "rl.json", "--teacher", model, "--out", rows]):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, command)])
+        with pytest.raises((SystemExit, BadInput), match="files that are read|has not made"):
+            data_file.main()
+    assert rows.read_text() == (world / "sft.json").read_text()
+
+
+def test_a_finished_run_without_its_model_goes_on(tiny_dir, world, tmp_path, monkeypatch):
+    """Bug story: "is finished", and there was no model: somebody had moved it away."""
+    argv = flags(tiny_dir, world, tmp_path, steps=3, save_every=2)
+    run_here(sft, argv, monkeypatch)
+    want = weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    run_here(sft, argv, monkeypatch)
+    assert same_weights(weights(tmp_path), want)
+
+
 # ---- 13. one run per folder --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(tiny_dir, world, tmp_path):
     """Bug story: two runs in one --out mixed their logs, and one of them died of the other's clean-up. The kernel holds
     the lock: a killed holder leaves none, a rank that is still dying does."""
@@ -888,6 +985,7 @@ def test_a_rank_that_is_still_dying_holds_the_folder(tmp_path):
 # ---- 14. where it runs -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_git_no_terminal(tiny_dir, world, tmp_path):
     """Without a git binary the commit is null; in a log file progress is plain lines, without carriage returns."""
     argv = flags(tiny_dir, world, tmp_path, steps=2)
