@@ -42,6 +42,7 @@ from datetime import timedelta
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -532,8 +533,12 @@ def index_rows(path, kind, needs=(DISC, GEN), cache=None):
     if cache and path.is_file():
         about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "2")
         kept = Path(cache) / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
-        if kept.exists():
+        try:
             return dict(np.load(kept))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, EOFError, BadZipFile) as error:  # a disk's fault: what is ours is made again
+            print(f"{kept}: not readable ({error}), made again", file=sys.stderr)
     spans, dataset, names = array("q"), array("i"), {}
     size = path.stat().st_size if path.is_file() else 0
     with Progress(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
@@ -1566,7 +1571,7 @@ def main():
     check_bounds(vars(args), temperature=(0, True, 100))
     given = [*getattr(args, "pairs", []), *getattr(args, "sft", [])]
     if any(Path(file).resolve() == Path(args.out).resolve() for file in given):
-        raise SystemExit(f"--out {args.out} is one of the files that are read; give another name")
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
     if args.command == "annotate":
         annotate(args)
     elif args.command == "rl-subset":

@@ -65,7 +65,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import metadata_load
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data import (
@@ -578,7 +578,12 @@ def reread(embedder, inputs, keys, settings, traces):
 def shards(folder):
     """(rows as [key, problem, texts], open file) of every shard of a cache folder."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
+        try:
+            file = safe_open(path, "np")
+        except SafetensorError as error:  # a disk's fault: its inputs are embedded again
+            print(f"{path}: not readable ({error}), left out", file=sys.stderr)
+            continue
+        with file:
             yield json.loads(file.metadata()["rows"]), file
 
 
@@ -746,8 +751,9 @@ def mean_embedding(gen, valid):
 def score_task(task, queries, candidates, sampled=None):
     """Scores of all modes from the arrays of collect(), their rows in the order of the task.
 
-    Returns ({mode: {metric: mean}}, "pass@k" among the modes and "tied": {mode: queries for which all candidates have
-    the same score, so that the list's order decides}; and {column: main metric or pass@k of each query}).
+    Returns ({mode: {metric: mean}}, "pass@k" among the modes and "tied": {mode: queries for which right and wrong
+    candidates, or all, share the best score, so that the list's order decides}; and {column: main metric or pass@k of
+    each query}).
     """
     keys, lists = list(task.candidates), None
     if task.eval_type == "local":
@@ -757,15 +763,17 @@ def score_task(task, queries, candidates, sampled=None):
     (every_q, q_ok), (every_c, c_ok) = usable(queries), usable(candidates)
     q_ok, c_ok = q_ok[:, 0], c_ok[:, 0]
     graded = task.name in MMEB and any(len(set(query["grades"] or [])) > 1 for query in task.queries)
-    quirk, tied = {}, {}  # per mode: what the published tables have; queries whose candidates are all equal
+    quirk, tied = {}, {}  # per mode: what the published tables have; queries that the list's order decides
 
     def measure(q, c, q_ok, c_ok, mode):
         """Per query {metric: x}; all zero, recall of no labels too, where the query has no embedding."""
         ranked, tied[mode] = [], 0
-        for own, scores in score_candidates(q, c, q_ok, c_ok, lists):
+        for query, (own, scores) in zip(task.queries, score_candidates(q, c, q_ok, c_ok, lists)):
             best = np.argsort(-scores, kind="stable")[: KS[-1]]
             ranked.append([keys[i] for i in own[best]])
-            tied[mode] += len(own) > 1 and bool((scores == scores[0]).all())
+            first = np.flatnonzero(scores == scores.max()) if len(own) > 1 else []
+            right = {keys[i] in query["labels"] for i in own[first]} if len(first) > 1 else set()
+            tied[mode] += len(right) == 2 or 1 < len(first) == len(own)
         if graded:
             x = [published_ndcg(best, q["labels"], q["grades"]) for best, q in zip(ranked, task.queries)]
             quirk[mode] = {m: fmean(row[m] for row in x) for m in x[0]}
@@ -870,7 +878,7 @@ def score_table(scores):
     for name, entry in tasks.items():
         if found := {mode: n for mode, n in entry["tied"].items() if n}:
             counts = ", ".join(f"{n} in {mode}" for mode, n in found.items())
-            text += f"\n{name}: all candidates tie, so that the order of the list decides, for "
+            text += f"\n{name}: candidates tie for the first place, so that the order of the list decides, for "
             text += f"{counts} of {entry['num_queries']} queries"
         if "published_ndcg" in entry:
             x, y = (part["gen"][entry["main_metric"]] for part in (entry, entry["published_ndcg"]))

@@ -511,8 +511,10 @@ def open_checkpoint(path):
         raise MissingFile(f"{path}: no complete checkpoint there (meta.json is missing)")
     try:
         meta = json.loads((path / "meta.json").read_text())
+        if not isinstance(meta["step"], int) or not isinstance(meta["settings"], dict):
+            raise ValueError("meta.json has another form")
         return meta, [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         older = [str(p) for _, p in list_checkpoints(path.parent.parent) if p.resolve() != path.resolve()]
         cure = f"--resume {older[-1]} takes the one before" if older else "--resume none starts anew"
         raise BadInput(f"{path}: this checkpoint is broken ({error}); {cure}") from error
@@ -712,7 +714,10 @@ def open_log(out, start):
         path = Path(out) / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
+        steps = [re.match(r'{"step": (\d+)[,}]', line) for line in whole]  # None: a crash of the machine leaves zeros
+        if None in steps:
+            print(f"{path}: {steps.count(None)} lines that are no log lines are left out", file=sys.stderr)
+        kept = "".join(line for line, step in zip(whole, steps) if step and int(step[1]) <= start)
         write_file(path, lambda temporary, kept=kept: temporary.write_text(kept))
     return open(Path(out) / "log.jsonl", "a", buffering=1)
 

@@ -195,7 +195,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     printed = capsys.readouterr().out
     if value == 0:
         assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
-        assert "all candidates tie, so that the order of the list decides, for 4 in disc" in printed
+        assert "candidates tie for the first place, so that the order of the list decides, for 4 in disc" in printed
     else:
         assert entry["not_finite"] == 8 and "8 of 8 inputs have an embedding that is not finite" in printed
         assert all(entry[mode][metric] == 0 for mode in ev.MODES for metric in ev.METRICS)
@@ -211,6 +211,26 @@ def test_one_embedding_that_is_not_finite_is_a_miss():
     ok = np.ones(3, bool)
     assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
     assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
+
+
+def test_ties_for_the_first_place_are_counted():
+    """Bug story: a dead vision tower makes the pictures equal, and one text more in the list hid it: hit@1 100.0. A
+    right and a wrong one that share the best score, or candidates that all tie, count; two right ones, or ties below
+    the first place, do not."""
+    same, best, low = [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]
+    keys, c = ["right", "wrong", "also right", "low"], np.array([same, best, same, low])
+    task = ev.Task("t", "image", "g", "local", "hit@1", [
+        {"input": {}, "labels": ["right"], "grades": None, "candidates": ["right", "wrong", "low"]},
+        {"input": {}, "labels": ["right", "also right"], "grades": None, "candidates": ["right", "also right", "low"]},
+        {"input": {}, "labels": ["low"], "grades": None, "candidates": ["right", "wrong"]},
+        {"input": {}, "labels": ["low"], "grades": None, "candidates": ["low", "right", "wrong"]},
+    ], dict.fromkeys(keys, {}))  # fmt: skip
+
+    def arrays(x):
+        return {"disc": x, "gen": x[:, None], "valid": np.ones((len(x), 1), bool), "problem": np.array([""] * len(x))}
+
+    entry, _ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
+    assert entry["tied"]["disc"] == 2
 
 
 @pytest.mark.parametrize("mode", ["both", "disc", "gen", "traces"])
@@ -849,6 +869,7 @@ def test_shapes_are_tested_when_tensors_are_restored(tmp_path):
 
 
 @pytest.mark.parametrize("file, content", [("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"),
+                                           ("meta.json", b"[]"), ("meta.json", b'{"step": 2}'),
                                            ("part-0.safetensors", None)])  # fmt: skip
 def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file, content):
     """Torn by a disk, not by a kill: the message has the --resume that goes on."""
@@ -877,6 +898,22 @@ def test_a_run_is_extended(tiny_dir, world, tmp_path, monkeypatch, capsys):
         run_here(sft, argv(steps=3, lr=5e-4), monkeypatch)
     with pytest.raises(SystemExit, match="tau 0.1 -> 0.3"):
         run_here(sft, argv(steps=6, lr=5e-4, tau=0.3), monkeypatch)
+
+
+def test_what_is_ours_and_broken_is_made_again(tiny_dir, world, tmp_path, monkeypatch, capsys):
+    """A machine that crashed leaves zeros: in log.jsonl, in the index of the data."""
+    argv = flags(tiny_dir, world, tmp_path / "out", steps=3, save_every=2, cache=tmp_path / "cache")
+    run_here(sft, argv, monkeypatch)
+    want = read_log(tmp_path / "out")
+    (tmp_path / "out/model.safetensors").unlink()
+    log = tmp_path / "out/log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([lines[0], "\0" * 20 + "\n", *lines[1:]]))
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(b"\0" * 100)
+    run_here(sft, argv, monkeypatch)
+    told = capsys.readouterr().err
+    assert "1 lines that are no log lines" in told and "made again" in told and read_log(tmp_path / "out") == want
 
 
 def test_only_our_own_files_are_cleared_away(tmp_path):
@@ -911,7 +948,7 @@ def test_nothing_of_the_users_is_overwritten(tiny_dir, world, tmp_path, monkeypa
     for command in (["rl-subset", "--pairs", world / "rl.json", "--sft", rows, "--out", rows],
                     ["annotate", "--pairs", world / "rl.json", "--teacher", model, "--out", rows]):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, command)])
-        with pytest.raises((SystemExit, BadInput), match="files that are read|has not made"):
+        with pytest.raises((SystemExit, BadInput), match="files of --pairs or --sft|has not made"):
             data_file.main()
     assert rows.read_text() == (world / "sft.json").read_text()
 
