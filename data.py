@@ -365,7 +365,8 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What rows and inputs may hold. A key that is not listed is refused: a misspelt one would be dropped without a word.
+# What rows and inputs may hold: the keys of the published files and of common tools ("id", "num_tokens", "solution" are
+# for people and other programs). Any other is refused: a misspelt one would be dropped without a word.
 
 KEYS = {
     "an SFT row": ("dataset_name", "dataset", "id", "num_tokens", "qry", "pos"),
@@ -828,6 +829,8 @@ def read_pairs(files):
         if Path(file).suffix == ".parquet":
             import pyarrow.parquet
 
+            if not Path(file).is_file():
+                raise MissingFile(f"{file}: no such file")
             try:
                 table = pyarrow.parquet.read_table(file)
             except (OSError, ValueError) as error:  # what pyarrow says of a file that is torn or not there

@@ -340,7 +340,7 @@ class Embedder(nn.Module):
         for name, value in dict(samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens).items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise BadInput(f"{name}={value}: must be at least 1, a whole number")
-        if temperature != 0 and not 0.001 <= temperature <= 100:
+        if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
             raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
         inputs = list_of_inputs(inputs)
         if traces is not None:

@@ -43,7 +43,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import PairData, Row, index_rows, step_loader
-from model import Embedder, pad_rows, save_model
+from model import Embedder, check_model, pad_rows, save_model
 from reward import embedding_reward_parts, format_reward, group_advantages
 from support.run import (
     Guard,
@@ -318,6 +318,7 @@ def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the RL file or files")
+    check_model(args.model)
     rank, world, device = start_processes(args.fsdp)
     digests = first_on_node(lambda: [str(index_rows(file, "rl", (), args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)

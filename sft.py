@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
-from model import Embedder, pad_rows, save_model
+from model import Embedder, check_model, pad_rows, save_model
 from support.run import (
     Guard,
     Progress,
@@ -260,6 +260,7 @@ def main():
         raise SystemExit("all weights of the loss are 0: there is nothing to train")
     if contrast and args.batch_size == 1:
         raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
+    check_model(args.model)
     rank, world, device = start_processes(args.fsdp)
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)

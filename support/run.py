@@ -631,7 +631,7 @@ def hold(folder):
     rank, world = processes()
     path, taken, made = Path(folder) / ".lock", "", Path(folder) / "args.json"
     if made.exists():
-        scripts = [Path(command[0]).name for command in (read_json(made)["command"], sys.argv)]
+        scripts = [Path(command[0]).name for command in (read_json(made).get("command", [""]), sys.argv)]
         if scripts[0] != scripts[1] and "eval.py" in scripts and {*scripts} <= {"sft.py", "rl.py", "eval.py"}:
             raise BadInput(f"{folder} is the folder of a run of {scripts[0]}; give another --out")
     if rank == 0:

@@ -644,7 +644,7 @@ def test_files_in_other_clothes(tmp_path, content, message):
     ("sft", ["--data", "{rows}", "--batch_size", "40"]), ("rl", ["--data", "{rows}", "--model", "{model}"]),
     ("sft", ["--data", "{rows}", "--out", "{rows}"]), ("eval", ["--root", "/gone"]),
     ("eval", ["--root", "{root}", "--tasks", "nothing", "--model", "{model}"]),
-    ("sft", ["--data", "{rows}", "--model", "{config}"]),
+    ("sft", ["--data", "{rows}", "--model", "{config}"]), ("rl", ["--model", "runs/nowhere"]),
 ])  # fmt: skip
 def test_expected_errors_are_one_sentence(world, tiny_dir, tmp_path, stage, argv):
     """No traceback for what a user can mend; exit code 1."""
