@@ -773,8 +773,9 @@ def write_args(out, args, **more):
     """args.json: settings, command line, commit and versions that made the folder."""
     commit = None
     if shutil.which("git"):
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent)  # fmt: skip
+        # no optional locks: a run that is killed at this moment would leave .git/index.lock in the user's repository
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = git.stdout.strip() or None
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"settings": asdict(args), "command": sys.argv, "commit": commit, **versions, **more}

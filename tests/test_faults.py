@@ -743,14 +743,6 @@ def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "cut")
 
 
-@pytest.mark.slow
-def test_kills_at_random_moments():
-    """Both stages, one process and two: no hang, no wrong weights, no wrong log. The README's figures are of more."""
-    command = [sys.executable, ROOT / "tests/bench.py", "kills", "--count", "8", "--seed", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "| all |" in done.stdout, done.stdout + done.stderr[-2000:]
-
-
 def test_nohup_stays(monkeypatch):
     """A signal that is ignored from the start, as nohup does with SIGHUP, is not turned into an end of the run."""
     monkeypatch.setattr(signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
