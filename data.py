@@ -26,6 +26,7 @@ Commands
 
 import argparse
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -134,8 +135,10 @@ def to_rgb(picture):
     if mode:
         picture = picture.convert(mode)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow's PPM: 0..65535
-        grey = (np.asarray(picture).astype(np.int64) + 128) // 257
-        picture = Image.fromarray(grey.astype(np.uint8))
+        tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 bits per sample, 262 is 0 where white is
+        top = 2 ** tags.get(258, (16,))[0] - 1
+        grey = np.rint(np.asarray(picture).clip(0, top) * (255 / top)).astype(np.uint8)
+        picture = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)
     if picture.mode in ("I", "F"):
         raise ValueError(f"its 32-bit pixels (mode {picture.mode}) have no known range; save it with 8 or 16 bits")
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
@@ -864,7 +867,7 @@ def bare_side(row, side, name):
     else:
         text, images, video = rl_side(row, side, name).values()
     text = re.sub(r"<\|image_\d+\|>", "", without_marks(text, images, video)).strip()
-    images = [path for path in images if Path(path).name != "blank.jpg"]  # it says "no picture"
+    images = [path for path in images if str(path) not in ("blank.jpg", "images/blank.jpg")]  # they say "no picture"
     if not (text or images or video):
         raise BadInput(f"{name}: neither text nor media; fill the side or take the row out")
     if images and video:
@@ -1014,8 +1017,9 @@ def find_answers(folder):
         with open(path, "rb") as file:
             start = 0
             for line in file:
-                if line.endswith(b"\n"):
-                    found[json.loads(line)["key"]] = path, start
+                with contextlib.suppress(ValueError):  # torn by a kill, or the zeros of a crash
+                    if line.endswith(b"\n"):
+                        found[json.loads(line)["key"]] = path, start
                 start += len(line)
     return found
 
@@ -1148,7 +1152,10 @@ def annotate(args):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(known, asked)
     sides = {side_key(side, pair[side]): pair[side] for pair in pairs for side in ("qry", "pos")}
-    own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
+    try:
+        own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--teacher {args.teacher}: cannot be loaded ({str(error).splitlines()[0]})") from error
     found, keys = find_answers(folder), list(sides)
     calls = teacher_calls([sides[key] for key in keys], args.batch_size * (OWN_CALL if own else 1))
     calls = [[keys[n] for n in call] for call in calls]

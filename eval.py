@@ -201,7 +201,7 @@ def load_task(name, root, vidore_instruction=True) -> Task:
         labels, grades = keys_of(query["labels"]), query.get("grades")
         check(labels, f"query {i}: labels must be a key or a list of keys, not {query['labels']!r}")
         right = isinstance(grades, list) and len(grades) == len(labels) and all(map(is_grade, grades))
-        check(grades is None or right, f"query {i} has not one grade, a number from 0 to 100, per label: {grades!r}")
+        check(grades is None or right, f"query {i} has not one grade, above 0 and up to 100, per label: {grades!r}")
         own = query.get("candidates")
         if raw["eval_type"] == "local":
             own = keys_of(own)
@@ -236,7 +236,8 @@ def keys_of(given):
 
 
 def is_grade(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 100  # 2 to the 1,024 is no float
+    """A key of grade 0 is no right one, and must not be listed as a label; 2 to the power of 1,024 is no float."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x <= 100
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -451,6 +452,8 @@ def visdoc_rows(about, folder, media, with_instruction):
         for batch in pq.ParquetFile(file).iter_batches(16, columns=["corpus-id", "image"]):
             for row in batch.to_pylist():
                 if path := absent.pop(row["corpus-id"], None):
+                    if not row["image"] or not row["image"]["bytes"]:
+                        raise BadInput(f"{file}: the page {row['corpus-id']} has no picture; download the file again")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_file(path, lambda temporary, row=row: temporary.write_bytes(row["image"]["bytes"]))
     relevant = {}  # query -> {page: highest grade}, in order of first appearance

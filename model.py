@@ -37,12 +37,15 @@ from support.run import (
     BadInput,
     MissingFile,
     Progress,
+    hold,
     is_sharded,
     open_checkpoint,
     processes,
     read_json,
+    refuse_not_finite,
     restore,
     stable_hash,
+    weights_digest,
 )
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
@@ -720,6 +723,7 @@ def save_model(embedder, base, out):
     """The final model in the Hugging Face layout. All processes call it, rank 0 writes; what FSDP has sharded is put
     together in a plain copy of the base model."""
     rank, _ = processes()
+    refuse_not_finite(embedder)
     if is_sharded(embedder):
         plain = Embedder.from_pretrained(base) if rank == 0 else None
         target = dict(plain.named_parameters()) if plain else {}
@@ -736,9 +740,14 @@ def save_model(embedder, base, out):
 def export_checkpoint(checkpoint, out):
     """A checkpoint of sft.py or rl.py as a model folder, so that a step in between can be evaluated."""
     meta, _ = open_checkpoint(checkpoint)
-    if (Path(out) / "config.json").exists():
-        raise BadInput(f"--out {out} holds a model already; give another folder")
-    embedder = Embedder.from_pretrained(meta["settings"]["model"])  # for tokenizer and configuration
+    base, digest = (meta["settings"].get(key) for key in ("model", "content of --model"))
+    if Path(out).is_file() or (Path(out) / "config.json").exists():
+        raise BadInput(f"--out {out} is a file or holds a model already; give another folder")
+    check_model(base)  # it gives tokenizer and configuration
+    if weights_digest(base) != digest:
+        raise BadInput(f"{checkpoint} began with another model than what is in {base} now")
+    hold(out)
+    embedder = Embedder.from_pretrained(base)
     restore(checkpoint, embedder)
     embedder.save_pretrained(out)
     print(f"wrote {out}: step {meta['step']} of {checkpoint}")

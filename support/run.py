@@ -80,7 +80,9 @@ def run_script(main):
     gloo and nccl, or a worker that is still alive, would keep it, and its GPU, for ever.
     """
     for name in ("stdout", "stderr"):  # None where the shell has closed it
-        setattr(sys, name, Unbreakable(getattr(sys, name) or open(os.devnull, "w")))  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not lose the lines with a ±
+        setattr(sys, name, Unbreakable(stream))
     code = 1
     try:
         main()
@@ -105,6 +107,8 @@ def sentence_of(error):
     text = str(error)
     if isinstance(error, BadInput):
         return text.rpartition("BadInput: ")[2]  # one of a loader worker comes with the worker's traceback before it
+    if isinstance(error, SafetensorError) and "No space left" in text:
+        return f"the disk is full ({text}); the checkpoint before stands"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and re.search(r"DataLoader worker \(pid.*(killed|exited)", text):
@@ -454,6 +458,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
     sharded = is_sharded(model)
     if alone and sharded and world > 1:
         return False
+    refuse_not_finite(model, optimizer)
     meet = (lambda: None) if alone else barrier
     final = Path(folder) / "checkpoints" / f"step-{step}"
     temporary = final.with_suffix(".tmp")
@@ -491,6 +496,18 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
         raise
     meet()
     return True
+
+
+def refuse_not_finite(model, optimizer=None):
+    """Raises BadInput where weights or moments are NaN or infinite: saved, they would take the place of good ones, and
+    every later start would fail."""
+    tensors = {name: p for name, p in model.named_parameters()}
+    tensors |= {f"a moment of {name}": x for name, p in tensors.items() if optimizer
+                for x in optimizer.state.get(p, {}).values()}  # fmt: skip
+    broken = [name for name, x in tensors.items() if not torch.isfinite(local(x)).all()]
+    if broken:
+        raise BadInput(f"{len(broken)} tensors are not finite ({', '.join(broken[:3])}) and are not saved; the "
+                       "checkpoint before stands, and the same command goes on from it")  # fmt: skip
 
 
 def remove_checkpoint(path):
@@ -636,7 +653,7 @@ def hold(folder):
             raise BadInput(f"{folder} is the folder of a run of {scripts[0]}; give another --out")
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (held as long as this process lives)
+        file = open(path, "a+", errors="backslashreplace")  # noqa: SIM115 (held as long as this process lives)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all bytes
             file.truncate(0)

@@ -438,6 +438,19 @@ def test_sixteen_bits_keep_their_content(tmp_path, mode, ending):
         assert np.abs(got - want[None, :, None]).max() <= 1
 
 
+@pytest.mark.parametrize("bits, white_is_zero", [(12, False), (16, True)])
+def test_odd_tiffs_keep_their_content(bits, white_is_zero):
+    """12 bits were nearly black, a scan whose white is zero was its negative. (Pillow writes neither: the tags of a
+    picture in memory stand for those of a file.)"""
+    top = 2**bits - 1
+    ramp = np.linspace(0, top, 64).round().astype(np.uint16)[None].repeat(32, 0)
+    image = Image.fromarray(ramp)
+    image.tag_v2 = {258: (bits,), 262: 0 if white_is_zero else 1}
+    want = np.linspace(0, 255, 64)
+    got = np.asarray(open_picture(image)).astype(int)[0, :, 0]
+    assert np.abs(got - (255 - want if white_is_zero else want)).max() <= 1
+
+
 def test_orientation_is_left_to_the_user(tmp_path):
     """EXIF orientation is ignored, as in the official loader and in training; one line of Pillow makes it upright."""
     image, path = picture(0, 60, 30), tmp_path / "photo.jpg"
@@ -475,6 +488,8 @@ def write_task(root, content, name="mine"):
     (with_query(grades=["good"]), "query 0 has not one grade"),
     (with_query(grades=[float("nan")]), "query 0 has not one grade"),
     (with_query(grades=[-1]), "query 0 has not one grade"),
+    (with_query(grades=[0]), "query 0 has not one grade, above 0"),
+    (with_query(grades=[5000]), "query 0 has not one grade"),
     (with_query(candidates=["1"]), "query 0 has candidates, but a global task ranks all"),
     (with_query(label="1"), "query 0: unknown key 'label'.*input, labels"),
     (with_query(input={"text": "q", "image": "a.png"}), "query 0: unknown key 'image'"),
@@ -741,6 +756,30 @@ def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp
     run_here(sft, flags(tiny_dir, world, tmp_path / "cut", **more), monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "cut")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_dir, world, tmp_path, monkeypatch):
+    """Bug story: a weight that became NaN in an update, or in its moments, was saved over the last good checkpoint, and
+    as the final model with exit code 0."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def broken(self, *given):
+        real(self, *given)
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data.flatten()[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(BadInput, match="1 tensors are not finite .* not saved"):
+        run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=2), monkeypatch)
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [2] and not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_ascii_terminal_loses_no_line(tmp_path):
+    """Bug story: what stdout could not take was dropped, the whole line of a ± with it."""
+    code = "from support.run import run_script; run_script(lambda: print('change 1.0±0.2'))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    assert b"change 1.0\\xb10.2" in subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).stdout
 
 
 def test_nohup_stays(monkeypatch):
