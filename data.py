@@ -1,4 +1,4 @@
-"""Data: conversations, pictures and videos to patches, datasets, batches; annotation, check; last the toy world.
+"""Data: conversations, pictures and videos to patches, the rows of SFT and RL files, batches.
 
 What a row becomes (paper section 3): one string in Qwen2-VL's chat format,
 
@@ -25,43 +25,27 @@ Commands
 """
 
 import argparse
-import codecs
-import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
 import sys
-import time
-import zlib
-from array import array
-from collections import Counter, deque, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache, partial
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from support.rows import Rows
 from support.run import (
     BadInput,
-    MissingFile,
-    Progress,
     check_bounds,
-    cure_of_bytes,
-    hold,
-    keys_once,
+    forked_loader,
     run_script,
-    tie_to_parent,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -437,162 +421,6 @@ def check_input(item, name):
 # Files of pairs
 
 
-def read_rows(path):
-    """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
-    return [row for _, _, row in scan_rows(path)]
-
-
-def scan_rows(path, block=1 << 24):
-    """Streams a .json list or .jsonl lines: yields (first byte, last byte + 1, dict) of every row.
-
-    Holds a block and a row at a time: the published SFT file has 1.46 M rows in 8 GB.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFile(f"{path}: no such file; give --data the SFT or RL file")
-    with open(path, "rb") as file:
-        head = file.read(1024)
-        if head[:3] == codecs.BOM_UTF8 or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
-            raise BadInput(f"{path}: {cure_of_bytes(path)}")
-        one_list = head.lstrip()[:1] == b"["
-        file.seek(0)
-        try:
-            for i, (start, end, row) in enumerate(scan_list(file, path, block) if one_list else scan_lines(file, path)):
-                if not isinstance(row, dict):
-                    raise BadInput(f"{path}, row {i}: expected an object, found {type(row).__name__}")
-                if len(row) == 1 and isinstance(next(iter(row.values())), list):
-                    raise BadInput(f"{path}, row {i}: the rows lie under {next(iter(row))!r}; save that list as a file "
-                                   "of its own")  # fmt: skip
-                yield start, end, row
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}: not valid UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def scan_lines(file, path):
-    at = 0
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield at, at + len(line), json.loads(line, object_pairs_hook=keys_once)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise BadInput(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)}); a file is one "
-                               "list of rows, or lines of one whole row each") from error  # fmt: skip
-            except UnicodeDecodeError:
-                raise
-            except ValueError as error:  # a key that is there twice, a number of 5,000 digits
-                raise BadInput(f"{path}, line {number}: {error}") from error
-        at += len(line)
-
-
-def scan_list(file, path, block):
-    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder(object_pairs_hook=keys_once).raw_decode
-    text, place, byte, line, last = "", 0, 0, 1, False  # text is what is being parsed, place the next character of it;
-    # byte: place in the file; line: number of text's first line; last: nothing is left to read
-
-    def refill():
-        nonlocal text, place, line, last
-        new = file.read(block)
-        last, line = not new, line + text.count("\n", 0, place)
-        text, place = text[place:] + utf8.decode(new, not new), 0
-
-    def broken(what, at):
-        return BadInput(f"{path}, line {line + text.count(chr(10), 0, at)}: not valid JSON ({what})")
-
-    for gap in itertools.chain([r"\s*(\[)\s*(\]?)"], itertools.repeat(r"\s*(?:(,)\s*|(\]))")):
-        while not last and len(text) - place < 4096:  # a comma and its white space are never cut in two
-            refill()
-        found = re.compile(gap).match(text, place)
-        if not found:
-            raise broken("a row must be followed by a comma or the end of the list; is the file whole?", place)
-        byte, place = byte + len(text[place : found.end()].encode()), found.end()
-        if found[2]:
-            while not text[place:].strip() and not last:
-                refill()
-            if text[place:].strip():
-                raise broken("more text behind the list", place)
-            return
-        while True:
-            try:
-                row, end = decode(text, place)
-                break
-            except json.JSONDecodeError as error:
-                if last:
-                    raise broken(error.msg, error.pos) from error
-                refill()  # the row may go on in the next block
-            except (ValueError, RecursionError) as error:
-                raise broken(error, place) from error
-        size = len(text[place:end].encode())
-        yield byte, byte + size, row
-        byte, place = byte + size, end
-
-
-def index_rows(path, kind, needs=(DISC, GEN), cache=None):
-    """Checks every row of a file and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
-    "dataset" int32 [n], an index into "names"; "digest" of the whole content.
-
-    cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
-    ones take no time. A half written index cannot be met: it is renamed when it is complete.
-    """
-    path, kept = Path(path), None
-    if cache and path.is_file():
-        about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, kind, sorted(needs), "2")
-        kept = Path(cache) / f"{path.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.npz"
-        try:
-            return dict(np.load(kept))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, EOFError, BadZipFile) as error:  # a disk's fault: what is ours is made again
-            print(f"{kept}: not readable ({error}), made again", file=sys.stderr)
-    spans, dataset, names = array("q"), array("i"), {}
-    size = path.stat().st_size if path.is_file() else 0
-    with Progress(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=size < 1 << 26) as bar:
-        for i, (start, end, row) in enumerate(scan_rows(path)):
-            if kind:
-                check_row(row, kind, needs, f"{path}, row {i}")
-            spans.extend((start, end))
-            dataset.append(names.setdefault(dataset_of(row), len(names)))
-            bar.update(end - bar.n)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-    index = {"spans": np.array(spans, np.int64).reshape(-1, 2), "dataset": np.array(dataset, np.int32),
-             "names": np.array(list(names), dtype=str), "digest": np.array(digest)}  # fmt: skip
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **index)
-            os.fsync(file.fileno())
-        os.replace(temporary, kept)
-    return index
-
-
-class Rows:
-    """The rows of several files, read from the disk one by one: rows[i] -> (name for messages, dict)."""
-
-    def __init__(self, files, kind, needs=(DISC, GEN), cache=None):
-        self.files, self.indexes = files, [index_rows(file, kind, needs, cache) for file in files]
-        self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
-        self.starts = np.cumsum([0] + [len(index["spans"]) for index in self.indexes])
-        self.names = sorted({str(name) for index in self.indexes for name in index["names"]})
-        codes = [np.array([self.names.index(n) for n in x["names"]], np.int32)[x["dataset"]] for x in self.indexes]
-        self.dataset = np.concatenate(codes) if len(self) else np.zeros(0, np.int32)  # [n] an index into names
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def __getitem__(self, i):
-        f = int(np.searchsorted(self.starts, i, side="right")) - 1
-        j = int(i - self.starts[f])
-        start, end = self.indexes[f]["spans"][j].tolist()
-        # pread takes its place as an argument: forked workers share the open file
-        return f"{self.files[f]}, row {j}", json.loads(os.pread(self.open[f].fileno(), end - start, start))
-
-
-def dataset_of(row):
-    """Published RL rows have both keys, with the finer name in dataset_name."""
-    return str(row.get("dataset_name") or row.get("dataset") or "")
-
-
 def sft_side(side, name):
     """One side of an SFT row -> (human text, images, video, answer); both key styles."""
     check_keys(side, "a side of an SFT row", name)
@@ -628,6 +456,28 @@ def rl_side(row, side, name):
     return check_input(item, name)
 
 
+def sft_row(pair, answers):
+    """The SFT row of a pair; answers: (reasoning, summary) of each side."""
+    row = {"dataset_name": pair["dataset_name"]}
+    for side, (think, summary) in answers.items():
+        item = pair[side]
+        kind, media = ("video", item["video"]) if item["video"] else ("image", item["images"] or ["images/blank.jpg"])
+        marks = VIDEO_MARK if item["video"] else IMAGE_MARK * len(media)
+        turns = [("human", f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"),
+                 ("gpt", f"<think>{think}</think><answer>{summary}{GEN}")]  # fmt: skip
+        row[side] = {kind: media, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    return row
+
+
+def rl_row(pair):
+    row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
+    for side in ("qry", "pos"):
+        text, images, video = pair[side].values()
+        row |= {f"{side}_text": text, f"{side}_image": images[0] if len(images) == 1 else images or "",
+                f"{side}_video": video or [""]}  # fmt: skip
+    return row
+
+
 def side_of(row, kind, side, name):
     """One side of a row -> (name, human text, images, video, answer) of either kind of file."""
     where = f"{name}, {side}"
@@ -639,21 +489,26 @@ def side_of(row, kind, side, name):
     return where, *sft_side(row[side], where)
 
 
-def check_row(row, kind, needs, name):
-    """Everything about a row that shows without its pictures; needs: embedding tokens that an SFT row must have, and
-    "answer" where its assistant's text is learned."""
-    for side in ("qry", "pos"):
-        where, human, images, video, answer = side_of(row, kind, side, name)
-        if kind == "rl":  # its texts have been checked, its marks do not count
-            continue
-        for text in (human, answer or ""):
-            check_text(text, where)
-        media_marks(human, images, video, where)  # also without media: they may have been lost
-        if "answer" in needs and not answer:
-            raise BadInput(f"{where}: no assistant text, from which the next-token loss learns; mend the row")
-        for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
-            if token in needs and token not in text:
-                raise BadInput(f"{where}: no {token} in the {place} text, so it has no such embedding; mend the row")
+@dataclass(frozen=True)
+class RowCheck:
+    """Raises BadInput for whatever is wrong with a row and shows without its pictures."""
+
+    kind: str  # "sft" or "rl"
+    needs: tuple = (DISC, GEN)  # what an SFT row must have: embedding tokens; "answer": an assistant's text to learn
+
+    def __call__(self, row, name):
+        for side in ("qry", "pos"):
+            where, human, images, video, answer = side_of(row, self.kind, side, name)
+            if self.kind == "rl":  # its texts have been checked, its marks do not count
+                continue
+            for text in (human, answer or ""):
+                check_text(text, where)
+            media_marks(human, images, video, where)  # also without media: they may have been lost
+            if "answer" in self.needs and not answer:
+                raise BadInput(f"{where}: no assistant text, from which the next-token loss learns; mend the row")
+            for token, text, place in ((DISC, human, "user's"), (GEN, answer or "", "assistant's")):
+                if token in self.needs and token not in text:
+                    raise BadInput(f"{where}: no {token} in the {place} text, so it has no such embedding; mend it")
 
 
 def content_key(text, images, video):
@@ -683,7 +538,7 @@ class PairData(Dataset):
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
-        self.rows = files if isinstance(files, Rows) else Rows(files, kind, needs, cache)
+        self.rows = files if isinstance(files, Rows) else Rows(files, RowCheck(kind, needs), cache)
         if not len(self.rows):
             raise BadInput(f"{', '.join(map(str, self.rows.files))}: no rows")
         self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
@@ -792,752 +647,6 @@ def step_loader(data, steps, workers):
         yield [next(pairs) for _ in range(share)]
 
 
-def forked_loader(dataset, workers, **settings):
-    """A DataLoader whose workers are forks of this process and end with it; 0 workers: everything in here."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        generator=torch.Generator(),  # its own: the global one must not depend on the loader
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=partial(tie_to_parent, os.getpid()),
-        **settings,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Annotation (the paper's cold-start data): bare pairs -> a teacher's reasoning and summaries -> filters -> SFT rows
-
-ASK = (
-    "This is the {role} of a search: {what}. Think it through first, between <think> and </think>: what it shows or "
-    "says, which details matter, what it asks for and what follows from it, step by step. Then write one short summary "
-    "between <answer> and </answer> that could be searched for in its place: the answer where there is a question, "
-    "otherwise what it is about, with the names, numbers and actions that set it apart. If the {role} is a single word "
-    "or phrase, the summary is exactly that word or phrase."
-)
-ROLES = {"qry": ("query", "what somebody looks for"), "pos": ("candidate", "one of the things that can be found")}
-FRAME_SIDE = 448  # a foreign teacher sees a video as pictures no larger than this: 256 tokens each for most
-OWN_CALL = 8  # batches in one call of our decode loop, which refills ended places
-STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(?:gen|disc)_emb>|\[/?INST\]")
-
-
-def read_pairs(files):
-    """Files of pairs -> list of {"dataset_name", "qry": input, "pos": input}, reasoning left out. Four formats:
-
-    {"dataset_name", "qry": {"text", "images": [path], "video": [frame path]}, "pos": {...}} (all but one key of a side
-    optional); RL rows; SFT rows; MMEB-train's parquet (its dataset is named by the folder).
-    """
-    pairs = []
-    for file in files:
-        if Path(file).suffix == ".parquet":
-            import pyarrow.parquet
-
-            if not Path(file).is_file():
-                raise MissingFile(f"{file}: no such file")
-            try:
-                table = pyarrow.parquet.read_table(file)
-            except (OSError, ValueError) as error:  # what pyarrow says of a file that is torn or not there
-                raise BadInput(f"{file}: cannot be read as parquet ({error}); copy it again") from error
-            batches = table.to_batches(max_chunksize=1024)
-            name, rows = Path(file).resolve().parent.name, (row for batch in batches for row in batch.to_pylist())
-        else:
-            name, rows = "", (row for _, _, row in scan_rows(file))  # one by one: the reasoning left out has gigabytes
-        for i, row in enumerate(rows):
-            if isinstance(row.get("qry"), dict):
-                check_keys(row, "a pair", f"{file}, row {i}")
-            elif "qry_image_path" in row:
-                check_keys(row, "a row of MMEB-train", f"{file}, row {i}")
-            sides = {side: bare_side(row, side, f"{file}, row {i}, {side}") for side in ("qry", "pos")}
-            pairs.append({"dataset_name": dataset_of(row) or name, **sides})
-    return pairs
-
-
-def bare_side(row, side, name):
-    """One side of a pair in any of read_pairs' formats -> input dict: media paths, and the text without marks."""
-    given, video = row.get(side), []
-    if isinstance(given, dict) and "conversations" in given:
-        text, images, video, _ = sft_side(given, name)
-        media_marks(text, images, video, name)
-        text = re.sub(f"{IMAGE_MARK}|{VIDEO_MARK}", "", text.split(DISC)[0])
-    elif isinstance(given, dict):
-        text, images, video = check_input(given, name).values()
-    elif f"{side}_image_path" in row:  # MMEB-train calls the query's text "qry", the target's "pos_text"
-        text = given if side == "qry" else row.get("pos_text")
-        text, images, video = check_input({"text": text, "images": row[f"{side}_image_path"]}, name).values()
-    else:
-        text, images, video = rl_side(row, side, name).values()
-    text = re.sub(r"<\|image_\d+\|>", "", without_marks(text, images, video)).strip()
-    images = [path for path in images if str(path) not in ("blank.jpg", "images/blank.jpg")]  # they say "no picture"
-    if not (text or images or video):
-        raise BadInput(f"{name}: neither text nor media; fill the side or take the row out")
-    if images and video:
-        raise BadInput(f"{name}: has both an image and a video; SFT files allow one of them")
-    check_text(text, name)
-    return {"text": text, "images": images, "video": video}
-
-
-def side_key(side, item):
-    return f"{side} {content_key(**item)}"
-
-
-def sft_row(pair, answers):
-    """The SFT row of a pair; answers: (reasoning, summary) of each side."""
-    row = {"dataset_name": pair["dataset_name"]}
-    for side, (think, summary) in answers.items():
-        item = pair[side]
-        kind, media = ("video", item["video"]) if item["video"] else ("image", item["images"] or ["images/blank.jpg"])
-        marks = VIDEO_MARK if item["video"] else IMAGE_MARK * len(media)
-        turns = [("human", f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"),
-                 ("gpt", f"<think>{think}</think><answer>{summary}{GEN}")]  # fmt: skip
-        row[side] = {kind: media, "conversations": [{"from": who, "value": text} for who, text in turns]}
-    return row
-
-
-def write_rows(path, rows):
-    """A .json list or .jsonl lines, one row a line; atomic."""
-    temporary, lines = Path(f"{path}.tmp"), str(path).endswith(".jsonl")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write("" if lines else "[")
-        for i, row in enumerate(rows):
-            file.write(("" if lines else ",\n" if i else "\n") + json.dumps(row) + ("\n" if lines else ""))
-        file.write("" if lines else "\n]\n")
-    os.replace(temporary, path)
-
-
-# Teachers: functions (inputs with opened pictures, their keys) -> [{"text", "tokens", "ended"}] in this order
-
-
-def own_teacher(args, device):
-    """A Qwen2-VL, read by our decode loop: one with the embedding tokens speaks our format, others are asked for it."""
-    from transformers import AutoTokenizer
-
-    from model import Embedder
-    from support.run import stable_hash
-
-    ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # Embedder would add it
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    embedder = Embedder.from_pretrained(args.teacher, device=device, dtype=dtype)
-
-    def encode_one(item, key):
-        if ours:
-            return encode_input(embedder.tokenizer, item, name=key)
-        human = IMAGE_MARK * len(item["images"]) + VIDEO_MARK * bool(item["video"]) + question(item, key)
-        return encode(embedder.tokenizer, human, item["images"], item["video"], name=key)
-
-    def ask(items, keys):
-        rows = [encode_one(item, key) for item, key in zip(items, keys)]
-        seeds, answers = [stable_hash(args.seed, key) for key in keys], {}
-        for i, out in embedder.generate(rows, temperature=args.temperature, seeds=seeds, slots=args.batch_size,
-                                        max_new_tokens=args.max_new_tokens):  # fmt: skip
-            ids, ended = out.ids[0], out.ids[0][-1] == embedder.end_id
-            text = embedder.tokenizer.decode(ids[: len(ids) - ended])
-            answers[i] = {"text": text, "tokens": len(ids), "ended": ended}
-        return [answers[i] for i in range(len(rows))]
-
-    return ask
-
-
-def foreign_teacher(args, device):
-    """Any other image-text-to-text model of transformers, by its own processor and generate(); videos as pictures."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from support.run import stable_hash
-
-    try:
-        processor = AutoProcessor.from_pretrained(args.teacher)
-    except ImportError as error:  # of the video part of most processors
-        cure = "pip install torchvision" if "orchvision" in str(error) else str(error).strip()
-        raise SystemExit(f"--teacher {args.teacher}: its processor needs another package: {cure}") from error
-    if not hasattr(processor, "image_processor") or not processor.chat_template:
-        raise SystemExit(f"--teacher {args.teacher}: has no picture processor or no chat template")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(args.teacher, dtype=dtype).to(device).eval()
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
-    how = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
-
-    def ask(items, keys):
-        torch.manual_seed(stable_hash(args.seed, *keys))  # samples do not depend on the calls before
-        conversations = []
-        for item, key in zip(items, keys):
-            for frame in item["video"]:
-                frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
-            content = [{"type": "image", "image": picture} for picture in item["images"] + item["video"]]
-            frames = "The pictures are frames of one video, in order.\n" * bool(item["video"])
-            content.append({"type": "text", "text": frames + question(item, key)})
-            conversations.append([{"role": "user", "content": content}])
-        inputs = processor.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(device, dtype=dtype)  # fmt: skip
-        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=bool(how), **how)
-        answers = []
-        for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
-            n = next((i for i, t in enumerate(ids) if t in ends), len(ids))  # behind it is padding
-            answers.append({"text": tokenizer.decode(ids[:n]), "tokens": n, "ended": n < len(ids)})
-        return answers
-
-    return ask
-
-
-def question(item, key):
-    """The text that a teacher is asked, below the side's media."""
-    role, what = ROLES[key.split()[0]]
-    return f"{item['text']}\n\n{ASK.format(role=role, what=what)}"
-
-
-def opened(item, root):
-    """The input with its pictures opened, a video thinned out. Raises Skip where one cannot be used."""
-    if mark := re.search(f"{IMAGE_MARK}|{VIDEO_MARK}", item["text"]):
-        raise Skip(f"the text holds a literal {mark[0]}, which an SFT row would take for the mark of a picture")
-    images = [open_picture(path, root) for path in item["images"]]
-    video = [open_picture(path, root) for path in thinned(item["video"])]
-    return item | {"images": images, "video": video}
-
-
-def teacher_calls(items, size):
-    """Which inputs are asked together, as lists of numbers: same numbers of frames and pictures, long texts first.
-
-    A function of the inputs only: whatever was killed in between and however many processes share the calls, every
-    answer is computed beside the same others, so that rounding is the same too.
-    """
-    shape = [(len(item["video"]), len(item["images"]), len(item["text"])) for item in items]
-    order = sorted(range(len(items)), key=lambda n: (*(-x for x in shape[n]), n))
-    groups = [list(group) for _, group in itertools.groupby(order, key=lambda n: shape[n][:2])]
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def find_answers(folder):
-    """key -> (side file, offset) of every complete line; a last line that a kill has torn is not there."""
-    found = {}
-    for path in sorted(Path(folder).glob("answers-*.jsonl")):
-        with open(path, "rb") as file:
-            start = 0
-            for line in file:
-                with contextlib.suppress(ValueError):  # torn by a kill, or the zeros of a crash
-                    if line.endswith(b"\n"):
-                        found[json.loads(line)["key"]] = path, start
-                start += len(line)
-    return found
-
-
-# Filters: pure functions of one answer
-
-
-def too_long(answer, bound):
-    return not answer["ended"] or answer["tokens"] > bound  # not ended: cut off at --max_new_tokens
-
-
-def split_answer(text):
-    """(reasoning, summary), or None where the form is wrong. The opening <think> may stand in the teacher's prompt,
-    <answer> may be missing or a box (GLM-4.1V and 4.5V), <gen_emb> or </answer> may close it."""
-    text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
-    form = r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*"
-    match = re.fullmatch(form, text, re.DOTALL)
-    return (match[1].strip("\n"), match[2].strip("\n")) if match and match[1].strip() else None
-
-
-def repeated_share(text, n=4, window=200):
-    """Share of a text's n-word sequences that occurred before in it: the worst of the whole and of its windows.
-
-    Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5. A short text may say a
-    list twice: fewer than 50 sequences count as 50.
-    """
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w{1,20}|[^\w\s]", text.lower())  # Chinese by character
-    grams = list(zip(*(words[k:] for k in range(n))))
-    parts = [grams] + [grams[s : s + window] for s in range(0, len(grams) - window // 2, window // 2)]
-    return max((len(part) - len(set(part))) / max(len(part), 50) for part in parts)
-
-
-def judge(answer, max_tokens, max_repeat):
-    """(reason to reject, None), or ("", (reasoning, summary)). The first reason counts."""
-    if "error" in answer:
-        return "media", None
-    if too_long(answer, max_tokens):
-        return "too long", None
-    parts = split_answer(answer["text"])
-    if parts is None:
-        return "malformed", None
-    if any(STRAY.search(part) for part in parts):
-        return "stray token", None
-    if not parts[1].strip():
-        return "empty summary", None
-    if max(repeated_share(part) for part in parts) > max_repeat:
-        return "repetition", None
-    return "", parts
-
-
-REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "repetition")
-
-
-def filter_answers(pairs, folder, args):
-    """Writes --out and, beside the raw answers, rejected.jsonl and report.txt."""
-    found, counts, lengths = find_answers(folder), {}, {"qry": Counter(), "pos": Counter()}
-
-    def answer(key):
-        path, start = found[key]
-        with open(path, "rb") as file:
-            file.seek(start)
-            return json.loads(file.readline())
-
-    def kept(rejected):
-        for i, pair in enumerate(Progress(pairs, desc="filter", unit="pair")):
-            answers = {side: answer(side_key(side, pair[side])) for side in ("qry", "pos")}
-            judged = {side: judge(a, args.max_tokens, args.max_repeat) for side, a in answers.items()}
-            bad = {side: reason for side, (reason, _) in judged.items() if reason}
-            count = counts.setdefault(pair["dataset_name"], Counter())
-            count[next(iter(bad.values()), "kept")] += 1  # a pair counts once, the query's reason first
-            if bad:
-                line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": bad}
-                rejected.write(json.dumps(line) + "\n")
-                continue
-            for side, a in answers.items():
-                lengths[side][a["tokens"].bit_length()] += 1
-            yield sft_row(pair, {side: parts for side, (_, parts) in judged.items()})
-
-    with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-        write_rows(args.out, kept(rejected))
-    report = filter_report(counts, lengths)
-    (folder / "report.txt").write_text(report + "\n", encoding="utf-8")
-    print(f"{report}\nwrote {args.out}; raw answers, rejected.jsonl and report.txt are in {folder}")
-
-
-def filter_report(counts, lengths):
-    """Kept share and reasons per dataset, and how long the good answers are, as text."""
-    total = sum(counts.values(), Counter())
-    lines = [f"{'dataset':24}{'pairs':>9}{'kept':>8}" + "".join(f"{reason:>15}" for reason in REASONS)]
-    for name, count in [*sorted(counts.items()), ("all", total)]:
-        n = sum(count.values())
-        shares = "".join(f"{count[reason] / n:15.1%}" for reason in REASONS)
-        lines.append(f"{name[:23]:24}{n:9,}{count['kept'] / n:8.1%}{shares}")
-    for side, histogram in lengths.items():
-        lines.append(f"\ntokens of the kept answers, {ROLES[side][0]}")
-        for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):
-            share = histogram[bits] / sum(histogram.values())
-            lines.append(f"{f'below {1 << bits:,}':>14}{share:7.1%} {'#' * round(50 * share)}")
-    return "\n".join(lines)
-
-
-def annotate(args):
-    """Asks the teacher for every distinct side, shared out over the processes, then filters. A killed run goes on
-    where it was; with all answers there, only the filters run (again)."""
-    from transformers import AutoConfig
-
-    from model import check_model
-    from support.run import barrier, end_processes, read_json, stable_hash, start_processes, write_json
-
-    folder = Path(f"{args.out}.answers")
-    if Path(args.out).exists() and not folder.is_dir():
-        raise BadInput(f"--out {args.out} is a file that annotate has not made; give another name")
-    pairs = read_pairs(args.pairs)
-    if not pairs:
-        raise SystemExit(f"{', '.join(args.pairs)}: no rows")
-    check_model(args.teacher)
-    rank, world, device = start_processes()
-    hold(folder)
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None  # waits for the slowest
-
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(args.teacher).glob("*.safe*")]
-    asked = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
-    asked |= {"weights": stable_hash(*sorted(weights)), "ask": ASK}  # another model may come under the same name
-    known = folder / "settings.json"
-    before = read_json(known) if known.exists() else asked
-    if changed := [f"{key} {before[key]} -> {asked[key]}" for key in asked if before[key] != asked[key]]:
-        raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
-    barrier(group)  # all have read it
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(known, asked)
-    sides = {side_key(side, pair[side]): pair[side] for pair in pairs for side in ("qry", "pos")}
-    try:
-        own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--teacher {args.teacher}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    found, keys = find_answers(folder), list(sides)
-    calls = teacher_calls([sides[key] for key in keys], args.batch_size * (OWN_CALL if own else 1))
-    calls = [[keys[n] for n in call] for call in calls]
-    todo = [call for call in calls if not all(key in found for key in call)]
-    barrier(group)  # all have read the side files before one writes: they agree on what is left to do
-
-    if mine := todo[rank::world]:
-        ask = (own_teacher if own else foreign_teacher)(args, device)
-        bar = Progress(total=len(sides), initial=len(sides) - sum(map(len, todo)), desc="annotate", unit="side",
-                   disable=rank > 0, smoothing=0.1)  # fmt: skip
-        with open(folder / f"answers-{time.time_ns()}-{rank}.jsonl", "x", encoding="utf-8") as file:
-            for c, call in enumerate(mine):
-                inputs, answers = {}, {}
-                for key in call:
-                    try:
-                        inputs[key] = opened(sides[key], args.media_root)
-                    except Skip as error:
-                        answers[key] = {"error": str(error)}
-                if inputs:
-                    answers |= zip(inputs, ask(list(inputs.values()), list(inputs)))
-                file.write("".join(json.dumps({"key": key, **answers[key]}) + "\n" for key in call))
-                file.flush()
-                bar.update(sum(map(len, todo[c * world : (c + 1) * world])))  # process 0 speaks for all
-        bar.close()
-    barrier(group)
-    if rank == 0:
-        filter_answers(pairs, folder, args)
-    barrier(group)
-    end_processes()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The RL subset
-
-
-def rl_subset(args):
-    """A balanced draw from --pairs without what --sft holds: one pair of each modality in turn, in it one of each
-    dataset in turn; where one runs out the others fill up."""
-    try:
-        re.compile(args.visdoc)
-    except re.error as error:
-        raise BadInput(f"--visdoc {args.visdoc}: no regular expression ({error})") from error
-    pairs = read_pairs(args.pairs)
-
-    def content(pair):
-        return content_key(**pair["qry"]), content_key(**pair["pos"])
-
-    def modality(pair):
-        if re.search(args.visdoc, pair["dataset_name"], re.IGNORECASE):
-            return "visdoc"
-        return "video" if pair["qry"]["video"] or pair["pos"]["video"] else "image"
-
-    seen = {content(pair) for pair in read_pairs(args.sft)}
-    pools, n_sft = {"image": {}, "video": {}, "visdoc": {}}, len(seen)
-    for i in np.random.default_rng(args.seed).permutation(len(pairs)):
-        if content(pairs[i]) not in seen:
-            seen.add(content(pairs[i]))
-            pools[modality(pairs[i])].setdefault(pairs[i]["dataset_name"], []).append(pairs[i])
-    turns, chosen = {kind: deque(pool[name] for name in sorted(pool)) for kind, pool in pools.items()}, []
-    while len(chosen) < args.size and any(turns.values()):
-        for queue in filter(None, turns.values()):
-            chosen.append(queue[0].pop())
-            queue.rotate(-1) if queue[0] else queue.popleft()
-    chosen = chosen[: args.size]
-    write_rows(args.out, (rl_row(pair) for pair in chosen))
-    counts = Counter((modality(pair), pair["dataset_name"]) for pair in chosen)
-    print("\n".join(f"{kind:8}{name:32}{n:7,}" for (kind, name), n in sorted(counts.items())))
-    print(f"{len(chosen):,} of {len(pairs):,} pairs, none of the {n_sft:,} of --sft; wrote {args.out}")
-
-
-def rl_row(pair):
-    row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
-    for side in ("qry", "pos"):
-        text, images, video = pair[side].values()
-        row |= {f"{side}_text": text, f"{side}_image": images[0] if len(images) == 1 else images or "",
-                f"{side}_video": video or [""]}  # fmt: skip
-    return row
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Checking a file before a run
-
-PROBLEMS = ("schema", "media", "too long", "left out")
-Found = namedtuple("Found", "dataset problem message tokens pictures target", defaults=("", "", 0, 0, 0))
-
-
-@dataclass
-class Checked(Dataset):
-    """What the loader makes of each row, as a Found; without a tokenizer only its form and whether the files exist."""
-
-    data: PairData
-
-    def __getitem__(self, i):
-        (name, row), data = self.data.rows[i], self.data
-        found = Found(dataset_of(row))
-        try:
-            check_row(row, data.kind, data.needs, name)
-            sides = [side_of(row, data.kind, side, name) for side in ("qry", "pos")]
-            paths = [path for _, _, images, video, _ in sides for path in images + video]
-            found = found._replace(pictures=len(paths), target=content_key(*sides[1][1:4]))
-            if data.tokenizer is None:
-                for path in paths:
-                    if not is_blank(Path(data.root, path)):
-                        look_up(path, data.root)
-                return found
-            pair = data[i]  # as in training
-            if not pair.ok:
-                raise Skip(pair.reason)
-            return found._replace(tokens=max(len(pair.query.ids), len(pair.target.ids)))
-        except Skip as error:
-            kind = "too long" if "--max_length" in str(error) else "media"
-            return found._replace(problem=kind, message=f"{name}: {str(error).removeprefix(f'{name}, ')}")
-        except Exception as error:  # whatever would stop a run at this row
-            message = str(error) if isinstance(error, ValueError) else f"{name}: {error!r}"
-            return found._replace(problem="schema", message=message)
-
-
-def check(args):
-    """Prints what the loader makes of every row -> whether all is well."""
-    tokenizer = None
-    if args.model:
-        from model import load_tokenizer
-
-        tokenizer = load_tokenizer(args.model)
-        tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
-    rows = Rows([args.file], kind=None)
-    kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"
-    data = PairData(rows, tokenizer, kind=kind, batch_size=1, seed=0, root=args.media_root, max_length=args.max_length)
-    loader = forked_loader(Checked(data), args.workers, sampler=range(len(rows)), batch_size=64, collate_fn=list)
-    found = []
-    with Progress(total=len(rows), desc="check", unit="row") as bar:
-        for part in loader:
-            found += part
-            bar.update(len(part))
-    sizes = Counter(row.dataset for row in found)
-    for i, row in enumerate(found):
-        if sizes[row.dataset] < args.batch_size and not row.problem:  # BatchOrder leaves the whole dataset out
-            message = f"{row.dataset} has {sizes[row.dataset]} rows, fewer than --batch_size {args.batch_size}"
-            found[i] = row._replace(problem="left out", message=message)
-    print(check_report(found, args))
-    return not any(row.problem for row in found)
-
-
-def check_report(found, args):
-    of = {}
-    for row in found:
-        of.setdefault(row.dataset, []).append(row)
-    head = ("rows", "share", "tokens", "longest", "pictures", "most", "same target", *PROBLEMS)
-    lines = [f"{'dataset':24}" + "".join(f"{title:>12}" for title in head)]
-    for name, rows in [*sorted(of.items()), ("all", found)]:
-        tokens = [row.tokens for row in rows if not row.problem] or [0]
-        pictures = [row.pictures for row in rows]
-        targets = Counter(row.target for row in rows)
-        same = sum(n for n in targets.values() if n > 1) / len(rows)
-        cells = [f"{len(rows):,}", f"{len(rows) / len(found):.1%}", f"{np.mean(tokens):.0f}", f"{max(tokens):,}",
-                 f"{np.mean(pictures):.2f}", f"{max(pictures)}", f"{same:.1%}"]  # fmt: skip
-        cells += [f"{sum(row.problem == problem for row in rows):,}" for problem in PROBLEMS]
-        lines.append(f"{name[:23]:24}" + "".join(f"{cell:>12}" for cell in cells))
-    for problem in PROBLEMS:
-        lines += list(dict.fromkeys(f"{problem}: {row.message}" for row in found if row.problem == problem))[:5]
-    bad = Counter(row.problem for row in found)
-    stop = f" and does not start before {bad['schema']:,} are mended" if bad["schema"] else ""
-    settings = f"--max_length {args.max_length} --batch_size {args.batch_size}"
-    skipped = bad["media"] + bad["too long"] + bad["left out"]
-    lines.append(f"A run with {settings} skips {skipped:,} of {len(found):,} rows{stop}.")
-    if not args.model:
-        lines.append("Without --model: media only looked up, tokens not counted.")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------- the toy world
-# A scene is 3 x 3 cells of 28 x 28 pixels, one visual token each, read row by row: "" is an empty cell, "red
-# star" an object, "D" a glyph. Colours differ within a scene, shapes too (but for a doubled object).
-COLOURS = {"red": (215, 30, 30), "green": (30, 150, 40), "blue": (30, 60, 215), "yellow": (225, 200, 20),
-           "purple": (140, 40, 160), "orange": (240, 130, 20), "cyan": (30, 195, 205), "black": (35, 35, 35)}
-SHAPES = {  # below 0 is inside; all are about 1 in radius
-    "circle": lambda x, y: np.hypot(x, y) - 1, "ring": lambda x, y: abs(np.hypot(x, y) - 0.9) - 0.18,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
-    "diamond": lambda x, y: 1.4 * abs(x) + abs(y) - 1.1, "bar": lambda x, y: np.maximum(abs(x) - 1.1, abs(y) - 0.35),
-    "star": lambda x, y: np.hypot(x, y) * (1.6 - 0.8 * np.cos(5 * np.arctan2(x, -y))) - 0.9,
-    "triangle": lambda x, y: np.maximum(y - 0.8, 0.9 * abs(x) - 0.45 * (y + 1.1)),
-    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.35, np.maximum(abs(x), abs(y)) - 1)}
-PLACES = ["xa", "xb", "xc", "ya", "yb", "yc", "za", "zb", "zc"]
-STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-TASKS = ("cls", "vqa", "i2t", "t2i", "ground", "video", "doc")
-RL_TASKS = ("cls", "vqa", "ground", "video")  # what takes several steps of reasoning; the others only copy
-Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 1 scene (picture) or 2 (video)
-
-
-def draw(rng, split, low, high, repeat=0, size=9):
-    """A scene of low to high objects, or for low 0 a page of two lines. Its content, not the seed, decides
-    where it may appear: a hash sends one in ten to test, one to dev, the others to train."""
-    while True:
-        n = int(rng.integers(low, high + 1))
-        looks = zip(rng.permutation(8)[:n], rng.permutation(8))
-        names = [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in looks]
-        cells = rng.permutation(names + names[:repeat] + [""] * (size - n - repeat)).tolist()
-        if low == 0:
-            keys, digits = rng.permutation(list("ABCDEFGHKMPT")), rng.permutation(10)
-            cells = [str(g) for g in (keys[0], *digits[:2], keys[1], *digits[2:4])]
-        if size < 9 or {0: "test", 1: "dev"}.get(zlib.crc32("|".join(cells).encode()) % 10, "train") == split:
-            return cells
-
-
-def draw_cell(rng, content):  # -> [28, 28, 3] of 0..255
-    cell, (x, y) = np.full((28, 28, 3), rng.integers(232, 256, 3), float), 14 + rng.uniform(-2, 2, 2)
-    if len(content) == 1:
-        image = Image.fromarray(cell.astype(np.uint8))
-        ImageDraw.Draw(image).text((x, y), content, (20, 20, 20), ImageFont.load_default(26), anchor="mm")
-        return np.asarray(image, float)
-    if content:
-        (colour, shape), r, at = content.split(), rng.uniform(8, 11), np.arange(28) + 0.5
-        ink = np.clip(COLOURS[colour] + rng.integers(-18, 19, 3), 0, 255)
-        cover = np.clip(0.5 - r * SHAPES[shape]((at[None] - x) / r, (at[:, None] - y) / r), 0, 1)[..., None]
-        cell += cover * (ink - cell)
-    return cell
-
-
-@cache
-def drawings(content):  # twelve of every content of a cell
-    rng = np.random.default_rng(zlib.crc32(content.encode()))
-    return [draw_cell(rng, content) for _ in range(12)]
-
-
-def render(rng, cells):  # contents, three to a row -> uint8 [28 * rows, 84, 3]
-    drawn = [drawings(content)[rng.integers(12)] for content in cells]
-    image = np.concatenate([np.concatenate(drawn[i : i + 3], 1) for i in range(0, len(cells), 3)])
-    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
-
-
-def named(cells):  # " red star blue ring": the objects in reading order
-    return "".join(f" {c}" for c in cells if c)
-
-
-def listed(cells):  # " xa red star yc blue ring"
-    return "".join(f" {p} {c}" for p, c in zip(PLACES, cells) if c)
-
-
-def row(cells, r, places=PLACES):  # " ya red star yb none yc none"
-    return "".join(f" {places[i]} {cells[i] or 'none'}" for i in range(3 * r, 3 * r + 3)).replace("  ", " ")
-
-
-def lines(cells):  # " D69 A71"
-    return "".join(" " + "".join(cells[i : i + 3]) for i in range(0, len(cells), 3))
-
-
-def beside(place, step):  # the place one step away, or -1
-    r, c = place // 3 + STEPS[step][0], place % 3 + STEPS[step][1]
-    return 3 * r + c if 0 <= r < 3 and 0 <= c < 3 else -1
-
-
-def said(text):  # a text side "kind: what is said": nothing to think about
-    return Side(text, " it is", text.partition(":")[2])
-
-
-def example(task, rng, split):
-    """One (query, target, hard negatives) of a task, as Sides."""
-    if task == "doc":  # the page with these two lines
-        cells = draw(rng, split, 0, 0)
-        other, k = list(cells), int(rng.choice([1, 2, 4, 5]))
-        other[k] = str((int(other[k]) + rng.integers(1, 10)) % 10)
-        page, near = (Side("page", lines(c), lines(c), (c,)) for c in (cells, other))
-        return Side(f"find the page with{lines(cells)}", lines(cells), lines(cells)), page, [near]
-    if task in ("i2t", "t2i"):  # a picture and its caption; hard: two objects exchange their colours
-        cells = draw(rng, split, 4, 5)
-        i, j = rng.permutation([k for k in range(9) if cells[k]])[:2]
-        (ci, si), (cj, sj), other = cells[i].split(), cells[j].split(), list(cells)
-        other[i], other[j] = f"{cj} {si}", f"{ci} {sj}"
-        (image, text), (near_image, near_text) = (
-            (Side("image", listed(c), named(c), (c,)), said(f"photo of:{named(c)}")) for c in (cells, other))
-        if task == "i2t":
-            return image._replace(text="describe the image"), text, [near_text]
-        return text._replace(text=f"find the {text.text}"), image, [near_image]
-    if task == "cls":  # which object is there twice?
-        cells = draw(rng, split, 4, 5, repeat=1)
-        name = next(c for c in cells if c and cells.count(c) == 2)
-        where = "".join(f" {p}" for p, c in zip(PLACES, cells) if c == name)
-        query = Side("which object is there twice", f"{listed(cells)} so{where}", f" {name}", (cells,))
-        return query, said(f"object: {name}"), []
-    if task == "video":  # one of three objects moves one cell
-        cells = draw(rng, split, 3, 3)
-        moves = [(i, beside(i, s), s) for i in range(9) if cells[i] for s in STEPS if beside(i, s) >= 0]
-        moves = [move for move in moves if not cells[move[1]]]
-        i, j, step = moves[rng.integers(len(moves))]
-        after = list(cells)
-        after[i], after[j] = "", cells[i]
-        think = f"{listed(cells)} then{listed(after)} so {PLACES[i]} {PLACES[j]}"
-        near = [said(f"move: {c} {s}") for c in cells if c for s in STEPS if (c, s) != (cells[i], step)]
-        query = Side("what moves", think, f" {cells[i]} {step}", (cells, after))
-        return query, said(f"move: {cells[i]} {step}"), near
-    while True:  # vqa and ground: walk some steps; name the object found there, or show its row
-        cells = draw(rng, split, 5, 6)
-        i = int(rng.integers(9))
-        steps = rng.choice(list(STEPS), rng.integers(2, 4) if task == "vqa" else 2).tolist()
-        ask, path = f"from {PLACES[i]} go {' '.join(steps)}", f" {PLACES[i]}"
-        for step in steps:
-            i = beside(i, step) if i >= 0 else i
-            path += f" {step} {PLACES[i]}"
-        if i < 0 or not cells[i] or PLACES[i] == path[1:3]:
-            continue
-        r = i // 3
-        if task == "vqa":
-            return Side(ask, f"{path} {cells[i]}", f" {cells[i]}", (cells,)), said(f"object: {cells[i]}"), []
-        crops = [Side("image", listed(c), row(c, 0, [""] * 3), (c,)) for c in zip(*[iter(cells)] * 3)]
-        query = Side(f"{ask} crop the row", f"{path} row{row(cells, r)}", crops[r].answer, (cells,))
-        return query, crops[r], [c for k, c in enumerate(crops) if k != r and c.think]
-
-
-def stored(out, name, rng, side):
-    """Writes a side's pictures; returns it as an input of eval.py. Each picture of a video is two frames."""
-    paths = [f"images/{name}{k}.jpg" for k in range(len(side.media))]
-    for path, cells in zip(paths, side.media):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render(rng, cells)).save(out / path, quality=92, subsampling=0)
-    video = [path for path in paths for _ in range(2)] if len(paths) == 2 else []
-    return {"text": side.text, "images": [] if video else paths, "video": video}
-
-
-def pair_rows(out, seed, task, name, split, count):
-    """Rows of sft.json or of an RL file."""
-    rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
-    for i in range(count):
-        sides = dict(zip(("qry", "pos"), example(task, rng, split)))
-        pair = {key: stored(out, f"{name}/{task}/{i}{key}", rng, side) for key, side in sides.items()}
-        pair["dataset_name"] = task
-        answers = {key: (side.think, side.answer) for key, side in sides.items()}
-        rows.append(sft_row(pair, answers) if name == "sft" else rl_row(pair))
-    return rows
-
-
-def task_file(out, seed, task, split, queries, candidates):
-    """A native task file. What a candidate says is its key, so no two candidates are the same thing."""
-    rng, closed = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())]), task in ("cls", "vqa")
-    asked, targets, others = [], {}, {}
-    if closed:  # every object is a candidate, and nothing else
-        targets = {f" {c} {s}": said(f"object: {c} {s}") for c in COLOURS for s in SHAPES}
-    while len(asked) < queries or (not closed and len(targets | others) < candidates):
-        query, target, negatives = example(task, rng, split)
-        if len(asked) < queries:
-            files = stored(out, f"{split}/{task}/q{len(asked)}", rng, query)
-            asked.append({"input": files, "labels": [target.answer.strip()], "grades": None, "candidates": None})
-            targets.setdefault(target.answer, target)
-        others |= {s.answer: s for s in [target, *negatives] if not closed}
-    kept = list((targets | others | targets).items())[: max(candidates, len(targets))]
-    pool = {key.strip(): stored(out, f"{split}/{task}/c{i}", rng, side) for i, (key, side) in enumerate(kept)}
-    modality = {"video": "video", "doc": "visdoc"}.get(task, "image")
-    return {"name": f"{split}/{task}", "modality": modality, "group": "toy", "eval_type": "global",
-            "main_metric": "hit@1", "queries": asked, "candidates": pool}  # fmt: skip
-
-
-def in_parallel(out, jobs):
-    """Runs (function, arguments) on all cores; results in order."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    blank_picture().save(out / "images/blank.jpg")
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        waiting = [pool.submit(function, out, *rest) for function, *rest in jobs]
-        try:
-            return [job.result() for job in waiting]
-        except BaseException:  # Ctrl-C: what has not begun is not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidates=200):
-    """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
-    tasks/dev/*.json and tasks/test/*.json are held-out ones."""
-    out = Path(out)
-    kinds = {"sft": ("train", pairs, TASKS), "rl": ("train", rl_pairs, RL_TASKS), "rl_dev": ("dev", 48, TASKS),
-             "rl_test": ("test", 48, TASKS)}  # fmt: skip
-    jobs = [(pair_rows, seed, task, name, split, n) for name, (split, n, tasks) in kinds.items() for task in tasks]
-    for split, n in (("dev", dev), ("test", test)):
-        jobs += [(task_file, seed, task, split, n, candidates) for task in TASKS]
-    done = iter(in_parallel(out, jobs))
-    rows = {name: [row for _ in tasks for row in next(done)] for name, (_, _, tasks) in kinds.items()}
-    for task in done:
-        path = out / "tasks" / f"{task['name']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(task))
-    for name in reversed(rows):  # sft.json last: where it is, the world is complete
-        write_rows(out / f"{name}.json", rows[name])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1582,18 +691,26 @@ def main():
     given = [*getattr(args, "pairs", []), *getattr(args, "sft", [])]
     if any(Path(file).resolve() == Path(args.out).resolve() for file in given):
         raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
-    if args.command == "annotate":
+    if args.command == "toy":
+        from support.toy import write_toy
+
+        write_toy(args.out, args.seed)
+    elif args.command == "annotate":
+        from support.annotate import annotate
+
         annotate(args)
     elif args.command == "rl-subset":
+        from support.annotate import rl_subset
+
         rl_subset(args)
     elif args.command == "check":
+        from support.check import check
+
         sys.exit(0 if check(args) else 1)
-    elif args.command == "export":
-        from model import export_checkpoint
+    else:
+        from support.check import export_checkpoint
 
         export_checkpoint(args.checkpoint, args.out)
-    else:
-        write_toy(args.out, args.seed)
 
 
 if __name__ == "__main__":

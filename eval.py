@@ -78,10 +78,10 @@ from data import (
     encode_input,
     forked_loader,
     open_picture,
-    read_rows,
     thinned,
 )
 from model import Embedder, check_model
+from support.rows import read_rows
 from support.run import (
     BadInput,
     MissingFile,

@@ -37,15 +37,11 @@ from support.run import (
     BadInput,
     MissingFile,
     Progress,
-    hold,
     is_sharded,
-    open_checkpoint,
     processes,
     read_json,
     refuse_not_finite,
-    restore,
     stable_hash,
-    weights_digest,
 )
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
@@ -735,19 +731,3 @@ def save_model(embedder, base, out):
         embedder = plain
     if rank == 0:
         embedder.save_pretrained(out)
-
-
-def export_checkpoint(checkpoint, out):
-    """A checkpoint of sft.py or rl.py as a model folder, so that a step in between can be evaluated."""
-    meta, _ = open_checkpoint(checkpoint)
-    base, digest = (meta["settings"].get(key) for key in ("model", "content of --model"))
-    if Path(out).is_file() or (Path(out) / "config.json").exists():
-        raise BadInput(f"--out {out} is a file or holds a model already; give another folder")
-    check_model(base)  # it gives tokenizer and configuration
-    if weights_digest(base) != digest:
-        raise BadInput(f"{checkpoint} began with another model than what is in {base} now")
-    hold(out)
-    embedder = Embedder.from_pretrained(base)
-    restore(checkpoint, embedder)
-    embedder.save_pretrained(out)
-    print(f"wrote {out}: step {meta['step']} of {checkpoint}")

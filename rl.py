@@ -42,9 +42,10 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import PairData, Row, index_rows, step_loader
+from data import PairData, Row, RowCheck, step_loader
 from model import Embedder, check_model, pad_rows, save_model
 from reward import embedding_reward_parts, format_reward, group_advantages
+from support.rows import index_rows
 from support.run import (
     Guard,
     Progress,
@@ -320,7 +321,8 @@ def main():
         raise SystemExit("--data: name the RL file or files")
     check_model(args.model)
     rank, world, device = start_processes(args.fsdp)
-    digests = first_on_node(lambda: [str(index_rows(file, "rl", (), args.cache)["digest"]) for file in args.data])
+    row_check = RowCheck("rl", ())
+    digests = first_on_node(lambda: [str(index_rows(file, row_check, args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
         return

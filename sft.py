@@ -41,8 +41,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DISC, GEN, PairData, index_rows, step_loader, write_toy
+from data import DISC, GEN, PairData, RowCheck, step_loader
 from model import Embedder, check_model, pad_rows, save_model
+from support.rows import index_rows
 from support.run import (
     Guard,
     Progress,
@@ -67,6 +68,7 @@ from support.run import (
     start_processes,
     write_args,
 )
+from support.toy import write_toy
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
@@ -266,7 +268,8 @@ def main():
         write_toy(Path(args.data[0]).parent, seed=0)
     needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
     needs += ["answer"] if args.w_ce else []
-    digests = first_on_node(lambda: [str(index_rows(file, "sft", needs, args.cache)["digest"]) for file in args.data])
+    row_check = RowCheck("sft", tuple(needs))
+    digests = first_on_node(lambda: [str(index_rows(file, row_check, args.cache)["digest"]) for file in args.data])
     out, settings = Path(args.out), begin_run(args, rank, digests)
     if settings is None:
         return
@@ -290,7 +293,7 @@ def main():
 
     # data
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
-                    root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=needs,
+                    root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=row_check.needs,
                     answers=bool(args.w_gen or args.w_ce or args.cross_weight), cache=args.cache)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
     n_params = sum(p.numel() for p in parameters)

@@ -24,6 +24,7 @@ import time
 import traceback
 from dataclasses import asdict, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -139,6 +141,19 @@ def tie_to_parent(parent, _worker=0):
     signal_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
+
+
+def forked_loader(dataset, workers, **settings):
+    """A DataLoader whose workers are forks of this process and end with it; 0 workers: everything in here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        generator=torch.Generator(),  # its own: the global one must not depend on the loader
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=partial(tie_to_parent, os.getpid()),
+        **settings,
+    )
 
 
 def signal_with_parent(number):

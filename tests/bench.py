@@ -77,7 +77,7 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
 
 def toy(seeds, out, split, jobs, data, recipes):
     """SFT, DUME and the RL recipes for each seed, all scored on the same scenes of `split`."""
-    from data import write_toy
+    from support.toy import write_toy
 
     out, data = Path(out), Path(data)
     if not (data / "sft.json").exists():

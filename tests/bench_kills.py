@@ -113,7 +113,7 @@ def kills(count, seed=0):
 
     import rl
     import sft
-    from data import write_toy
+    from support.toy import write_toy
 
     torch.set_num_threads(1)
     folder, rng, total = Path(tempfile.mkdtemp()), random.Random(seed), {}

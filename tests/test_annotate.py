@@ -18,8 +18,11 @@ import torch
 from conftest import ROOT, picture, read_log, run_here, run_processes
 
 import data
-from data import DISC, GEN, INSTRUCTION, judge, read_pairs, repeated_share, split_answer
+import support.annotate as annotate_file
+from data import DISC, GEN, INSTRUCTION
 from model import Embedder
+from support.annotate import judge, read_pairs, repeated_share, split_answer
+from support.rows import write_rows
 
 REAL = ROOT.parent / "shared" / "real_data"
 
@@ -62,9 +65,9 @@ def test_four_formats_hold_the_same_pairs(world, tmp_path):
     assert read_pairs([tmp_path / "own.jsonl"]) == pairs
 
     answers = {"qry": ("so", "x"), "pos": ("so", "x")}
-    data.write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in pairs))
+    write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in pairs))
     assert read_pairs([tmp_path / "sft.json"]) == pairs
-    data.write_rows(tmp_path / "rl.jsonl", map(data.rl_row, pairs))
+    write_rows(tmp_path / "rl.jsonl", map(data.rl_row, pairs))
     assert read_pairs([tmp_path / "rl.jsonl"]) == pairs
 
     pictures = [pair | {"dataset_name": "OneTask"} for pair in pairs if not pair["qry"]["video"]]
@@ -99,7 +102,7 @@ def test_published_sft_rows_lose_their_reasoning(world):
 )
 def test_a_pair_that_cannot_be_used_is_named_before_the_teacher_starts(side, message, tmp_path):
     """Hours of a teacher must not end in a bad row: all rows are read first, the message names file, row and side."""
-    data.write_rows(tmp_path / "p.json", [{"qry": {"text": "x"}, "pos": {"text": "y"}}, {"qry": side, "pos": {}}])
+    write_rows(tmp_path / "p.json", [{"qry": {"text": "x"}, "pos": {"text": "y"}}, {"qry": side, "pos": {}}])
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_pairs([tmp_path / "p.json"])
     assert "p.json, row 1, qry" in str(error.value)
@@ -210,7 +213,7 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
-    assert len(raw_answers(annotated)) == len({data.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}) == 18
+    assert len(raw_answers(annotated)) == len({annotate_file.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}) == 18
 
 
 def test_sft_trains_on_what_annotate_writes(annotated, world, tiny_dir, tmp_path, monkeypatch):
@@ -236,7 +239,7 @@ def test_killed_anywhere_and_resumed_the_output_is_the_same(kill, annotated, wor
             raise KeyboardInterrupt
         return real(self, rows, **settings)
 
-    monkeypatch.setattr(data, "OWN_CALL", 2)
+    monkeypatch.setattr(annotate_file, "OWN_CALL", 2)
     monkeypatch.setattr(Embedder, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         annotate(world, out, writer_dir)
@@ -295,7 +298,7 @@ def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
     picture(0, 900, 4).save(tmp_path / "thin.png")
     paths = ("images/0.png", "no.png", "thin.png")
     pairs = [{"qry": {"text": "what", "images": [path]}, "pos": {"text": "thing"}} for path in paths]
-    data.write_rows(tmp_path / "pairs.json", pairs)
+    write_rows(tmp_path / "pairs.json", pairs)
     assert annotate(tmp_path, tmp_path / "sft.json", writer_dir, pairs="pairs.json") == 0
     rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
     assert [(line["row"], line["reasons"]["qry"]) for line in rejected] == [(1, "media"), (2, "media")]
@@ -336,7 +339,7 @@ def llava_dir(tmp_path_factory):
     plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = Fast(tokenizer_object=plain, eos_token="</s>", pad_token="<pad>", extra_special_tokens=["<image>"])
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"])
-    tokenizer.add_tokens([part for text in data.ROLES.values() for part in data.ASK.format(role=text[0], what=text[1])
+    tokenizer.add_tokens([part for text in annotate_file.ROLES.values() for part in annotate_file.ASK.format(role=text[0], what=text[1])
                           .split("<think>")])  # fmt: skip
     template = ("{% for m in messages %}USER: {% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}"
                 "{% endfor %}{% endfor %}ASSISTANT:")  # fmt: skip
@@ -354,7 +357,7 @@ def llava_dir(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(80):
         text = "what is it both of 12 thing 3"[-1 - 7 * step % 29 :]
-        question = data.question({"text": text}, ("qry", "pos")[step % 2])
+        question = annotate_file.question({"text": text}, ("qry", "pos")[step % 2])
         ids = tokenizer(f"USER: {question}ASSISTANT:", return_tensors="pt").input_ids[0]
         labels = torch.cat([torch.full_like(ids, -100), answer])[None]
         model(input_ids=torch.cat([ids, answer])[None], labels=labels).loss.backward()
@@ -394,7 +397,7 @@ def test_samples_of_a_teacher_are_seeded(world, llava_dir, tmp_path):
 def test_a_processor_that_needs_torchvision_says_so(writer_dir):
     args = Namespace(teacher=str(writer_dir), temperature=0)
     with pytest.raises(SystemExit, match="pip install torchvision"):
-        data.foreign_teacher(args, torch.device("cpu"))
+        annotate_file.foreign_teacher(args, torch.device("cpu"))
 
 
 # ---- the RL subset ---------------------------------------------------------------------------------------------
@@ -409,10 +412,10 @@ def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
         for i in range(n):
             media = {"video": ["a.png", "b.png"]} if name == "clips" else {"images": [f"{name}{i}.png"]}
             pairs.append({"dataset_name": name, "qry": {"text": f"q {name} {i}", **media}, "pos": {"text": f"t {i}"}})
-    data.write_rows(tmp_path / "pairs.json", pairs + pairs[:3])
+    write_rows(tmp_path / "pairs.json", pairs + pairs[:3])
     answers = {"qry": ("so", "x"), "pos": ("so", "x")}
     first = read_pairs([tmp_path / "pairs.json"])[:30]
-    data.write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in first))
+    write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in first))
     flags = ["--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--size", 45]
     for out, seed in (("a.json", 0), ("b.json", 0), ("c.json", 1)):
         assert run("rl-subset", *flags, "--out", tmp_path / out, "--seed", seed) == 0
@@ -451,7 +454,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     bad[10]["qry"]["image"] = "images/0.png"  # its text has two marks
     del bad[6]["pos"]
     bad[7]["qry"]["conversations"][1]["value"] = 7
-    data.write_rows(tmp_path / "bad.json", bad)
+    write_rows(tmp_path / "bad.json", bad)
     (tmp_path / "images").symlink_to(world / "images")
     flags = ["check", tmp_path / "bad.json", "--media_root", tmp_path, "--model", tiny_dir, "--max_length", 400]
     assert run(*flags, "--workers", 0) == 1
@@ -482,7 +485,7 @@ def test_the_chain_on_real_pictures(writer_dir, tmp_path):
     assert re.fullmatch("PAIRS=.* MEDIA=.* TEACHER=.* OUT=.*", first) and len(commands) == 3, block
     commands[0] = commands[0].replace("--max_new_tokens 128", "--max_new_tokens 50 --batch_size 1")
     commands[2] += f" --steps 6 --batch_size 4 --save_every 2 --cache {tmp_path}"
-    data.write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([REAL / "sft.json"])[::3]))
+    write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([REAL / "sft.json"])[::3]))
 
     def start(out, due=None):
         """Runs the chain -> (exit code, what it printed); due: is it time to kill it?"""

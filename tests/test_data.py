@@ -21,7 +21,6 @@ from data import (
     INSTRUCTION,
     BatchOrder,
     PairData,
-    Rows,
     Skip,
     as_list,
     blank_picture,
@@ -31,9 +30,9 @@ from data import (
     normalise,
     open_picture,
     patchify,
-    read_rows,
     step_loader,
 )
+from support.rows import Rows, read_rows
 
 REAL = ROOT.parent / "shared" / "real_data"
 # Qwen2-VL-Instruct's published chat template
@@ -579,6 +578,6 @@ def test_missing_and_empty_files(tokenizer, tmp_path):
         with pytest.raises(FileNotFoundError, match=str(path)):
             read_rows(path)
     empty = [write(tmp_path / "empty.json", [])]
-    for files in (empty, Rows(empty, None)):  # bug story: data.py check gives Rows, and its message named no file
+    for files in (empty, Rows(empty)):  # bug story: data.py check gives Rows, and its message named no file
         with pytest.raises(ValueError, match="empty.json.*no rows"):
             PairData(files, tokenizer, kind="sft", batch_size=1, seed=0)

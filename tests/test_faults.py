@@ -26,8 +26,11 @@ import eval as ev
 import rl
 import sft
 import support.run as run_file
-from data import DISC, INSTRUCTION, Skip, encode_input, open_picture, patchify
-from model import Embedder, export_checkpoint
+from data import DISC, INSTRUCTION, RowCheck, Skip, encode_input, open_picture, patchify
+from model import Embedder
+from support.annotate import read_pairs
+from support.check import export_checkpoint
+from support.rows import index_rows, read_rows
 from support.run import BadInput, list_checkpoints
 
 # ---- 1. a process that has failed ends ---------------------------------------------------------------------------
@@ -286,7 +289,7 @@ def test_what_would_be_lost_is_refused(tmp_path, tiny_dir, capsys, kind, row, me
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(BadInput, match=f"(?s)rows.jsonl, row 0.*{message}"):
-        data_file.index_rows(path, kind)
+        index_rows(path, RowCheck(kind))
     assert check(path) == 1 and re.search(message, capsys.readouterr().out)
 
 
@@ -309,7 +312,7 @@ def test_what_published_files_hold_is_allowed(tmp_path):
     for kind, rows in (("sft", sft_rows), ("rl", rl_rows)):
         path = tmp_path / f"{kind}.json"
         path.write_text(json.dumps(rows))
-        assert len(data_file.index_rows(path, kind)["spans"]) == len(rows)
+        assert len(index_rows(path, RowCheck(kind))["spans"]) == len(rows)
 
 
 @pytest.mark.parametrize("text, images, video, want", [
@@ -336,7 +339,7 @@ def test_unknown_keys_of_tasks_pairs_and_inputs(tmp_path, embedder):
                  {"qry": {"text": "a"}, "pos": {"text": "b"}, "image": "a.png"}):  # fmt: skip
         (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
         with pytest.raises(BadInput, match="pairs.jsonl, row 0.*unknown key 'image'"):
-            data_file.read_pairs([tmp_path / "pairs.jsonl"])
+            read_pairs([tmp_path / "pairs.jsonl"])
     with pytest.raises(BadInput, match="unknown key 'image'.*text, images, video"):
         embedder.embed([{"image": "a.png"}])
 
@@ -650,7 +653,7 @@ def test_files_in_other_clothes(tmp_path, content, message):
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(BadInput, match=f"(?s)rows.json.*{message}"):
-        data_file.read_rows(path)
+        read_rows(path)
 
 
 @pytest.mark.slow

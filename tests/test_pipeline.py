@@ -29,7 +29,7 @@ def read_log(folder):
 
 @pytest.fixture(scope="module")
 def toy_data(tmp_path_factory):
-    from data import write_toy
+    from support.toy import write_toy
 
     path = tmp_path_factory.mktemp("toy")
     write_toy(path, pairs=16, rl_pairs=12, dev=2, test=6, candidates=12)

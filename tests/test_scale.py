@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from test_rl import flags as rl_flags
 from test_sft import flags, plain_step, same_weights, small, some_pairs, train, trainable, weights
 
-import data as data_file
 import rl
 import sft
+import support.rows as rows_file
 import support.run as run_file
-from data import BatchOrder, Rows, index_rows, read_rows, scan_rows
+from data import BatchOrder, RowCheck
 from model import Embedder
+from support.rows import Rows, index_rows, read_rows, scan_rows
 from support.run import list_checkpoints, load_checkpoint, save_checkpoint
 
 # ---- processes -------------------------------------------------------------------------------------------------
@@ -465,20 +466,20 @@ def test_index_is_made_once(world, tmp_path, monkeypatch):
     path, cache = tmp_path / "sft.json", tmp_path / "cache"
     path.write_bytes((world / "sft.json").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(data_file.os, "replace", lambda *_: die_softly())
+        patch.setattr(rows_file.os, "replace", lambda *_: die_softly())
         with pytest.raises(KeyboardInterrupt):
-            index_rows(path, "sft", cache=cache)
-    first = index_rows(path, "sft", cache=cache)
+            index_rows(path, RowCheck("sft"), cache)
+    first = index_rows(path, RowCheck("sft"), cache)
     with monkeypatch.context() as patch:
-        patch.setattr(data_file, "scan_rows", lambda *_: pytest.fail("read again"))
-        again = index_rows(path, "sft", cache=cache)
-        rows = Rows([path, path], "sft", cache=cache)
+        patch.setattr(rows_file, "scan_rows", lambda *_: pytest.fail("read again"))
+        again = index_rows(path, RowCheck("sft"), cache)
+        rows = Rows([path, path], RowCheck("sft"), cache)
     assert all(np.array_equal(first[key], again[key]) for key in first)
     want = read_rows(path)
     assert len(rows) == 24 and rows.names == ["one", "two"]
     assert [rows[i] for i in (0, 11, 12, 23)] == [(f"{path}, row {i}", want[i]) for i in (0, 11, 0, 11)]
     path.write_text(json.dumps(want[:5]))
-    assert len(index_rows(path, "sft", cache=cache)["spans"]) == 5
+    assert len(index_rows(path, RowCheck("sft"), cache)["spans"]) == 5
 
 
 def test_errors_of_rows_show_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):

@@ -20,12 +20,10 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import (  # noqa: E402
-    GEN,
-    INSTRUCTION,
+from data import GEN, INSTRUCTION, SYSTEM  # noqa: E402
+from support.toy import (  # noqa: E402
     PLACES,
     STEPS,
-    SYSTEM,
     TASKS,
     Side,
     beside,
@@ -37,7 +35,7 @@ from data import (  # noqa: E402
     named,
     row,
     stored,
-)  # fmt: skip
+)
 
 BASE = {"list": (0.55, 0.45, 0.22), "copy": (0.25, 0.25, 0.25), "page": (0.2, 0.05, 0.08),
         "at": (0, 0.25, 0.15), "go": (0, 0, 0.15), "row": (0, 0, 0.08), "frames": (0, 0, 0.07)}  # shares per level
