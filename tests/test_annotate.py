@@ -213,7 +213,8 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
-    assert len(raw_answers(annotated)) == len({annotate_file.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}) == 18
+    sides = {annotate_file.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}
+    assert len(raw_answers(annotated)) == len(sides) == 18
 
 
 def test_sft_trains_on_what_annotate_writes(annotated, world, tiny_dir, tmp_path, monkeypatch):
@@ -339,8 +340,8 @@ def llava_dir(tmp_path_factory):
     plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = Fast(tokenizer_object=plain, eos_token="</s>", pad_token="<pad>", extra_special_tokens=["<image>"])
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"])
-    tokenizer.add_tokens([part for text in annotate_file.ROLES.values() for part in annotate_file.ASK.format(role=text[0], what=text[1])
-                          .split("<think>")])  # fmt: skip
+    asked = [annotate_file.ASK.format(role=role, what=what) for role, what in annotate_file.ROLES.values()]
+    tokenizer.add_tokens([part for text in asked for part in text.split("<think>")])
     template = ("{% for m in messages %}USER: {% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}"
                 "{% endfor %}{% endfor %}ASSISTANT:")  # fmt: skip
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
