@@ -30,6 +30,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,8 +60,9 @@ INSTRUCTION = (
 )
 GEN, DISC = "<gen_emb>", "<disc_emb>"  # in this order they are added to the tokenizer
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # where media stand in the human text of SFT files
-PIXELS = {"image": (784, 2_359_296), "video": (3_136, 25_088)}  # min, max pixels of a picture, of one frame
-NUM_FRAMES = 8
+NUM_FRAMES = 8  # of a video
+BLANK_SIZE = (28, 28)  # of the white picture that stands for "no picture": images/blank.jpg in the published files
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
 MAX_DECODED = 200_000_000  # pixels; a larger picture is refused before it is decoded (decompression bombs)
 
 
@@ -69,45 +71,124 @@ class Skip(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Families of backbones: everything in which they differ, and nothing of it anywhere else
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of backbones. To add one, write its entry of FAMILIES below, with its functions beside it.
+
+    A patch is `patch` x `patch` pixels of `depth` frames; `merge` x `merge` patches become one token of the language
+    model. grid: (t, h, w) of a picture or video, in patches.
+    """
+
+    model_class: str  # the class in transformers
+    picture_processor: str  # the class in transformers; its settings are saved beside the weights, for other tools
+    patch: int  # pixels
+    depth: int  # frames
+    merge: int  # patches
+    mean: tuple  # of the three channels, in 0..1
+    std: tuple
+    image_pixels: tuple  # fewest and most pixels of a picture
+    video_pixels: tuple  # of one frame of a video
+    image_pad: str  # the token in whose places a picture's states go
+    video_pad: str
+    media_text: Callable  # (pad token, grid in tokens) -> how a picture or video stands in the text
+    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens from 0 on, int [3, n]
+    tower_states: Callable  # (what the vision tower returns, merged) -> its states [n, D_vit], merged: [n / merge^2, D]
+    merge_states: Callable  # (vision tower, states [n, D_vit]) -> what the language model reads, [n / merge^2, D]
+    mergers: Callable  # (vision tower) -> its modules that the paper trains in SFT
+
+    @property
+    def token_side(self):
+        """Pixels of a visual token's side: pictures are resized to multiples of it."""
+        return self.patch * self.merge
+
+    @property
+    def patch_values(self):
+        """Numbers in a patch: 3 channels x depth frames x patch x patch pixels."""
+        return 3 * self.depth * self.patch**2
+
+    def in_tokens(self, grid):
+        t, h, w = (int(n) for n in grid)
+        return t, h // self.merge, w // self.merge
+
+
+def run_of_pads(pad, grid):
+    t, h, w = grid
+    return f"<|vision_start|>{pad * (t * h * w)}<|vision_end|>"
+
+
+def grid_positions(grid):
+    """Time, height and width each count up by one."""
+    return np.indices(grid).reshape(3, -1)
+
+
+QWEN2_VL = Family(
+    model_class="Qwen2VLForConditionalGeneration",
+    picture_processor="Qwen2VLImageProcessorPil",
+    patch=14,
+    depth=2,
+    merge=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's
+    std=(0.26862954, 0.26130258, 0.27577711),
+    image_pixels=(784, 2_359_296),
+    video_pixels=(3_136, 25_088),
+    image_pad="<|image_pad|>",
+    video_pad="<|video_pad|>",
+    media_text=run_of_pads,
+    media_positions=grid_positions,
+    tower_states=lambda out, merged: out.pooler_output if merged else out.last_hidden_state,
+    merge_states=lambda tower, states: tower.merger(states),
+    mergers=lambda tower: [tower.merger],
+)
+FAMILIES = {"qwen2_vl": QWEN2_VL}  # by the model_type of config.json
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Pictures and videos to patches
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# the normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic
-BYTE_TO_FLOAT = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
-BYTE_TO_FLOAT = torch.from_numpy((BYTE_TO_FLOAT - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD))
 
+def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
+    """A picture (one frame) or a video (several) as the model's patches.
 
-def patchify(frames, *, min_pixels, max_pixels):
-    """A picture (one frame) or a video (several) as Qwen2-VL's patches.
-
-    frames: list of PIL pictures, any mode. Returns float32 patches [n, 1176] (3 channels x 2 frames x 14 x 14 pixels,
-    CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in patches, n = t*h*w).
-    min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of all; an odd number of
-    frames repeats the last one, which also makes a picture the two equal frames that the model expects.
-    Raises Skip as open_picture does. Same numbers as transformers' Qwen2VLImageProcessorPil, but for 16-bit pictures,
-    which become black or white there.
+    frames: list of PIL pictures, any mode. Returns float32 patches [n, 1176] (for Qwen2-VL: 3 channels x 2 frames x
+    14 x 14 pixels, CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in
+    patches, n = t*h*w). min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of
+    all; an odd number of frames repeats the last one, which also makes a picture the two equal frames that the model
+    expects. Raises Skip as open_picture does. Same numbers as transformers' Qwen2VLImageProcessorPil, but for 16-bit
+    pictures, which become black or white there.
     """
-    patches, grid = patch_bytes(frames, min_pixels, max_pixels)
-    return normalise(torch.from_numpy(patches)), torch.from_numpy(grid)
+    patches, grid = patch_bytes(frames, min_pixels, max_pixels, family)
+    return normalise(torch.from_numpy(patches), family), torch.from_numpy(grid)
 
 
-def normalise(patches):
+def normalise(patches, family=QWEN2_VL):
     """uint8 [n, 1176] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not 57."""
-    table = BYTE_TO_FLOAT.to(patches.device)
-    return torch.cat([table[:, c][x.int()] for c, x in enumerate(patches.split(392, dim=1))], dim=1)
+    table = byte_to_float(family.mean, family.std).to(patches.device)
+    channels = patches.int().chunk(3, dim=1)
+    return torch.cat([table[:, c][x] for c, x in enumerate(channels)], dim=1)
 
 
-def patch_bytes(frames, min_pixels, max_pixels):
-    """The patches before they are normalised: numpy uint8 [n, 1176], grid [3]."""
+@cache
+def byte_to_float(mean, std):
+    """The normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic."""
+    scaled = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
+    return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std))
+
+
+def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
+    """The patches before they are normalised: numpy uint8 [n, patch_values], grid [3]."""
     frames = [open_picture(frame) for frame in frames]
     width, height = frames[0].size
-    H, W = smart_resize(height, width, 28, min_pixels, max_pixels)  # multiples of 28 = 2 x 2 patches = 1 token
+    H, W = smart_resize(height, width, family.token_side, min_pixels, max_pixels)
     pixels = [np.asarray(frame.resize((W, H), Image.Resampling.BICUBIC)) for frame in frames]
-    pixels = np.stack(pixels + pixels[-1:] * (len(pixels) % 2))  # [F, H, W, 3], F even
-    t, h, w = len(pixels) // 2, H // 14, W // 14
-    x = pixels.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return np.ascontiguousarray(x).reshape(t * h * w, 1176), np.array([t, h, w])
+    pixels += pixels[-1:] * (-len(pixels) % family.depth)
+    patch, depth, merge = family.patch, family.depth, family.merge
+    t, h, w = len(pixels) // depth, H // patch, W // patch
+    x = np.stack(pixels).reshape(t, depth, h // merge, merge, patch, w // merge, merge, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # the patches of a token follow each other; in one: channel, frame, y, x
+    return np.ascontiguousarray(x).reshape(t * h * w, family.patch_values), np.array([t, h, w])
 
 
 def to_rgb(picture):
@@ -187,8 +268,8 @@ def thinned(frames, n=NUM_FRAMES):
 
 
 def blank_picture():
-    """The white 28 x 28 picture (one token) that stands on sides without media."""
-    return Image.new("RGB", (28, 28), "white")
+    """The white picture (one token) that stands on sides without media."""
+    return Image.new("RGB", BLANK_SIZE, "white")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,10 +285,14 @@ class Row:
     n_prompt: int
     disc_at: int  # index of <disc_emb> in the user's turn, -1 if it has none
     gen_at: int  # index of the last <gen_emb> of the assistant's turn, -1 if it has none
-    patches: np.ndarray  # uint8 [n, 1176] of all media in the order of the text
+    patches: np.ndarray  # uint8 [n, patch_values] of all media in the order of the text
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
-    vit: torch.Tensor | None = None  # what the frozen vision tower made of the patches (Embedder.see), once it has
+    vision_states: torch.Tensor | None = None  # what the frozen vision tower made of the patches, which are then let go
+
+    @property
+    def num_patches(self):
+        return int(self.grids.prod(axis=1).sum())
 
     @property
     def content(self):
@@ -221,20 +306,20 @@ class Row:
         return int(self.positions.max()) + 1
 
 
-def mrope_positions(ids, grids, media_ids):
-    """Qwen2-VL's rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
+def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
+    """The rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
 
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
-    After a picture the count goes on at its largest index + 1, so position = index + delta for text behind media.
+    After a picture the count goes on at its largest index + 1, so position = index + delta for text after media.
     """
     positions, start, i, grids = [], 0, 0, iter(grids)
     is_media = np.isin(ids, media_ids)
     while i < len(ids):
         if is_media[i]:
-            t, h, w = (int(n) for n in next(grids))
-            block = np.indices((t, h // 2, w // 2)).reshape(3, -1)  # 2 x 2 patches are one token
+            t, h, w = family.in_tokens(next(grids))
+            block = family.media_positions((t, h, w))
             positions.append(block + start)
-            start += max(h, w) // 2  # transformers counts height and width only
+            start += max(h, w)  # transformers counts height and width only
         else:
             n = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
             block = np.broadcast_to(np.arange(n), (3, n))
@@ -253,7 +338,7 @@ def check_text(text, name):
     """Raises BadInput where a text cannot be tokenised as it is meant."""
     if not isinstance(text, str):
         raise BadInput(f"{name}: the text is no string but {type(text).__name__}")
-    for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"):
+    for token in CONTROL_TOKENS:
         if token in text:
             raise BadInput(f"{name}: the text contains the control token {token}; remove it")
     try:
@@ -291,7 +376,7 @@ def without_marks(text, images, video):
     return re.sub(runs, lambda run: re.sub(any_mark, drop, run[0]), text, flags=re.MULTILINE)
 
 
-def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=None, name=""):
+def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=None, name="", family=QWEN2_VL):
     """One side of a pair -> Row.
 
     human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
@@ -306,13 +391,13 @@ def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=Non
     patches, grids, images = [], [], iter(images)
     for mark in marks:
         if mark == IMAGE_MARK:
-            frames, (low, high) = [open_picture(next(images), root)], PIXELS["image"]
+            frames = [open_picture(next(images), root)]
+            (low, high), pad = family.image_pixels, family.image_pad
         else:
-            frames, (low, high) = [open_picture(frame, root) for frame in thinned(video)], PIXELS["video"]
-        x, grid = patch_bytes(frames, low, high)
-        pad = "<|image_pad|>" if mark == IMAGE_MARK else "<|video_pad|>"
-        n_tokens = int(grid.prod()) // 4
-        human = human.replace(mark, f"<|vision_start|>{pad * n_tokens}<|vision_end|>", 1)
+            frames = [open_picture(frame, root) for frame in thinned(video)]
+            (low, high), pad = family.video_pixels, family.video_pad
+        x, grid = patch_bytes(frames, low, high, family)
+        human = human.replace(mark, family.media_text(pad, family.in_tokens(grid)), 1)
         patches.append(x)
         grids.append(grid)
     ids = tokenizer(chat_prompt(human), add_special_tokens=False).input_ids
@@ -320,24 +405,25 @@ def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=Non
     if answer is not None:  # tokenised apart from the prompt, as it will be generated
         ids = ids + tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
     ids, grids = np.array(ids), np.array(grids, dtype=np.int64).reshape(-1, 3)
-    gen_id, disc_id, *media_ids = tokenizer.convert_tokens_to_ids([GEN, DISC, "<|image_pad|>", "<|video_pad|>"])
+    names = [GEN, DISC, family.image_pad, family.video_pad]
+    gen_id, disc_id, *media_ids = tokenizer.convert_tokens_to_ids(names)
 
     def last(token, start, end):
         return max((start + int(i) for i in np.flatnonzero(ids[start:end] == token)), default=-1)
 
     return Row(
         ids=ids,
-        positions=mrope_positions(ids, grids, media_ids),
+        positions=mrope_positions(ids, grids, media_ids, family),
         n_prompt=n_prompt,
         disc_at=last(disc_id, 0, n_prompt),
         gen_at=last(gen_id, n_prompt, len(ids)),  # INSTRUCTION holds a <gen_emb> too: only the assistant's part counts
-        patches=np.concatenate(patches) if patches else np.zeros((0, 1176), np.uint8),
+        patches=np.concatenate([np.zeros((0, family.patch_values), np.uint8), *patches]),
         grids=grids,
         name=name,
     )
 
 
-def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name=""):
+def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name="", family=QWEN2_VL):
     """The form of RL and evaluation: media, then the stripped text, <disc_emb> and INSTRUCTION. -> Row
 
     item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
@@ -348,7 +434,7 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
         images = [blank_picture()]
     marks = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * bool(video)
     human = f"{''.join(marks)}{text}\n{DISC}\n{INSTRUCTION}"
-    return encode(tokenizer, human, images, video, answer, marks=marks, root=root, name=name)
+    return encode(tokenizer, human, images, video, answer, marks=marks, root=root, name=name, family=family)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -537,12 +623,14 @@ class PairData(Dataset):
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
-                 blank_image=True, needs=(DISC, GEN), answers=True, cache=None):  # fmt: skip
+                 blank_image=True, needs=(DISC, GEN), answers=True, cache=None, family=QWEN2_VL):  # fmt: skip
         self.rows = files if isinstance(files, Rows) else Rows(files, RowCheck(kind, needs), cache)
         if not len(self.rows):
             raise BadInput(f"{', '.join(map(str, self.rows.files))}: no rows")
-        self.tokenizer, self.kind, self.root, self.max_length = tokenizer, kind, root, max_length
-        self.rank, self.world, self.blank_image, self.needs, self.answers = rank, world, blank_image, needs, answers
+        self.tokenizer, self.family = tokenizer, family
+        self.kind, self.needs, self.answers = kind, needs, answers
+        self.root, self.max_length, self.blank_image = root, max_length, blank_image
+        self.rank, self.world = rank, world
         if batch_size % world:
             raise BadInput(f"--batch_size {batch_size} must be a multiple of the {world} processes")
         self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
@@ -562,11 +650,13 @@ class PairData(Dataset):
         """-> Row and the identity of its content."""
         name, human, images, video, answer = side_of(row, self.kind, side, name)
         if self.kind == "sft":
-            encoded = encode(self.tokenizer, human, images, video, answer if self.answers else None, root=self.root,
-                             name=name)  # fmt: skip
+            answer = answer if self.answers else None
+            encoded = encode(self.tokenizer, human, images, video, answer, root=self.root, name=name,
+                             family=self.family)  # fmt: skip
         else:
             item = {"text": human, "images": images, "video": video}
-            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, root=self.root, name=name)
+            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, root=self.root, name=name,
+                                   family=self.family)  # fmt: skip
         if len(encoded.ids) > self.max_length:
             raise Skip(f"{name}: {len(encoded.ids)} tokens, above --max_length {self.max_length}")
         return encoded, content_key(human, images, video)
@@ -574,7 +664,7 @@ class PairData(Dataset):
     def stand_in(self, name):
         """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
         answer = f"<think></think><answer>{GEN}" if self.kind == "sft" and self.answers else None
-        return encode(self.tokenizer, f"\n{DISC}\n", [], [], answer, name=name)
+        return encode(self.tokenizer, f"\n{DISC}\n", [], [], answer, name=name, family=self.family)
 
 
 class BatchOrder:

@@ -52,7 +52,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ from safetensors.numpy import save_file
 
 from data import (
     NUM_FRAMES,
-    PIXELS,
+    QWEN2_VL,
     Skip,
     check_input,
     check_keys,
@@ -80,7 +80,7 @@ from data import (
     open_picture,
     thinned,
 )
-from model import Embedder, check_model
+from model import Embedder, Prompt, check_model
 from support.rows import read_rows
 from support.run import (
     BadInput,
@@ -136,7 +136,7 @@ class Settings:
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
     seed: int = setting(0, "of the samples")
     blank_image: bool = setting(True, "put a blank picture on inputs without media")
-    video_max_pixels: int = setting(PIXELS["video"][1], "of a video's frame; the official evaluation has no bound")
+    video_max_pixels: int = setting(QWEN2_VL.video_pixels[1], "of a video's frame; the official code has no bound")
     vidore_instruction: bool = setting(True, "false: ViDoRe and OOD without instructions, as in tables before 2025-11")
     ablate: Literal["none", "trace"] = setting("none", "trace: embed again without, and with another input's reasoning")
     save_every: int = setting(256, "inputs per process that a killed run has to encode again")
@@ -538,33 +538,26 @@ def generated(embedder, inputs, keys, settings, samples):
     input is its own, so it does not matter what runs beside it.
     """
 
-    def read(batch):  # in a background worker: an input as a Row, or why it cannot be one
+    def read(batch):  # in a background worker
+        key, item = batch[0]
+        name = f"the input {item['text'][:60]!r}"
         try:
-            return encode_input(embedder.tokenizer, batch[0], blank_image=settings.blank_image,
-                                name=f"the input {batch[0]['text'][:60]!r}")  # fmt: skip
+            row = encode_input(embedder.tokenizer, item, blank_image=settings.blank_image, name=name,
+                               family=embedder.family)  # fmt: skip
+            return Prompt(key, row, stable_hash(settings.seed, key))
         except Skip as error:
-            return str(error)
+            return Prompt(key, None, problem=str(error))
 
-    loader = forked_loader(inputs, min(settings.workers, len(inputs)), batch_size=1, collate_fn=read)
-    at, seeds, failed = [], [], []
-
-    def rows():
-        for key, row in zip(keys, loader):
-            if isinstance(row, str):
-                failed.append((key, row))
-            else:
-                at.append(key)
-                seeds.append(stable_hash(settings.seed, key))
-                yield row
-
-    S, D = max(1, samples), embedder.backbone.config.text_config.hidden_size
-    for i, r in embedder.generate(rows(), G=S, temperature=settings.temperature if samples else 0.0, seeds=seeds,
-                                  max_new_tokens=settings.max_new_tokens, slots=settings.batch_size):  # fmt: skip
-        ids = [x[:-1] if x[-1] == embedder.end_id else x for x in r.ids]
-        yield (at[i], "", r.disc.float().cpu().numpy(), r.gen.float().cpu().numpy(), r.valid.numpy(),
-               [len(x) for x in r.ids], embedder.tokenizer.batch_decode(ids))  # fmt: skip
-    for key, reason in failed:
-        yield key, reason, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S  # a miss
+    workers = min(settings.workers, len(inputs))
+    prompts = forked_loader(list(zip(keys, inputs)), workers, batch_size=1, collate_fn=read)
+    S, D = max(1, samples), embedder.width
+    for prompt, r in embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
+                                       max_new_tokens=settings.max_new_tokens, slots=settings.batch_size):  # fmt: skip
+        if r is None:  # a miss
+            yield prompt.key, prompt.problem, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S
+            continue
+        yield (prompt.key, "", r.disc.float().cpu().numpy(), r.gen.float().cpu().numpy(), r.valid.numpy(),
+               [len(ids) for ids in r.ids], embedder.texts_of(r))  # fmt: skip
 
 
 def reread(embedder, inputs, keys, settings, traces):
@@ -1037,7 +1030,8 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
     query_rows = [rows_of([query["input"] for query in task.queries]) for task in tasks]
     Q = len(inputs)  # queries come first
     candidate_rows = [rows_of(list(task.candidates.values())) for task in tasks]
-    keys, how = list(where), [hash_model(embedder), settings.max_new_tokens, settings.blank_image, PIXELS]
+    keys, how = list(where), [hash_model(embedder), settings.max_new_tokens, settings.blank_image,
+                                          embedder.family.image_pixels, embedder.family.video_pixels]  # fmt: skip
     rank, encoded = processes()[0], {}
 
     def embed(kind, keys, inputs, *more, **kwargs):
@@ -1100,8 +1094,8 @@ def evaluate(embedder, tasks, digests, settings, name, group=None):
 
 def main(argv=None):
     settings = parse_args(Settings, PRESETS, argv)
-    if settings.video_max_pixels < PIXELS["video"][0]:
-        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {PIXELS['video'][0]}")
+    if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
+        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
     names = choose_tasks(settings)
     if not names:
         raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "
@@ -1111,7 +1105,6 @@ def main(argv=None):
     for model in settings.model:  # all of them before the first one is embedded
         check_model(model)
     model_dirs = model_names(settings.model)
-    PIXELS["video"] = (PIXELS["video"][0], settings.video_max_pixels)
 
     rank, world, device = start_processes()
     hold(settings.out)
@@ -1130,6 +1123,8 @@ def main(argv=None):
     every = []  # per model {task: {column: [x of each query]}}
     for model, name in zip(settings.model, model_dirs):
         embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
+        least, _ = embedder.family.video_pixels
+        embedder.family = replace(embedder.family, video_pixels=(least, settings.video_max_pixels))
         result = evaluate(embedder, tasks, digests, settings, name, group)
         if rank > 0:
             continue

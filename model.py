@@ -22,17 +22,18 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from data import DISC, FORMS, GEN, PIXELS, Row, Skip, check_input, check_text, encode_input, normalise
+from data import DISC, FAMILIES, FORMS, GEN, Row, Skip, check_input, check_text, encode_input, normalise
 from support.run import (
     BadInput,
     MissingFile,
@@ -42,10 +43,11 @@ from support.run import (
     read_json,
     refuse_not_finite,
     stable_hash,
+    stop_if_asked,
 )
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
-REFILL = 16  # waiting prompts are read in when one in 16 of the decoding places is free; rarer leaves more places idle
+REFILL = 16  # waiting prompts are prefilled when one in 16 of the slots is free; rarer leaves more slots idle
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
 
@@ -61,6 +63,17 @@ class Embeddings:
     skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs without embeddings: zeros, not valid
 
 
+@dataclass(eq=False)  # compared and hashed by identity
+class Prompt:
+    """What generate() reads: a prompt with everything that belongs to it."""
+
+    key: object  # the caller's name for it
+    row: Row | None  # None: it cannot be read, `problem` says why
+    seed: int = 0  # of its random numbers
+    problem: str = ""
+    script: list | None = None  # for tests and benchmarks: G lists of tokens, written in place of the sampled ones
+
+
 @dataclass
 class Rollouts:
     """What generate() gives back for one prompt: G completions."""
@@ -70,7 +83,7 @@ class Rollouts:
     valid: torch.Tensor  # bool [G]
     ids: list  # G lists of token ids, <|im_end|> included where it was reached
     logp: list  # G lists of log-probabilities at sampling time, at the sampling temperature
-    gen_at: list  # place of the last <gen_emb> in each of the G lists, -1 where invalid
+    gen_at: list  # index of the last <gen_emb> in each of the G lists, -1 where invalid
 
     @classmethod
     def collect(cls, completions):
@@ -85,21 +98,40 @@ class Rollouts:
         )
 
 
+class Batch(NamedTuple):
+    """B rows, right-padded. With right padding and causal attention no real token sees a pad, so no mask is needed."""
+
+    ids: torch.Tensor  # [B, L]
+    positions: torch.Tensor  # [3, B, L]
+    patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
+    grids: torch.Tensor  # [m, 3]
+    vision_states: torch.Tensor | None = None  # of the patches, where they are known already
+    mask: torch.Tensor | None = None  # bool [B, 1, L, L]; None: causal
+
+
+class Output(NamedTuple):
+    """What forward() returns: what was asked for, None in the other places."""
+
+    embeddings: torch.Tensor | None = None  # fp32 [N, D], normalised
+    logp: torch.Tensor | None = None  # fp32 [M]
+    entropy: torch.Tensor | None = None  # fp32 [M], without gradient
+    vision_states: torch.Tensor | None = None
+
+
 class Embedder(nn.Module):
     def __init__(self, backbone, tokenizer):
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self.family = FAMILIES[backbone.config.model_type]
         self.bf16 = False  # run forward and generate in bf16 autocast over the fp32 master weights
-        names = [GEN, DISC, "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
+        names = [GEN, DISC, "<|im_end|>", self.family.image_pad, self.family.video_pad]
         self.gen_id, self.disc_id, self.end_id, *self.media_ids = tokenizer.convert_tokens_to_ids(names)
         self.pad_id = tokenizer.pad_token_id
         never = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC]
         banned = {*tokenizer.convert_tokens_to_ids(never), *self.media_ids, self.pad_id}
-        rows = backbone.get_input_embeddings().weight.shape[0]  # more rows than tokens: they have no text
-        self.register_buffer(
-            "banned", torch.tensor(sorted(banned | set(range(len(tokenizer), rows)))), persistent=False
-        )
+        banned |= set(range(len(tokenizer), self.vocabulary))  # more rows than tokens: they have no text
+        self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
 
     # ---- loading and saving -------------------------------------------------------------------------------------
 
@@ -116,79 +148,107 @@ class Embedder(nn.Module):
         """Weights, tokenizer, chat template, preprocessor and generation config, as plain transformers reads them."""
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
-        low, high = PIXELS["image"]
-        Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high}).save_pretrained(path)
+        low, high = self.family.image_pixels
+        processor = getattr(transformers, self.family.picture_processor)
+        processor(size={"shortest_edge": low, "longest_edge": high}).save_pretrained(path)
         add_keys_of_transformers_4(path)
 
-    # ---- one pass with gradients --------------------------------------------------------------------------------
+    # ---- what is where ------------------------------------------------------------------------------------------
 
     @property
     def device(self):
         return self.banned.device
 
     @property
+    def width(self):
+        """D"""
+        return self.backbone.config.text_config.hidden_size
+
+    @property
+    def vocabulary(self):
+        """V"""
+        return self.backbone.get_input_embeddings().weight.shape[0]
+
+    @property
+    def compute_dtype(self):
+        return torch.bfloat16 if self.bf16 else self.backbone.lm_head.weight.dtype
+
+    @property
     def vision_frozen(self):
+        """The whole vision side, merger included, as in RL."""
         return not any(p.requires_grad for p in self.backbone.model.visual.parameters())
 
-    def see(self, patches, grids):
+    # ---- pictures -----------------------------------------------------------------------------------------------
+
+    def encode_vision(self, patches, grids):
         """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
-        in RL) the merged tokens [n / 4, D]."""
-        weight = self.backbone.model.visual.patch_embed.proj.weight
-        out = self.backbone.model.visual(patches.to(weight.dtype), grid_thw=grids)
-        return out.pooler_output if self.vision_frozen else out.last_hidden_state
+        in RL) the merged tokens [n / 4, D]. patches uint8 [n, patch_values], grids [m, 3]; no pictures: empty."""
+        if not len(patches):
+            return torch.zeros(0, device=self.device)
+        tower = self.backbone.model.visual
+        pixels = normalise(patches, self.family).to(tower.patch_embed.proj.weight.dtype)
+        return self.family.tower_states(tower(pixels, grid_thw=grids), merged=self.vision_frozen)
 
     @torch.no_grad()
-    def see_rows(self, rows, n, poll=lambda: None):
+    def share_vision(self, rows, n):
         """Runs the frozen ViT once over the pictures of all rows, n rows at a time, and keeps the states with them.
 
         They wait in the CPU's memory: a page of 2.4 M pixels has 12,040 x 1,280 of them, 31 MB in bf16, and a step of
-        128 pairs a process up to 8 GB. The pixels are let go. poll is called before each pass.
+        128 pairs a process up to 8 GB. The pixels are let go.
         """
         for start in range(0, len(rows), n):
-            poll()
+            stop_if_asked()
             part = rows[start : start + n]
-            states = self(pad_rows(part, self.pad_id, self.device)).cpu()
-            merged = 4 if self.vision_frozen else 1
-            for row, vit in zip(part, states.split([len(row.patches) // merged for row in part])):
-                row.vit = vit  # [0, ..] for a row without pictures
-                row.patches = np.empty((len(row.patches), 0), np.uint8)
+            states = self(pad_rows(part, self.pad_id, self.device)).vision_states.cpu()
+            patches_per_state = self.family.merge**2 if self.vision_frozen else 1
+            lengths = [row.num_patches // patches_per_state for row in part]
+            for row, own in zip(part, states.split(lengths)):
+                row.vision_states = own  # empty for a row without pictures
+                row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 
-    def embed_tokens(self, ids, vit):
+    def embed_tokens(self, ids, vision_states):
         """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
         x = self.backbone.get_input_embeddings()(ids)
-        merge = (lambda merged: merged) if self.vision_frozen else self.backbone.model.visual.merger
-        if len(vit):
+        tower, merge = self.backbone.model.visual, self.family.merge
+        if len(vision_states):
+            merged = vision_states if self.vision_frozen else self.family.merge_states(tower, vision_states)
             is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
-            return x.masked_scatter(is_media[..., None], merge(vit).to(x.dtype))
+            return x.masked_scatter(is_media[..., None], merged.to(x.dtype))
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
-            blank = self.see(torch.zeros(4, 1176, device=x.device), torch.tensor([[1, 2, 2]], device=x.device))
-            x = x + 0 * merge(blank).sum().to(x.dtype)
+            patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
+            blank = self.encode_vision(patches, torch.tensor([[1, merge, merge]], device=x.device))
+            x = x + 0 * self.family.merge_states(tower, blank).sum().to(x.dtype)
         return x
+
+    # ---- one pass, with gradients -------------------------------------------------------------------------------
 
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
         """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
 
-        batch: from pad_rows(). read int [N], predict int [M] index the flattened [B * L]; labels int [M].
-        Returns fp32 embeddings [N, D], normalised; logp [M]; entropy [M], without gradient; None where not asked for.
-        With nothing asked: what see() makes of the pictures.
+        batch: from pad_rows(); None is an empty pass, in which FSDP sets itself up. read int [N], predict int [M] index
+        the flattened [B * L]; labels int [M]. Returns an Output; with nothing asked it holds the vision states.
         """
+        if batch is None:
+            return Output()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
+            states = batch.vision_states
+            if states is None:
+                states = self.encode_vision(batch.patches, batch.grids)
             if read is None and labels is None:
-                return vit
-            x = self.embed_tokens(batch["ids"], vit)  # [B, L, D]
+                return Output(vision_states=states)
             hidden = self.backbone.model.language_model(
-                inputs_embeds=x,
-                position_ids=batch["positions"],  # [3, B, L]
-                attention_mask={"full_attention": batch["mask"]},  # a dict is taken as it is; None means causal
+                inputs_embeds=self.embed_tokens(batch.ids, states),  # [B, L, D]
+                position_ids=batch.positions,
+                attention_mask={"full_attention": batch.mask},  # a dict is taken as it is; None means causal
                 use_cache=False,
             ).last_hidden_state.flatten(0, 1)  # [B * L, D]
-            embeddings = None if read is None else F.normalize(hidden[read].float(), dim=-1)
-            if labels is None:
-                return embeddings, None, None
-            logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
-        return embeddings, logp, entropy
+            embeddings = logp = entropy = None
+            if read is not None:
+                embeddings = F.normalize(hidden[read].float(), dim=-1)
+            if labels is not None:
+                logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
+        return Output(embeddings, logp, entropy)
 
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
         """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
@@ -199,93 +259,88 @@ class Embedder(nn.Module):
     # ---- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, rows, *, G=1, temperature=1.0, seeds=None, max_new_tokens=512, slots=64, script=None,
-                 poll=lambda: False):  # fmt: skip
-        """Reads each prompt once and decodes G completions of it. Yields (index of the row, Rollouts) as they finish.
+    def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64):
+        """Reads each prompt once and decodes G completions of it. Yields (prompt, Rollouts) as they finish.
 
-        rows: iterable of Row (prompts). seeds: one int per row, or i for row i; rollout g of row i is a function of
-        (seeds[i], g) and the weights only, whatever is decoded beside it. slots: completions decoded at once.
-        temperature 0 is greedy.
-        poll: asked before every token; true ends the decoding at once, with the rows that are done by then.
-        script: for tests and benchmarks: script[i][g] is the list of token ids to write in place of the sampled ones.
+        prompts: iterable of Prompt; one that cannot be read comes back at once, as (prompt, None). Rollout g of a
+        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it. slots: completions
+        decoded at once. temperature 0 is greedy.
 
         The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
-        of them moves into the place of one that ends; when enough places are free, waiting prompts are read in.
+        of them moves into the slot of one that ends; when enough slots are free, waiting prompts are prefilled.
         """
-        rows, slots, nothing_left = enumerate(rows), max(slots, G), False
+        slots = max(slots, G)
         cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
-        live, finished = [], {}
-
-        def begin(i, row, disc):
-            """The G completions of prompt i, with all their random numbers."""
-            for g in range(G):
-                seed = i if seeds is None else seeds[i]
-                uniforms = row_uniforms(seed, g, max_new_tokens + 1) if temperature else None
-                forced = script[i][g] if script else None
-                yield Completion(i, g, row, disc, uniforms, forced, len(forced) if script else max_new_tokens)
-
-        def pick(hidden, completions):
-            """Appends the next token of each completion, given the states [A, D] at their last tokens."""
-            uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
-            forced = [(c.forced + [self.end_id])[len(c.ids)] for c in completions] if script else None
-            logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
-            for c, (token, logp) in zip(completions, sample(logits, uniforms, forced)):
-                if len(c.ids) == c.limit:
-                    c.ended = True  # full; its last token was still read in, for the state of a last <gen_emb>
-                else:
-                    c.ids.append(int(token))
-                    c.logp.append(logp)
-                    c.ended = token == self.end_id
+        waiting = iter(prompts)
+        live = []  # completions, by slot
+        ended = {}  # prompt -> its completions that have ended
 
         # One autocast around the whole loop: it keeps its bf16 copies of trained fp32 weights until it is left. For the
         # 2B on 80 GB (35 GB of training state) these 4 GB are well spent: to cast anew would make every decode step,
         # which reads them once, read 9 GB and write 4 GB more. Whoever takes a result runs outside of it.
         with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            while (live or not nothing_left) and not poll():
-                # 1. read in waiting prompts, several at once, when enough places are free
-                A, room, batch = len(live), (slots - len(live)) // G, []
+            while True:
+                # 1. admit waiting prompts, several in one prefill, when enough slots are free
+                room = (slots - len(live)) // G
+                admitted = []
                 if room * G >= slots // REFILL or not live:
-                    batch = list(itertools.islice(rows, room))
-                    nothing_left = len(batch) < room
-                if batch:
-                    last, disc = self.prefill([row for _, row in batch], cache, A, G)  # [P, D] both
-                    for (i, row), d in zip(batch, disc):
-                        finished[i] = []
-                        live += begin(i, row, d)
-                    pick(last.repeat_interleave(G, 0), live[A:])
-                # 2. ended completions leave; the last live one moves into the free place
-                for s in reversed(range(len(live))):
-                    if live[s].ended:
-                        c, end = live[s], live.pop()
-                        if c is not end:
-                            cache.move(len(live), s)
-                            live[s] = end
-                        finished[c.i].append(c)
-                        if len(finished[c.i]) == G:
-                            with torch.autocast(self.device.type, enabled=False):
-                                yield c.i, Rollouts.collect(sorted(finished.pop(c.i), key=lambda c: c.g))
+                    admitted = list(itertools.islice(waiting, room))
+                if not live and not admitted:
+                    return
+                results = [(prompt, None) for prompt in admitted if prompt.row is None]
+                readable = [prompt for prompt in admitted if prompt.row is not None]
+                if readable:
+                    last, disc = self.prefill([prompt.row for prompt in readable], cache, len(live), G)  # [P, D] both
+                    new = []
+                    for prompt, d in zip(readable, disc):
+                        ended[prompt] = []
+                        new += [Completion.begin(prompt, g, d, temperature, max_new_tokens) for g in range(G)]
+                    self.append_tokens(new, last.repeat_interleave(G, 0), temperature)
+                    live += new
+
+                # 2. hand out what has ended; the last live completion moves into the free slot
+                for slot in reversed(range(len(live))):
+                    completion = live[slot]
+                    if not completion.ended:
+                        continue
+                    last_live = live.pop()
+                    if last_live is not completion:
+                        cache.move(len(live), slot)
+                        live[slot] = last_live
+                    siblings = ended[completion.prompt]
+                    siblings.append(completion)
+                    if len(siblings) == G:
+                        del ended[completion.prompt]
+                        siblings.sort(key=lambda c: c.g)
+                        results.append((completion.prompt, Rollouts.collect(siblings)))
+                with torch.autocast(self.device.type, enabled=False):
+                    yield from results
                 if not live:
                     continue
-                # 3. one token for every live completion
-                hidden = self.decode_step(live, cache)  # [A, D]
-                for s, c in enumerate(live):
-                    if c.ids[-1] == self.gen_id:
-                        c.gen, c.gen_at = F.normalize(hidden[s].float(), dim=-1), len(c.ids) - 1  # the last one wins
-                pick(hidden, live)
 
-    @property
-    def compute_dtype(self):
-        return torch.bfloat16 if self.bf16 else self.backbone.lm_head.weight.dtype
+                # 3. one decode step: every live completion's last token is read
+                hidden = self.decode_step(live, cache)  # [A, D]
+
+                # 4. the state at <gen_emb> is the generative embedding; the last one wins
+                for slot, completion in enumerate(live):
+                    if completion.ids[-1] == self.gen_id:
+                        completion.gen = F.normalize(hidden[slot].float(), dim=-1)
+                        completion.gen_at = len(completion.ids) - 1
+
+                # 5. append the next token
+                self.append_tokens(live, hidden, temperature)
 
     def prefill(self, rows, cache, first_slot, G):
         """Reads P prompts in one right-padded pass and copies their keys and values to G slots each.
         Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = pad_rows(rows, self.pad_id, self.device)
-        vit = batch["vit"] if batch["vit"] is not None else self.see(batch["patches"], batch["grids"])
+        states = batch.vision_states
+        if states is None:
+            states = self.encode_vision(batch.patches, batch.grids)
         kv = DynamicCache(config=self.backbone.config.text_config)
         hidden = self.backbone.model.language_model(
-            inputs_embeds=self.embed_tokens(batch["ids"], vit),
-            position_ids=batch["positions"],
+            inputs_embeds=self.embed_tokens(batch.ids, states),
+            position_ids=batch.positions,
             attention_mask={"full_attention": None},  # right padding and causal: no real token sees a pad
             past_key_values=kv,
             use_cache=True,
@@ -297,22 +352,41 @@ class Embedder(nn.Module):
         return last, F.normalize(disc.float(), dim=-1)
 
     def decode_step(self, live, cache):
-        """Reads in the last token of every live completion: its state, [A, D]."""
-        token, at, position = torch.tensor(
-            [[c.ids[-1], c.row.n_prompt + len(c.ids) - 1, c.row.next_position + len(c.ids) - 1] for c in live],
+        """Reads the last token of every live completion: its state, [A, D]."""
+        n_read = [len(c.ids) - 1 for c in live]  # tokens of each that are in the cache already
+        token, index, position = torch.tensor(
+            [
+                [c.ids[-1], c.prompt.row.n_prompt + n, c.prompt.row.next_position + n]  # one position on all three axes
+                for c, n in zip(live, n_read)
+            ],
             device=self.device,
-        ).T  # [A] each: the token, its place in the row, its rotary position (the same on all three axes)
-        longest = max(c.row.n_prompt + len(c.ids) for c in live)
-        cache.aim(at, longest)
+        ).T  # [A] each: the token, its index in the row, its rotary position
+        longest = max(c.prompt.row.n_prompt + len(c.ids) for c in live)
+        visible = torch.arange(longest, device=self.device) <= index[:, None]  # [A, longest]
+        cache.set_write_positions(index, longest)
         return self.backbone.model.language_model(
             inputs_embeds=self.backbone.get_input_embeddings()(token)[:, None],  # [A, 1, D]
             position_ids=position.expand(3, -1)[..., None],  # [3, A, 1]
-            attention_mask={
-                "full_attention": (torch.arange(longest, device=self.device) <= at[:, None])[:, None, None]
-            },
+            attention_mask={"full_attention": visible[:, None, None]},
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, 0]
+
+    def append_tokens(self, completions, hidden, temperature):
+        """Samples the next token of each completion, given the states [A, D] at their last tokens."""
+        logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
+        uniforms = forced = None
+        if temperature:
+            uniforms = [c.uniforms[len(c.ids)] for c in completions]
+        if completions[0].prompt.script:
+            forced = [c.scripted_token(self.end_id) for c in completions]
+        for completion, (token, logp) in zip(completions, sample(logits, uniforms, forced)):
+            completion.append(int(token), logp, self.end_id)
+
+    def texts_of(self, rollouts):
+        """The G texts of a prompt's rollouts, without the <|im_end|> that ends them."""
+        bare = [ids[:-1] if ids[-1] == self.end_id else ids for ids in rollouts.ids]
+        return self.tokenizer.batch_decode(bare)
 
     # ---- the public way in --------------------------------------------------------------------------------------
 
@@ -334,101 +408,100 @@ class Embedder(nn.Module):
         discriminative embedding is not finite; a generative one that is not finite is not valid. Raises BadInput (a
         ValueError) where the arguments are wrong or no input has a form that can be read.
         """
-        if mode not in ("disc", "gen", "both"):
-            raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
-        for name, value in dict(samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens).items():
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise BadInput(f"{name}={value}: must be at least 1, a whole number")
-        if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
-            raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
+        check_arguments(mode, temperature, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
         inputs = list_of_inputs(inputs)
-        if traces is not None:
-            traces = [traces] if isinstance(traces, str) else traces
-            if not isinstance(traces, (list, tuple)):
-                raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
-            if len(traces) != len(inputs):
-                raise BadInput(f"{len(traces)} traces for {len(inputs)} inputs: give one text for each")
-        N, width = len(inputs), self.backbone.config.text_config.hidden_size
-        disc, texts = torch.zeros(N, width), [[""] * samples for _ in range(N)]
-        gen, valid = torch.zeros(N, samples, width), torch.zeros(N, samples, dtype=torch.bool)
+        traces = list_of_traces(traces, len(inputs))
+        N = len(inputs)
+        disc, gen = torch.zeros(N, self.width), torch.zeros(N, samples, self.width)
+        valid = torch.zeros(N, samples, dtype=torch.bool)
         num_tokens = torch.zeros(N, samples, dtype=torch.long)
+        texts = [[""] * samples for _ in range(N)]
+        skipped = {}  # {n: reason}
         bar = Progress(total=N, desc=f"embed {mode}", unit="input", disable=not progress, smoothing=0.1)
-        kept, seeds, skipped = [], [], {}  # input number and seed of each row, in the order of reading; {n: reason}
 
-        def skip(n, error):
-            skipped[n] = str(error)
-            warnings.warn(f"input {n} is left out, its embeddings are zeros: {error}", stacklevel=1)
+        def skip(n, reason):
+            skipped[n] = reason
+            warnings.warn(f"input {n} is left out, its embeddings are zeros: {reason}", stacklevel=1)
             bar.update(1)
 
         checked = {}
         for n, item in enumerate(inputs):
             try:
-                checked[n] = check_input(item, f"input {n}")
                 if traces is not None:
                     check_text(traces[n], f"trace {n}")
+                checked[n] = check_input(item, f"input {n}")
             except BadInput as error:
-                checked.pop(n, None)
                 if N == 1 or (n == N - 1 and not checked):  # no other input is to be saved: the caller must hear it
                     raise
-                skip(n, error)
-        # similar lengths side by side, the longest first (it shows at once whether it fits into memory)
-        length = {n: len(x["text"]) + 1000 * len(x["images"] + x["video"]) for n, x in checked.items()}
-        order = sorted(checked, key=lambda n: -length[n])
+                skip(n, str(error))
 
-        def encoded():
-            for n in order:
-                try:
-                    trace = None if traces is None else traces[n]
-                    row = encode_input(self.tokenizer, checked[n], trace, blank_image=blank_image, name=f"input {n}")
-                except (Skip, BadInput) as error:
-                    skip(n, error)
-                    continue
-                kept.append(n)
-                seeds.append(stable_hash(seed, row.content))
-                yield row
-
+        prompts = self.prompts_of(checked, traces, blank_image, seed)
         if mode == "disc" or traces is not None:
-            waiting = encoded()
-            while rows := list(itertools.islice(waiting, batch_size)):
-                where = torch.tensor(kept[-len(rows) :])
-                batch = pad_rows(rows, self.pad_id, self.device)
-                read = batch["ids"].shape[1] * torch.arange(len(rows))[:, None]  # first flat position of each row
-                read = read + torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
-                out = self(batch, read=read.flatten().to(self.device))[0].view(len(rows), 2, width).cpu()
-                disc[where] = out[:, 0]
-                if traces is not None:
-                    valid[where] = torch.tensor([row.gen_at >= 0 for row in rows])[:, None]
-                    gen[where] = (out[:, 1] * valid[where, :1])[:, None]
-                    num_tokens[where] = torch.tensor([len(row.ids) - row.n_prompt for row in rows])[:, None]
-                    for n in where.tolist():
-                        texts[n] = [traces[n]] * samples
-                bar.update(len(rows))
+            results = self.read(prompts, batch_size)
         else:
-            for i, r in self.generate(encoded(), G=samples, temperature=temperature, seeds=seeds,
-                                      max_new_tokens=max_new_tokens, slots=batch_size):  # fmt: skip
-                n = kept[i]
-                disc[n], gen[n], valid[n] = r.disc.cpu(), r.gen.cpu(), r.valid
-                num_tokens[n] = torch.tensor([len(ids) for ids in r.ids])
-                ended = [ids[-1] == self.end_id for ids in r.ids]
-                texts[n] = self.tokenizer.batch_decode([ids[:-1] if end else ids for ids, end in zip(r.ids, ended)])
-                bar.update(1)
+            results = self.generate(
+                prompts, G=samples, temperature=temperature, max_new_tokens=max_new_tokens, slots=batch_size
+            )
+        for prompt, r in results:
+            n = prompt.key
+            if r is None:
+                skip(n, prompt.problem)
+                continue
+            disc[n], gen[n], valid[n] = r.disc.cpu(), r.gen.cpu(), r.valid
+            num_tokens[n] = torch.tensor([len(ids) for ids in r.ids])
+            if traces is not None:
+                texts[n] = [traces[n]] * samples
+            elif mode != "disc":
+                texts[n] = self.texts_of(r)
+            bar.update(1)
         bar.close()
-        if mode == "disc":
-            valid[:] = False
+
         no_disc, no_gen = drop_not_finite(disc, gen, valid)
         for n in no_disc:
             skipped[n] = f"input {n}: its discriminative embedding is not finite"
         if no_disc or no_gen:
             warnings.warn(f"{len({*no_disc, *no_gen})} of {N} inputs have an embedding that is not finite (NaN or "
                           "infinite): zeros, not valid; are the weights broken?", stacklevel=2)  # fmt: skip
-        return Embeddings(
-            disc=None if mode == "gen" else disc,
-            gen=None if mode == "disc" else gen,
-            texts=None if mode == "disc" else texts,
-            valid=None if mode == "disc" else valid,
-            num_tokens=None if mode == "disc" else num_tokens,
-            skipped=skipped,
-        )
+        if mode == "disc":
+            return Embeddings(disc, None, None, None, skipped=skipped)
+        return Embeddings(None if mode == "gen" else disc, gen, texts, valid, num_tokens, skipped)
+
+    def prompts_of(self, checked, traces, blank_image, seed):
+        """Yields the prompts of embed(): similar lengths side by side, the longest first (it shows at once whether it
+        fits into memory). checked: {n: input}; traces: the N assistant texts that go with them, or None."""
+        length = {n: len(x["text"]) + 1000 * len(x["images"] + x["video"]) for n, x in checked.items()}
+        for n in sorted(checked, key=lambda n: -length[n]):
+            answer = None if traces is None else traces[n]
+            try:
+                row = encode_input(self.tokenizer, checked[n], answer, blank_image=blank_image, name=f"input {n}",
+                                   family=self.family)  # fmt: skip
+                yield Prompt(n, row, stable_hash(seed, row.content))
+            except (Skip, BadInput) as error:
+                yield Prompt(n, None, problem=str(error))
+
+    @torch.no_grad()
+    def read(self, prompts, batch_size):
+        """The same as generate() for prompts whose answers stand in their rows already (or that need none): one pass,
+        one rollout each. Yields (prompt, Rollouts)."""
+        waiting = iter(prompts)
+        while part := list(itertools.islice(waiting, batch_size)):
+            results = [(prompt, None) for prompt in part if prompt.row is None]
+            readable = [prompt for prompt in part if prompt.row is not None]
+            if readable:
+                rows = [prompt.row for prompt in readable]
+                batch = pad_rows(rows, self.pad_id, self.device)
+                starts = batch.ids.shape[1] * torch.arange(len(rows))  # first flat position of each row
+                places = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
+                read = (starts[:, None] + places).flatten().to(self.device)
+                with evaluating(self):
+                    states = self(batch, read=read).embeddings.view(len(rows), 2, -1)
+                for prompt, (disc, gen) in zip(readable, states):
+                    row = prompt.row
+                    valid = torch.tensor([row.gen_at >= 0])
+                    gen = torch.where(valid.to(gen.device), gen, 0.0)[None]
+                    answer = row.ids[row.n_prompt :].tolist()
+                    results.append((prompt, Rollouts(disc, gen, valid, [answer], [], [row.gen_at - row.n_prompt])))
+            yield from results
 
 
 @contextlib.contextmanager
@@ -505,6 +578,17 @@ def add_keys_of_transformers_4(path):
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def check_arguments(mode, temperature, **counts):
+    """Raises BadInput where one of embed()'s arguments cannot be used."""
+    if mode not in ("disc", "gen", "both"):
+        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
+    for name, value in counts.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise BadInput(f"{name}={value}: must be at least 1, a whole number")
+    if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
+        raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
+
+
 def list_of_inputs(given):
     """What embed() was given -> list; one input alone is a list of one."""
     if isinstance(given, (str, Path, Image.Image, dict)):
@@ -512,6 +596,18 @@ def list_of_inputs(given):
     if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
         raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
     return list(given)
+
+
+def list_of_traces(given, n):
+    """The traces that embed() was given -> list of n, or None."""
+    if given is None:
+        return None
+    traces = [given] if isinstance(given, str) else given
+    if not isinstance(traces, (list, tuple)):
+        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
+    if len(traces) != n:
+        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
+    return traces
 
 
 def drop_not_finite(disc, gen, valid):
@@ -551,9 +647,11 @@ def load_tokenizer(name_or_path):
         config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:  # what transformers says of broken files
         raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if config.model_type != "qwen2_vl":
-        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads qwen2_vl")
-    pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}")
+    family = FAMILIES[config.model_type]
+    pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
     if pads != [config.image_token_id, config.video_token_id]:
         raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
                        "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
@@ -566,7 +664,8 @@ def load_pretrained(name_or_path, dtype):
     token embeddings may be missing."""
     tokenizer = load_tokenizer(name_or_path)
     try:
-        backbone, found = Qwen2VLForConditionalGeneration.from_pretrained(
+        family = FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
+        backbone, found = getattr(transformers, family.model_class).from_pretrained(
             name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -600,26 +699,20 @@ def add_embedding_tokens(backbone, tokenizer):
 
 
 def pad_rows(rows, pad_id, device, mask=None):
-    """B rows of different lengths, right-padded. -> dict of ids [B, L], positions [3, B, L], patches, grids, vit, mask.
-
-    With right padding and causal attention no real token sees a pad, so the default mask is None.
-    """
-    B, L = len(rows), max(len(row.ids) for row in rows)
-    ids, positions = np.full((B, L), pad_id), np.zeros((3, B, L), dtype=np.int64)
+    """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
+    L = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), L), pad_id)  # [B, L]
+    positions = np.zeros((3, *ids.shape), dtype=np.int64)  # [3, B, L]
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = row.ids
         positions[:, b, : len(row.ids)] = row.positions
-    to = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
-    batch = {"ids": to(ids), "positions": to(positions), "mask": mask, "vit": None, "patches": None, "grids": None}
-    seen = [row for row in rows if len(row.patches)]
-    if not seen:
-        batch["vit"] = torch.zeros(0)  # text only
-    elif all(row.vit is not None for row in seen):
-        batch["vit"] = torch.cat([row.vit for row in seen]).to(device)
-    else:
-        batch["patches"] = normalise(to(np.concatenate([row.patches for row in seen])))
-        batch["grids"] = to(np.concatenate([row.grids for row in seen]))
-    return batch
+    patches = np.concatenate([row.patches for row in rows])
+    grids = np.concatenate([row.grids for row in rows])
+    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches, grids)]
+    known = [row.vision_states for row in rows if row.num_patches]
+    if known and all(states is not None for states in known):
+        return Batch(*tensors, torch.cat(known).to(device), mask)
+    return Batch(*tensors, None, mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -628,20 +721,36 @@ def pad_rows(rows, pad_id, device, mask=None):
 
 @dataclass
 class Completion:
-    """One completion that is being decoded: number g of prompt i."""
+    """One completion that is being decoded: number g of its prompt."""
 
-    i: int
+    prompt: Prompt
     g: int
-    row: Row
     disc: torch.Tensor  # [D]
-    uniforms: np.ndarray | None  # [max_new_tokens + 1] its random numbers; None is greedy
-    forced: list | None  # the tokens to write in place of the sampled ones
+    uniforms: np.ndarray | None  # [limit + 1] its random numbers; None is greedy
     limit: int  # tokens at most
     ids: list = field(default_factory=list)
     logp: list = field(default_factory=list)
     gen: torch.Tensor | None = None  # [D]
     gen_at: int = -1
     ended: bool = False
+
+    @classmethod
+    def begin(cls, prompt, g, disc, temperature, max_new_tokens):
+        limit = len(prompt.script[g]) if prompt.script else max_new_tokens
+        uniforms = row_uniforms(prompt.seed, g, limit + 1) if temperature else None
+        return cls(prompt, g, disc, uniforms, limit)
+
+    def append(self, token, logp, end_id):
+        if len(self.ids) == self.limit:
+            self.ended = True  # full; its last token was still read, for the state of a last <gen_emb>
+            return
+        self.ids.append(token)
+        self.logp.append(logp)
+        self.ended = token == end_id
+
+    def scripted_token(self, end_id):
+        script = self.prompt.script[self.g]
+        return script[len(self.ids)] if len(self.ids) < len(script) else end_id
 
 
 class SlotCache:
@@ -669,26 +778,29 @@ class SlotCache:
         """Copies P prompts' keys and values, each to G slots from `first` on."""
         P, _, L, _ = kv.layers[0].keys.shape
         self.grow(L)
-        for mine, theirs in zip(self.kv, kv.layers):
-            mine[0][first : first + P * G, :, :L] = theirs.keys.repeat_interleave(G, 0)
-            mine[1][first : first + P * G, :, :L] = theirs.values.repeat_interleave(G, 0)
+        slots = slice(first, first + P * G)
+        for (keys, values), prompts in zip(self.kv, kv.layers):
+            keys[slots, :, :L] = prompts.keys.repeat_interleave(G, 0)
+            values[slots, :, :L] = prompts.values.repeat_interleave(G, 0)
 
     def move(self, source, target):
-        for k, v in self.kv:
-            k[target], v[target] = k[source], v[source]
+        for keys, values in self.kv:
+            keys[target] = keys[source]
+            values[target] = values[source]
 
-    def aim(self, at, longest):
-        """The next update writes row s's token at index at[s] and shows the first `longest` ones."""
+    def set_write_positions(self, index, longest):
+        """The next update writes row s's token at index[s] and shows the first `longest` ones."""
         self.grow(longest)
-        self.at, self.longest = at, longest
+        self.index = index
+        self.longest = longest
 
     def update(self, k, v, layer, *_args, **_kwargs):
         """k, v [A, H_kv, 1, D_head] of the new token -> those of all tokens, [A, H_kv, longest, D_head]."""
         rows = torch.arange(len(k), device=k.device)
         out = []
-        for mine, new in zip(self.kv[layer], (k, v)):
-            mine[rows, :, self.at] = new[:, :, 0].to(mine.dtype)
-            out.append(mine[: len(k), :, : self.longest])
+        for stored, new in zip(self.kv[layer], (k, v)):
+            stored[rows, :, self.index] = new[:, :, 0].to(stored.dtype)
+            out.append(stored[: len(k), :, : self.longest])
         return out
 
     def get_seq_length(self, _layer=0):

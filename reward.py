@@ -35,7 +35,7 @@ def format_reward(texts: list[str]) -> Tensor:
     """R_form, [len(texts)], 0 or 1.
 
     The same answer as re.search(r"<think>.*?</think>.*?\\s*<answer>.*?\\s*<gen_emb>", text, re.DOTALL), found by
-    looking for the first of each tag behind the one before: the regex backtracks for seconds on a text that
+    looking for the first of each tag after the one before: the regex backtracks for seconds on a text that
     repeats its tags, and such texts do come up while a policy is trained.
     """
     return torch.tensor([float(_tags_in_order(text)) for text in texts])
@@ -49,6 +49,19 @@ def _tags_in_order(text: str) -> bool:
             return False
         at += len(tag)
     return True
+
+
+def total_reward(weights: dict, texts, own, other, valid=None, same_target=None) -> tuple[Tensor, dict]:
+    """R of the rollouts `own`: the weighted sum [P, G] of the rewards named in weights, and {name: [P, G]} of each.
+
+    weights {name: number}, one of 0 is only reported; texts: P lists of G texts of `own`; the rest: see below.
+    """
+    found = {name: REWARDS[name](texts, own, other, valid, same_target).to(own.device) for name in weights}
+    total = torch.zeros(own.shape[:2], device=own.device)
+    for name, weight in weights.items():
+        if weight:  # a NaN times 0 is NaN
+            total = total + weight * found[name]
+    return total, found
 
 
 def embedding_reward(own: Tensor, other: Tensor, valid=None, same_target=None) -> Tensor:
@@ -100,6 +113,17 @@ def group_advantages(rewards: Tensor) -> Tensor:
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
+
+
+# The rewards by name, for rl.py --reward_weights. Each is a function of the whole global batch, with the arguments of
+# embedding_reward after P lists of G texts of `own`, -> [P, G]. To add one, write a function and its line here.
+REWARDS = {
+    "format": lambda texts, own, other, valid, same_target: torch.stack([format_reward(group) for group in texts]),
+    "embedding": lambda texts, own, other, valid, same_target: embedding_reward(own, other, valid, same_target),
+    # the two factors of the embedding reward, for the log
+    "share": lambda texts, own, other, valid, same_target: embedding_reward_parts(own, other, valid, same_target)[0],
+    "gap": lambda texts, own, other, valid, same_target: embedding_reward_parts(own, other, valid, same_target)[1],
+}
 
 
 def _unit(x: Tensor, valid: Tensor) -> Tensor:

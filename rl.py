@@ -32,48 +32,46 @@ Commands
     torchrun --nproc_per_node 8 rl.py --preset 7b --data UME-rl-train.json --media_root MMEB-train          # sharded
 """
 
-import contextlib
-import json
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data import PairData, Row, RowCheck, step_loader
-from model import Embedder, check_model, pad_rows, save_model
-from reward import embedding_reward_parts, format_reward, group_advantages
+from model import Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model
+from reward import REWARDS, group_advantages, total_reward
 from support.rows import index_rows
 from support.run import (
-    Guard,
-    Progress,
+    BadInput,
+    Loop,
     all_sum,
-    barrier,
     begin_run,
-    check_space,
-    end_processes,
-    first_on_node,
+    clip_gradients,
+    end_run,
     gather,
-    load_checkpoint,
-    open_log,
-    parallel,
+    gather_list,
+    no_gradient_sync,
     parse_args,
     processes,
+    put_in_place,
     run_script,
-    save_checkpoint,
     setting,
     shard,
-    speed_figures,
     stable_hash,
     start_processes,
-    whole,
-    write_args,
+    stop_if_asked,
+    unsharded,
+    without_ddp,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
+
+
+WEIGHTS = ("format=1", "embedding=1", "share=0", "gap=0")  # of the rewards; the paper adds the first two
 
 
 @dataclass
@@ -94,6 +92,8 @@ class Settings:
     eps_low: float = setting(0.2, "the ratio is clipped below at 1 - eps_low")
     eps_high: float = setting(0.28, "and above at 1 + eps_high (official code; the paper names 0.2 only)")
     beta: float = setting(0.04, "weight of the KL term")
+    reward_weights: list[str] = field(default_factory=lambda: list(WEIGHTS), metadata={
+        "help": "NAME=WEIGHT of each reward, by its name in reward.py's table; of weight 0: only logged"})
     w_grpo: float = setting(1.0, "weight of the clipped objective; 0 is a control")
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
@@ -156,62 +156,126 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The four blocks of a step
+# The four blocks of a step: rollout, reward, advantage (reward.py), update
 
 
-def rollout(embedder, rows, args, seeds, poll=lambda: False):
-    """G completions for each of n prompts -> n Rollouts in the order of the rows, fewer where poll() was true."""
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
-    done = embedder.generate(
-        [rows[n] for n in order],
+def rollout(embedder, rows, seeds, args):
+    """G completions for each of n prompts -> n Rollouts in the order of the rows."""
+    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
+    prompts = [Prompt(n, rows[n], seeds[n]) for n in by_length]
+    done = {}
+    for prompt, rollouts in embedder.generate(
+        prompts,
         G=args.G,
         temperature=args.temperature,
-        seeds=[seeds[n] for n in order],
         max_new_tokens=args.max_new_tokens,
         slots=args.micro_batch * args.G,
-        poll=poll,
-    )
-    return [r for _, r in sorted(((order[i], r) for i, r in done), key=lambda pair: pair[0])]
+    ):
+        done[prompt.key] = rollouts
+    return [done[n] for n in range(len(rows))]
+
+
+def parse_weights(given):
+    """["format=1", "embedding=1"] -> {"format": 1.0, "embedding": 1.0}"""
+    weights = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        if name not in REWARDS or name in weights:
+            raise BadInput(f"--reward_weights {item}: give NAME=WEIGHT, once for each of {', '.join(REWARDS)}")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise BadInput(f"--reward_weights {item}: {number!r} is no number") from None
+        if not math.isfinite(weights[name]):
+            raise BadInput(f"--reward_weights {item}: the weight must be finite")
+    if not any(weights.values()):
+        raise BadInput("--reward_weights: all weights are 0: there is nothing to learn from")
+    return weights
 
 
 def rewards_of(embedder, rollouts, pairs, args):
     """Rewards of this process's p pairs, measured against the rollouts of the global batch of P pairs.
 
-    rollouts: 2p, queries first. Returns rewards [2, p, G] and the parts (format, share, gap), each [2, p, G].
+    rollouts: 2p, queries first. Returns the weighted sum [2, p, G] and each reward by its name, [2, p, G].
     """
     p, device = len(pairs), embedder.device
-    ok = torch.tensor([pair.ok for pair in pairs], device=device)
+    rank, world = processes()
+    ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
     gen = torch.stack([r.gen for r in rollouts]).view(2, p, args.G, -1)  # [2, p, G, D]
-    valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]
-    gen, valid = (gather(x.transpose(0, 1)).transpose(0, 1) for x in (gen, valid))  # [2, P, G, ..]
-    keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))
-    same = keys[:, None] == keys[None, :] if args.mask_same_target else None
-    mine = torch.arange(p, device=device) * (len(keys) // p) + processes()[0]
-    parts = [embedding_reward_parts(gen[s], gen[1 - s], torch.stack([valid[s], valid[1 - s]]), same) for s in (0, 1)]
-    share, gap = (torch.stack([part[k][mine] for part in parts]) for k in (0, 1))  # [2, p, G]
-    texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
-    form = format_reward(texts).to(device).view(2, p, args.G) * ok[:, None]
-    return form + share * gap, {"format": form, "share": share, "gap": gap}
+    valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]  # [2, p, G]
+    texts = [embedder.texts_of(r) for r in rollouts]  # 2p lists of G
+
+    # what every reward may look at: the rollouts of all processes
+    gen = gather(gen.transpose(0, 1)).transpose(0, 1)  # [2, P, G, D]
+    valid = gather(valid.transpose(0, 1)).transpose(0, 1)  # [2, P, G]
+    texts = [gather_list(texts[:p]), gather_list(texts[p:])]  # [2][P][G]
+    keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [P]
+    same_target = keys[:, None] == keys[None, :] if args.mask_same_target else None
+
+    local = torch.arange(p, device=device) * world + rank  # this process's pairs in the global batch
+    weights, totals, parts = parse_weights(args.reward_weights), [], {name: [] for name in REWARDS}
+    for own, other in ((0, 1), (1, 0)):
+        both_valid = torch.stack([valid[own], valid[other]])  # [2, P, G]
+        total, by_name = total_reward(weights, texts[own], gen[own], gen[other], both_valid, same_target)
+        totals.append(total[local] * ok[:, None])
+        for name, reward in by_name.items():
+            parts[name].append(reward[local] * ok[:, None])
+    return torch.stack(totals), {name: torch.stack(sides) for name, sides in parts.items() if sides}
 
 
-def pack_group(row, r):
-    """A prompt and its G completions as one row [prompt | c1 | .. | cG]: every completion continues the prompt.
+@dataclass
+class Group:
+    """A prompt with its G completions and what the update needs of them."""
 
-    Returns the Row, the segment of every token (0 prompt, g + 1 completion g) and the places to read: for each
-    completion token the place that predicts it, and for each embedding its own place (disc, then each valid gen).
-    """
-    n, segments, positions = row.n_prompt, [np.zeros(row.n_prompt, int)], [row.positions[:, : row.n_prompt]]
-    predict, read, start = [], [row.disc_at], n
-    for g, ids in enumerate(r.ids):
+    row: Row
+    rollouts: Rollouts
+    advantages: torch.Tensor  # [G]
+    ok: bool  # not a skipped pair
+
+
+@dataclass
+class MicroBatch:
+    """Groups of one forward pass, and what their first pass has found: by then no update has happened, so that the
+    policy's own log-probabilities are the old ones and the ratio is exactly 1."""
+
+    groups: list
+    old_logp: torch.Tensor | None = None  # [M], of all completions' tokens
+    ref_logp: torch.Tensor | None = None  # [M]
+    ref_embeddings: torch.Tensor | None = None  # [number of embeddings, D]
+
+
+def micro_batches(groups, n):
+    """n groups each, similar lengths together."""
+    by_length = sorted(groups, key=lambda group: len(group.row.ids) + sum(map(len, group.rollouts.ids)))
+    return [MicroBatch(by_length[start : start + n]) for start in range(0, len(groups), n)]
+
+
+@dataclass
+class PackedGroup:
+    """A prompt and its G completions as one row [prompt | c1 | .. | cG]: every completion continues the prompt."""
+
+    row: Row
+    segments: np.ndarray  # [L] 0 prompt, g + 1 completion g
+    predict: list  # for each completion token the index that predicts it
+    read: list  # for each embedding its own index: disc, then each valid gen
+
+
+def pack_group(row, rollouts):
+    n = row.n_prompt
+    segments = [np.zeros(n, int)]
+    positions = [row.positions[:, :n]]
+    predict, read = [], [row.disc_at]
+    start = n  # of the next completion
+    for g, ids in enumerate(rollouts.ids):
         segments.append(np.full(len(ids), g + 1))
         positions.append(np.broadcast_to(row.next_position + np.arange(len(ids)), (3, len(ids))))
         predict += [n - 1, *range(start, start + len(ids) - 1)]  # the prompt's last token predicts the first of each
-        if r.valid[g]:
-            read.append(start + r.gen_at[g])
+        if rollouts.valid[g]:
+            read.append(start + rollouts.gen_at[g])
         start += len(ids)
-    ids = np.concatenate([row.ids[:n], *r.ids])
-    packed = Row(ids, np.concatenate(positions, 1), n, row.disc_at, -1, row.patches, row.grids, row.name, row.vit)
-    return packed, np.concatenate(segments), predict, read
+    ids = np.concatenate([row.ids[:n], *rollouts.ids])
+    packed = replace(row, ids=ids, positions=np.concatenate(positions, axis=1), gen_at=-1)
+    return PackedGroup(packed, np.concatenate(segments), predict, read)
 
 
 def tree_mask(segments, device):
@@ -225,105 +289,154 @@ def tree_mask(segments, device):
     return (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]
 
 
-def pack_groups(embedder, rows, rollouts):
-    """n groups as a batch for Embedder.forward -> batch, predict, labels, read, group of each read, mask [n * G, T]."""
+class Packed(NamedTuple):
+    """n groups as a batch for Embedder.forward. M completion tokens, T the longest completion."""
+
+    batch: Batch
+    read: torch.Tensor  # flat places of the embeddings
+    group_of_read: torch.Tensor  # the group that each of them belongs to
+    predict: torch.Tensor  # [M] flat places
+    labels: torch.Tensor  # [M] token ids
+    mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
+
+
+def pack_groups(embedder, groups):
     device = embedder.device
-    packed, segments, predict, read = zip(*(pack_group(row, r) for row, r in zip(rows, rollouts)))
-    batch = pad_rows(packed, embedder.pad_id, device, mask=tree_mask(segments, device))
-    L = batch["ids"].shape[1]
-    flat = lambda places: torch.tensor([b * L + at for b, p in enumerate(places) for at in p], device=device)  # noqa: E731
-    labels = torch.tensor([t for r in rollouts for ids in r.ids for t in ids], device=device)
-    lengths = torch.tensor([len(ids) for r in rollouts for ids in r.ids], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [n * G, T]
-    group = torch.tensor([b for b, p in enumerate(read) for _ in p], device=device)
-    return batch, flat(predict), labels, flat(read), group, mask
+    packed = [pack_group(group.row, group.rollouts) for group in groups]
+    completions = [ids for group in groups for ids in group.rollouts.ids]  # n * G
+    mask = tree_mask([p.segments for p in packed], device)
+    batch = pad_rows([p.row for p in packed], embedder.pad_id, device, mask)
+    L = batch.ids.shape[1]
+    lengths = torch.tensor([len(ids) for ids in completions], device=device)
+    return Packed(
+        batch,
+        read=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.read], device=device),
+        group_of_read=torch.tensor([b for b, p in enumerate(packed) for _ in p.read], device=device),
+        predict=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.predict], device=device),
+        labels=torch.tensor([token for ids in completions for token in ids], device=device),
+        mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None],
+    )
 
 
 def padded(flat, mask):
-    """Values of the completion tokens [M] in the order of the mask -> [n * G, T] with zeros behind each completion."""
+    """Values of the completion tokens [M] in the order of the mask -> [n * G, T] with zeros after each completion."""
     return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
 
-def update(model, reference, rows, rollouts, advantages, ok, args, cache, inner, poll=lambda: None):
-    """Gradients of one inner step over this process's 2p groups -> figures for the log.
+def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
+    """Sum over the usable groups of their mean 1 - cosine to the reference's embeddings. embeddings x2 [reads, D],
+    group_of_read [reads], ok [n], 0 or 1 -> scalar"""
+    away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
+    of_group = torch.stack([away[group_of_read == b].mean() for b in range(len(ok))])  # [n]
+    return (of_group * ok).sum()
 
-    advantages [2p, G]; ok bool [2p]: not a skipped pair; poll is called before each micro-batch.
 
-    cache: the reference's and the sampling policy's values of each micro-batch, filled at the first inner step: no
-    update has happened by then, so the policy's own log-probabilities are the old ones and the ratio is exactly 1.
-    """
-    embedder = model.module if isinstance(model, DistributedDataParallel) else model
-    device, world = embedder.device, processes()[1]
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids) + sum(map(len, rollouts[n].ids)))
-    micro = [order[s : s + args.update_batch] for s in range(0, len(order), args.update_batch)]
-    num_groups = all_sum(ok.sum().float()).clamp(min=1)  # of all processes, without the skipped ones
-    names = ("loss", "anchor", "tokens", "kl", "clip_share", "ratio", "entropy", "logp_mismatch")
-    total = torch.zeros(len(names), device=device)
-    for k, numbers in enumerate(micro):
-        poll()
-        chosen = [rollouts[n] for n in numbers]
-        batch, predict, labels, read, group, mask = pack_groups(embedder, [rows[n] for n in numbers], chosen)
-        asked = (read, predict, labels, args.temperature, True)
-        used = ok[numbers].float()  # [n], 0 for a skipped pair
-        with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
-            if inner == 0:  # the reference first, while no graph is in memory
-                with torch.no_grad():  # a trained vision tower is not the reference's: it looks for itself
-                    ref_embeddings, ref_logp, _ = reference(batch, *asked)
-            embeddings, logp, entropy = model(batch, *asked)
-            if inner == 0:
-                cache[k] = logp.detach(), ref_logp, ref_embeddings
-            old_logp, ref_logp, ref_embeddings = cache[k]
-            weight = mask * used.repeat_interleave(args.G)[:, None]  # [n * G, T]
+class Figures:
+    """The log's figures of a step, added up over micro-batches and processes."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def totals(self, token_means):
+        """{name: sum}; those named in token_means become means over the tokens."""
+        totals = all_sum(torch.stack(list(self.sums.values()))).tolist()
+        totals = dict(zip(self.sums, totals))
+        tokens = max(1.0, totals.pop("tokens"))
+        return {name: x / tokens if name in token_means else x for name, x in totals.items()}
+
+
+def update(model, reference, micros, args):
+    """Gradients of one inner step over this process's groups -> figures for the log. micros: from micro_batches()."""
+    embedder = without_ddp(model)
+    device = embedder.device
+    _, world = processes()
+    num_ok = sum(float(group.ok) for micro in micros for group in micro.groups)
+    num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all processes and both sides
+    figures = Figures()
+    for micro in micros:
+        stop_if_asked()
+        packed = pack_groups(embedder, micro.groups)
+        asked = (packed.batch, packed.read, packed.predict, packed.labels, args.temperature, True)
+        ok = torch.tensor([float(group.ok) for group in micro.groups], device=device)  # [n]
+        mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], without the skipped pairs
+        advantages = torch.cat([group.advantages for group in micro.groups])  # [n * G]
+
+        if micro.ref_logp is None:  # the reference first, while no graph is in memory
+            with torch.no_grad():
+                out = reference(*asked)
+            micro.ref_logp, micro.ref_embeddings = out.logp, out.embeddings
+        with no_gradient_sync(model, is_last=micro is micros[-1]):
+            out = model(*asked)
+            if micro.old_logp is None:
+                micro.old_logp = out.logp.detach()
+            logp, old_logp, ref_logp = (padded(x, packed.mask) for x in (out.logp, micro.old_logp, micro.ref_logp))
             loss, stats = grpo_loss(
-                padded(logp, mask), padded(old_logp, mask), padded(ref_logp, mask),
-                args.w_grpo * advantages[numbers].flatten(), weight,
+                logp, old_logp, ref_logp, args.w_grpo * advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
-            loss = loss * len(numbers) / num_groups  # the mean over the groups of all processes and both sides
-            away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
-            anchor = torch.stack([away[group == b].mean() for b in range(len(numbers))])
-            anchor = (anchor * used).sum() / num_groups
-            (world * (loss + args.w_anchor * anchor)).backward()
-        tokens = weight.sum()
-        sampled = torch.cat([torch.tensor(lp, device=device) for r in chosen for lp in r.logp])
-        mismatch = (padded((sampled - old_logp).abs(), mask) * weight).sum()  # decode loop against update pass
-        entropy = (padded(entropy, mask) * weight).sum()
-        kl, clip, ratio = (stats[name] * tokens for name in ("kl", "clip_share", "ratio"))
-        total += torch.stack([loss.detach(), anchor.detach(), tokens, kl, clip, ratio, entropy, mismatch])
-    stats = dict(zip(names, all_sum(total).tolist()))
-    tokens = max(1.0, stats.pop("tokens"))
-    means = {name: stats[name] / tokens for name in names[3:]}
-    return {"loss": stats["loss"] + args.w_anchor * stats["anchor"], "anchor": stats["anchor"], **means}
+            loss = loss * len(micro.groups) / num_groups  # the mean over the groups of all processes
+            anchor = anchor_loss(out.embeddings, micro.ref_embeddings, packed.group_of_read, ok) / num_groups
+            (world * (loss + args.w_anchor * anchor)).backward()  # DDP and FSDP average over the processes
+
+        sampled = [x for group in micro.groups for logp in group.rollouts.logp for x in logp]
+        mismatch = (torch.tensor(sampled, device=device) - micro.old_logp).abs()  # decode loop against update pass
+        tokens = mask.sum()
+        figures.add(
+            loss=loss,
+            anchor=anchor,
+            tokens=tokens,
+            entropy=(padded(out.entropy, packed.mask) * mask).sum(),
+            logp_mismatch=(padded(mismatch, packed.mask) * mask).sum(),
+            **{name: mean * tokens for name, mean in stats.items()},
+        )
+    figures = figures.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
+    figures["loss"] += args.w_anchor * figures["anchor"]
+    return figures
 
 
-def summary(parts, rewards, advantages, rollouts, ok):
-    """Figures of the log for one step, means over the global batch: rewards and parts per side, lengths, shares."""
-    n_ok = all_sum(ok.sum().float()).clamp(min=1)
-    mean = lambda x: all_sum((x.float().mean(-1) * ok).sum(-1)) / n_ok  # over pairs and G; x [2, p, G]  # noqa: E731
-    out = {}
-    for name, x in {"reward": rewards, **parts}.items():
-        out |= {f"{name}_query": mean(x[0]), f"{name}_target": mean(x[1])}
+def summary(rewards, parts, advantages, rollouts, ok):
+    """Figures of the log for one step, means over the global batch: each reward per side, lengths, shares.
+
+    rewards and each of parts [2, p, G]; advantages [2p, G]; rollouts 2p, queries first; ok bool [p]."""
     p = len(ok)
-    length = torch.tensor([[len(ids) for ids in r.ids] for r in rollouts], device=ok.device).view(2, p, -1)
-    valid = torch.stack([r.valid for r in rollouts]).view(2, p, -1).to(ok.device)
-    out |= {"length_query": mean(length[0]), "length_target": mean(length[1])}
-    flat = (advantages == 0).all(-1, keepdim=True)  # [2, p, 1] groups without spread
-    out |= {"invalid_share": mean((~valid).float().mean(0)), "no_spread_share": mean(flat.float().mean(0))}
-    return {"reward": float(out["reward_query"] + out["reward_target"]) / 2} | {k: float(v) for k, v in out.items()}
+    num_ok = all_sum(ok.sum().float()).clamp(min=1)
+
+    def mean(x):
+        """x [p, G] or [p, 1] -> over all usable pairs, and G"""
+        return float(all_sum((x.float().mean(-1) * ok).sum(-1)) / num_ok)
+
+    lengths = [[len(ids) for ids in r.ids] for r in rollouts]
+    lengths = torch.tensor(lengths, device=ok.device).view(2, p, -1)
+    invalid = ~torch.stack([r.valid for r in rollouts]).view(2, p, -1).to(ok.device)
+    no_spread = (advantages == 0).all(-1).view(2, p, 1)  # groups that teach nothing
+    out = {}
+    for name, x in {"reward": rewards, **parts, "length": lengths}.items():
+        out[f"{name}_query"] = mean(x[0])
+        out[f"{name}_target"] = mean(x[1])
+    out["invalid_share"] = mean(invalid.float().mean(0))
+    out["no_spread_share"] = mean(no_spread.float().mean(0))
+    return {"reward": (out["reward_query"] + out["reward_target"]) / 2, **out}
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+SHOWN = ("reward", "kl", "length_query", "loss", "grad_norm", "skipped", "nonfinite", "pairs_per_s", "tokens_per_s",
+         "data_wait_s", "peak_memory_gib")  # fmt: skip
 
 
 def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
         raise SystemExit("--data: name the RL file or files")
+    parse_weights(args.reward_weights)  # now, not after the first rollout
     check_model(args.model)
     rank, world, device = start_processes(args.fsdp)
     row_check = RowCheck("rl", ())
-    digests = first_on_node(lambda: [str(index_rows(file, row_check, args.cache)["digest"]) for file in args.data])
-    out, settings = Path(args.out), begin_run(args, rank, digests)
+    settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
     torch.manual_seed(args.seed)
@@ -332,95 +445,55 @@ def main():
     load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
-    if args.checkpointing:
-        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
-    embedder.train()
-    model = parallel(embedder, args, device)
+    model, optimizer, start = put_in_place(embedder, args, settings, device)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
+    reference.bf16 = args.bf16
     if args.fsdp:
         shard(reference, args.bf16)
-    embedder.bf16 = reference.bf16 = args.bf16
-    parameters = [p for p in embedder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
-    start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
-    check_space(out, embedder, optimizer, args.keep)
 
+    # data
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
-                    blank_image=args.blank_image, cache=args.cache)  # fmt: skip
+                    blank_image=args.blank_image, cache=args.cache, family=embedder.family)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
-    if rank == 0:
-        print(
-            f"{len(data.rows):,} pairs, {sum(p.numel() for p in parameters):,} trained parameters, {world} process(es)"
-        )
-    log = open_log(out, start) if rank == 0 else None
-    bar = Progress(range(start, args.steps), initial=start, total=args.steps, desc="rl", unit="step", disable=rank > 0)
 
-    def save(step, alone=False):
-        return save_checkpoint(out, embedder, optimizer, step, settings, args.keep, alone)
-
-    loop_began = time.perf_counter()
-    with Guard(args, out, save, len(data.rows)) as guard:
-        for step in bar:
-            guard.completed, began = step, time.perf_counter()
-            pairs = guard.next_pairs(loader)
-            waited = time.perf_counter() - began
+    with Loop(args, settings, embedder, optimizer, start, len(data.rows), SHOWN) as loop:
+        for step, pairs in loop.steps(loader):
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
-            ok = torch.tensor([pair.ok for pair in pairs], device=device)
+            ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
             if not args.train_vision:
-                embedder.see_rows(rows, 2 * args.micro_batch, guard.poll)
+                embedder.share_vision(rows, 2 * args.micro_batch)
 
             # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
-            seeds = [stable_hash(args.seed, step, j * world + rank, side) for side in (0, 1) for j in range(len(pairs))]
-            with whole(embedder):
-                rollouts = rollout(embedder, rows, args, seeds, lambda: guard.signal)
-            guard.poll()  # the processes decode different numbers of tokens: they meet here
-            # reward, advantage
+            numbers = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
+            seeds = [stable_hash(args.seed, step, number, side) for side in (0, 1) for number in numbers]
+            with unsharded(embedder):
+                rollouts = loop.breakable(partial(rollout, embedder, rows, seeds, args))
+
+            # reward and advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
+            advantages = group_advantages(rewards.flatten(0, 1))  # [2p, G]
             reward_sum = float(all_sum(rewards.sum()))  # a NaN would give its group the advantage 0, without a word
-            advantages = group_advantages(rewards.flatten(0, 1)).view_as(rewards)  # [2, p, G]
-            rollout_seconds = time.perf_counter() - began
-            about = summary(parts, rewards, advantages, rollouts, ok)
+            figures = summary(rewards, parts, advantages, rollouts, ok)
+            figures["rollout_s"] = loop.seconds()
             tokens = int(all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids))))
-            skipped = guard.skipped(step, pairs)
+
             # update
-            lr, cache = args.lr * (1 - step / args.steps), {}
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            history = []
-            for inner in range(args.inner_steps):
-                poll = guard.poll if inner == 0 else lambda: None  # once the weights have moved the step is finished
-                stats = update(model, reference, rows, rollouts, advantages.flatten(0, 1), ok.repeat(2), args, cache,
-                               inner, poll)  # fmt: skip
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-                stats["grad_norm"] = float(norm.full_tensor() if args.fsdp else norm)
-                figures = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
-                if guard.finite(step, figures, pairs):
-                    guard.completed = None  # until all inner steps are done and the log has its line
-                    optimizer.step()
-                    history.append(stats)
-                optimizer.zero_grad(set_to_none=True)
-            stats = {key: sum(h[key] for h in history) / len(history) for key in history[0]} if history else {}
-            line = {"step": step + 1, **stats, **about, "lr": lr, "skipped": skipped}
-            line |= {"nonfinite": guard.nonfinite, "rollout_s": rollout_seconds}
-            done, total = step + 1 - start, args.steps - start
-            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, tokens, device)
-            if rank == 0:
-                log.write(json.dumps(line) + "\n")
-            guard.completed = step + 1
-            if rank == 0:
-                shown = ("reward", "kl", "length_query", "loss", "grad_norm", "pairs_per_s", "tokens_per_s",
-                         "data_wait_s", "peak_memory_gib")  # fmt: skip
-                bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
-            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save(step + 1)
-            guard.check_share()
-        save_model(embedder, args.model, out)  # guarded too: what cannot be saved so is kept as a checkpoint
-    if rank == 0:
-        write_args(out, args, finished=True, resume=settings)
-        print(f"saved {out}")
-    barrier()
-    end_processes()
+            lr = args.lr * (1 - step / args.steps)
+            groups = [Group(*group) for group in zip(rows, rollouts, advantages, ok.repeat(2).tolist())]
+            micros = micro_batches(groups, args.update_batch)
+            inner_figures = []
+            for _ in range(args.inner_steps):
+                stats = update(model, reference, micros, args)
+                stats["grad_norm"] = clip_gradients(optimizer, args.clip)
+                checked = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
+                if loop.update(step, pairs, lr, checked):
+                    inner_figures.append(stats)
+            for name in inner_figures[0] if inner_figures else ():
+                figures[name] = sum(stats[name] for stats in inner_figures) / len(inner_figures)
+            loop.end_step(step, pairs, {**figures, "lr": lr}, tokens)
+        save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+    end_run(args, settings)
 
 
 if __name__ == "__main__":

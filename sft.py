@@ -31,42 +31,33 @@ Commands
     torchrun --nproc_per_node 8 sft.py --preset 7b --data UME-sft-train.json --media_root MMEB-train          # sharded
 """
 
-import contextlib
-import json
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from data import DISC, GEN, PairData, RowCheck, step_loader
 from model import Embedder, check_model, pad_rows, save_model
 from support.rows import index_rows
 from support.run import (
-    Guard,
-    Progress,
+    Loop,
     Stopped,
     all_sum,
-    barrier,
     begin_run,
-    check_space,
-    end_processes,
-    first_on_node,
+    clip_gradients,
+    end_run,
     gather,
-    load_checkpoint,
     lr_at,
-    open_log,
-    parallel,
+    no_gradient_sync,
     parse_args,
     processes,
+    put_in_place,
     run_script,
-    save_checkpoint,
     setting,
-    speed_figures,
     start_processes,
-    write_args,
+    stop_if_asked,
+    without_ddp,
 )
 from support.toy import write_toy
 
@@ -147,114 +138,163 @@ def tau_at(step, *, start, tau, steps):
     return start * (tau / start) ** min(1.0, step / steps) if steps else tau
 
 
-def contrastive_loss(own, everyone, mine, ok, keys, w_disc, w_gen, tau, mask_same_target, w_cross=0.0):
-    """The InfoNCE terms of the global batch, with the gradient for this process's own embeddings only.
+def contrastive_loss(x, args, same_target=None):
+    """The InfoNCE terms of B pairs and their weighted sum -> (loss, {name: term}).
 
-    own [b, 4, D] (query disc, query gen, target disc, target gen), requires grad; everyone [B, 4, D] the gathered ones;
-    mine: this process's rows of it; ok bool [B]: usable pairs; keys int64 [B]: targets' identities.
+    x [B, 4, D]: query disc, query gen, target disc, target gen; same_target bool [B, B] as for info_nce.
     """
-    x = everyone.index_put((mine,), own)[ok]  # [B', 4, D]
-    same = (keys[:, None] == keys[None, :])[ok][:, ok] if mask_same_target else None
-    l_disc = info_nce(x[:, 0], x[:, 2], tau, same)
-    l_gen = info_nce(x[:, 1], x[:, 3], tau, same)
-    loss, l_cross = w_disc * l_disc + w_gen * l_gen, torch.zeros_like(l_disc)
-    if w_cross:  # one space for both: gen queries find disc targets and the reverse
-        l_cross = (info_nce(x[:, 1], x[:, 2], tau, same) + info_nce(x[:, 0], x[:, 3], tau, same)) / 2
-        loss = loss + w_cross * l_cross
-    return loss, l_disc.detach(), l_gen.detach(), l_cross.detach()
+    query_disc, query_gen, target_disc, target_gen = x.unbind(1)
+    terms = {
+        "disc": info_nce(query_disc, target_disc, args.tau, same_target),
+        "gen": info_nce(query_gen, target_gen, args.tau, same_target),
+    }
+    loss = args.w_disc * terms["disc"] + args.w_gen * terms["gen"]
+    if args.cross_weight:  # one space for both: gen queries find disc targets and the reverse
+        gen_to_disc = info_nce(query_gen, target_disc, args.tau, same_target)
+        disc_to_gen = info_nce(query_disc, target_gen, args.tau, same_target)
+        terms["cross"] = (gen_to_disc + disc_to_gen) / 2
+        loss = loss + args.cross_weight * terms["cross"]
+    return loss, terms
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # One optimiser step's loss and gradients
 
 
-def sft_step(model, pairs, args, poll=lambda: None):
-    """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021).
+def sft_step(model, pairs, args):
+    """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021): the
+    contrastive loss needs all embeddings of the global batch at once, the memory holds the graph of a micro-batch.
 
-    pairs: this process's pairs; poll is called before every micro-batch, at the same points in all processes.
-    Gradients are left in .grad. Returns the loss parts and the number of tokens.
+    pairs: this process's b pairs. Gradients are left in .grad. Returns the loss parts and the number of tokens read.
     """
-    embedder = model.module if isinstance(model, DistributedDataParallel) else model
-    device, D = embedder.device, embedder.backbone.config.text_config.hidden_size
-    (rank, world), w_disc, w_gen, w_ce = processes(), args.w_disc, args.w_gen, args.w_ce
-    rows = [p.query for p in pairs] + [p.target for p in pairs]  # rows 0..b-1 queries, b..2b-1 targets
+    embedder = without_ddp(model)
+    local = local_rows(pairs, args.micro_batch, embedder.device)
+    if not args.train_vision:
+        embedder.share_vision(local.rows, 2 * args.micro_batch)
+
+    # 1. embeddings of all micro-batches, without a graph (where one micro-batch is all, pass 3 reuses its graph)
+    reused_graph = None
+    if len(local.micro_batches) == 1:
+        reused_graph = forward(model, local, local.micro_batches[0], bool(args.w_ce))
+    embeddings = embed_all(embedder, local, args, reused_graph)  # [2b, 2, D]
+
+    # 2. the contrastive loss of the global batch, and its gradient for this process's embeddings
+    loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
+
+    # 3. every micro-batch again with its graph: that gradient and the next-token loss go backward
+    ce = all_sum(backward_all(model, local, gradient, args, reused_graph))  # [2]
+
+    parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
+    num_tokens = sum(len(row.ids) for row in local.rows)
+    return {name: float(x) for name, x in parts.items()}, int(all_sum(torch.tensor(num_tokens)))
+
+
+@dataclass
+class LocalRows:
+    """This process's rows of a step."""
+
+    rows: list  # 2b Rows: the queries, then their targets
+    side: torch.Tensor  # int [2b]: 0 query, 1 target
+    ce_weight: torch.Tensor  # [2b], of each answer token of a row; 0 for a skipped pair
+    micro_batches: list  # lists of row numbers
+
+
+def local_rows(pairs, micro_batch, device):
     b = len(pairs)
-    ok = torch.tensor([p.ok for p in pairs], device=device)
-    row_ok = ok.repeat(2)
+    rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
+    side = torch.arange(2 * b, device=device) // b
+    row_ok = torch.tensor([pair.ok for pair in pairs], device=device).repeat(2)
+
+    # CE of a side is the mean over all its answer tokens of the global batch
+    answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
+    side_tokens = torch.stack([answer_length[side == s].sum() for s in (0, 1)])
+    ce_weight = row_ok / all_sum(side_tokens).clamp(min=1)[side]
+
     # similar lengths together: little padding. The order does not change any sum.
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids))
-    micro = [order[s : s + 2 * args.micro_batch] for s in range(0, 2 * b, 2 * args.micro_batch)]
-    if not args.train_vision:
-        embedder.see_rows(rows, 2 * args.micro_batch, poll)
+    micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
+    return LocalRows(rows, side, ce_weight, micro_batches)
 
-    answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
-    side = torch.arange(2 * b, device=device) // b  # 0 query, 1 target
-    side_tokens = all_sum(torch.stack([answer_length[side == s].sum() for s in (0, 1)])).clamp(min=1)  # [2]
-    token_weight = row_ok / side_tokens[side]  # CE of a side = mean over all its tokens of the global batch
 
-    def forward(net, numbers, next_token):
-        """Embeddings [n, 2, D] (disc, gen) of n rows; next_token: the CE terms of each side too, [2], else None."""
-        batch = pad_rows([rows[n] for n in numbers], embedder.pad_id, device)
-        L = batch["ids"].shape[1]
-        read = [j * L + max(at, 0) for j, n in enumerate(numbers) for at in (rows[n].disc_at, rows[n].gen_at)]
-        read = torch.tensor(read, device=device)  # flat places; a row without the token has no use for that embedding
-        if not next_token:
-            return net(batch, read=read)[0].view(-1, 2, D), None
-        places = [(j * L + t, n) for j, n in enumerate(numbers) for t in range(rows[n].n_prompt, len(rows[n].ids))]
-        at, row_of = torch.tensor(places, device=device).T  # [M] each: a token of an answer, the row it belongs to
-        embeddings, logp, _ = net(batch, read=read, predict=at - 1, labels=batch["ids"].flatten()[at])
-        ce = torch.zeros(2, device=device).index_add(0, side[row_of], -logp * token_weight[row_of])
-        return embeddings.view(-1, 2, D), ce
+def forward(net, local, numbers, next_token):
+    """One micro-batch -> its embeddings [n, 2, D] (disc, gen) and the CE of each side [2], None without next_token.
 
-    # 1. embeddings of all micro-batches, no graph (if one micro-batch is all, its graph is kept and 3. reuses it)
-    kept = [forward(model, micro[0], bool(w_ce))] if len(micro) == 1 else None
-    embeddings = torch.zeros(2 * b, 2, D, device=device)
-    if kept:
-        embeddings[micro[0]] = kept[0][0].detach()
-    elif w_disc or w_gen or args.cross_weight:
-        with torch.no_grad():
-            for numbers in micro:
-                poll()
-                embeddings[numbers] = forward(embedder, numbers, False)[0]
+    numbers: the n rows. A row without one of the tokens has some other state in its place, which no loss reads.
+    """
+    device = local.side.device
+    rows = [local.rows[n] for n in numbers]
+    batch = pad_rows(rows, without_ddp(net).pad_id, device)
+    L = batch.ids.shape[1]
+    starts = L * torch.arange(len(rows), device=device)  # [n] a row's first place in the flattened batch
+    disc_at, gen_at = torch.tensor([[row.disc_at, row.gen_at] for row in rows], device=device).clamp(min=0).T
+    read = (starts[:, None] + torch.stack([disc_at, gen_at], dim=1)).flatten()  # [2n]
+    if not next_token:
+        return net(batch, read=read).embeddings.view(len(rows), 2, -1), None
+    answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]
+    answers = torch.tensor(answers, device=device)  # [M] the places of the answers' tokens
+    lengths = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device)
+    row_of = torch.tensor(numbers, device=device).repeat_interleave(lengths)  # [M]
+    out = net(batch, read=read, predict=answers - 1, labels=batch.ids.flatten()[answers])
+    ce = torch.zeros(2, device=device).index_add(0, local.side[row_of], -out.logp * local.ce_weight[row_of])
+    return out.embeddings.view(len(rows), 2, -1), ce
 
-    # 2. the contrastive loss of the whole gathered batch, and its gradient for our embeddings
-    ok_all, keys = gather(ok), gather(torch.tensor([p.target_key for p in pairs], device=device))
-    if not ok_all.any():
+
+@torch.no_grad()
+def embed_all(embedder, local, args, reused_graph):
+    """Pass 1 -> [2b, 2, D]"""
+    embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
+    if reused_graph:
+        embeddings[local.micro_batches[0]] = reused_graph[0].detach()
+    elif args.w_disc or args.w_gen or args.cross_weight:
+        for numbers in local.micro_batches:
+            stop_if_asked()
+            embeddings[numbers], _ = forward(embedder, local, numbers, next_token=False)
+    return embeddings
+
+
+def contrast(embeddings, pairs, args):
+    """Pass 2, for embeddings [2b, 2, D] -> loss, {name: term}, gradient [2b, 2, D]"""
+    rank, world = processes()
+    device, b = embeddings.device, len(pairs)
+    ok = gather(torch.tensor([pair.ok for pair in pairs], device=device))  # [B]
+    keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
+    if not ok.any():
         raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
-    own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    mine = torch.arange(b, device=device) * world + rank
-    loss, l_disc, l_gen, l_cross = contrastive_loss(
-        own, gather(own), mine, ok_all, keys, w_disc, w_gen, args.tau, args.mask_same_target, args.cross_weight
-    )
-    (grad,) = torch.autograd.grad(loss, own)
-    grad = torch.cat([grad[:, :2], grad[:, 2:]])  # [2b, 2, D]
+    local = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
+    places = torch.arange(b, device=device) * world + rank  # of the local pairs in the gathered batch
+    gathered = gather(local).index_put((places,), local)  # [B, 4, D], with a gradient for the local ones
+    same_target = None
+    if args.mask_same_target:
+        same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
+    loss, terms = contrastive_loss(gathered[ok], args, same_target)
+    (gradient,) = torch.autograd.grad(loss, local)
+    terms = {name: term.detach() for name, term in terms.items()}
+    return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
 
-    # 3. every micro-batch again with its graph: embedding gradient and next-token loss. DDP and FSDP average over
-    #    processes, hence the factor `world`. DDP reduces after the last micro-batch only; FSDP after each one, since it
-    #    would have to keep the gradients of the whole model until then.
-    ce = torch.zeros(2, device=device)
-    for k, numbers in enumerate(micro):
-        poll()
-        with contextlib.nullcontext() if k == len(micro) - 1 or model is embedder else model.no_sync():
-            embeddings, ce_part = kept[0] if kept else forward(model, numbers, bool(w_ce))
-            loss = (embeddings * grad[numbers]).sum()
-            if w_ce:
-                loss = loss + w_ce * ce_part.sum()
-                ce += ce_part.detach()
-            (loss * world).backward()
-    ce = all_sum(ce)
-    total = w_disc * l_disc + w_gen * l_gen + args.cross_weight * l_cross + w_ce * ce.sum()
-    parts = {"loss": total, "disc": l_disc, "gen": l_gen, "ce_query": ce[0], "ce_target": ce[1]}
-    parts |= {"cross": l_cross} if args.cross_weight else {}
-    tokens_read = all_sum(torch.tensor(sum(len(row.ids) for row in rows), device=device))
-    return {key: float(value) for key, value in parts.items()}, int(tokens_read)
+
+def backward_all(model, local, gradient, args, reused_graph):
+    """Pass 3 -> this process's CE of each side, [2]"""
+    _, world = processes()
+    total_ce = torch.zeros(2, device=gradient.device)
+    for numbers in local.micro_batches:
+        stop_if_asked()
+        with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
+            embeddings, ce = reused_graph or forward(model, local, numbers, bool(args.w_ce))
+            loss = (embeddings * gradient[numbers]).sum()
+            if args.w_ce:
+                loss = loss + args.w_ce * ce.sum()
+                total_ce += ce.detach()
+            (loss * world).backward()  # DDP and FSDP average over the processes
+    return total_ce
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
+SHOWN = ("loss", "disc", "gen", "cross", "ce_query", "ce_target", "lr", "grad_norm", "skipped", "nonfinite",
+         "pairs_per_s", "tokens_per_s", "data_wait_s", "peak_memory_gib")  # fmt: skip
 
-def main():
-    args = parse_args(Settings, PRESETS)
+
+def check_settings(args):
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
     contrast = args.w_disc or args.w_gen or args.cross_weight
@@ -263,85 +303,53 @@ def main():
     if contrast and args.batch_size == 1:
         raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
     check_model(args.model)
+
+
+def needs_of(args):
+    """What the weights ask of every row."""
+    needs = [token for token, weight in ((DISC, args.w_disc), (GEN, args.w_gen)) if weight or args.cross_weight]
+    return (*needs, "answer") if args.w_ce else tuple(needs)
+
+
+def main():
+    args = parse_args(Settings, PRESETS)
+    check_settings(args)
     rank, world, device = start_processes(args.fsdp)
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
-    needs = [token for token, w in ((DISC, args.w_disc), (GEN, args.w_gen)) if w or args.cross_weight]
-    needs += ["answer"] if args.w_ce else []
-    row_check = RowCheck("sft", tuple(needs))
-    digests = first_on_node(lambda: [str(index_rows(file, row_check, args.cache)["digest"]) for file in args.data])
-    out, settings = Path(args.out), begin_run(args, rank, digests)
+    row_check = RowCheck("sft", needs_of(args))
+    settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
     torch.manual_seed(args.seed)
 
     # model: ViT blocks frozen, merger and language model trained
     embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
-    embedder.bf16 = args.bf16
-    embedder.backbone.model.visual.requires_grad_(args.train_vision)
-    embedder.backbone.model.visual.merger.requires_grad_(True)
+    tower = embedder.backbone.model.visual
+    tower.requires_grad_(args.train_vision)
+    for merger in embedder.family.mergers(tower):
+        merger.requires_grad_(True)
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
-    if args.checkpointing:
-        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
-    embedder.train()
-    model = parallel(embedder, args, device)
-    parameters = [p for p in embedder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
-    start = load_checkpoint(args.resume, out, embedder, optimizer, settings)
-    check_space(out, embedder, optimizer, args.keep)
+    model, optimizer, start = put_in_place(embedder, args, settings, device, args.weight_decay)
 
     # data
+    answers = bool(args.w_gen or args.w_ce or args.cross_weight)
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=row_check.needs,
-                    answers=bool(args.w_gen or args.w_ce or args.cross_weight), cache=args.cache)  # fmt: skip
+                    answers=answers, cache=args.cache, family=embedder.family)  # fmt: skip
     loader = step_loader(data, range(start, args.steps), args.workers)
-    n_params = sum(p.numel() for p in parameters)
-    if rank == 0:
-        print(f"{len(data.rows):,} pairs, {n_params:,} trained parameters, {world} process(es) on {device.type}")
-    log = open_log(out, start) if rank == 0 else None
-    bar = Progress(range(start, args.steps), initial=start, total=args.steps, desc="sft", unit="step", disable=rank > 0)
 
-    def save(step, alone=False):
-        return save_checkpoint(out, embedder, optimizer, step, settings, args.keep, alone)
-
-    loop_began = time.perf_counter()
-    with Guard(args, out, save, len(data.rows)) as guard:
-        for step in bar:
-            guard.completed, began = step, time.perf_counter()
-            pairs = guard.next_pairs(loader)
-            waited = time.perf_counter() - began
+    with Loop(args, settings, embedder, optimizer, start, len(data.rows), SHOWN) as loop:
+        for step, pairs in loop.steps(loader):
             lr = lr_at(step, steps=args.steps, lr=args.lr, warmup=args.warmup, floor=args.lr_floor)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            now = replace(args, tau=tau_at(step, start=args.tau_start, tau=args.tau, steps=args.tau_steps))
-            parts, tokens = sft_step(model, pairs, now, guard.poll)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            norm = float(norm.full_tensor() if args.fsdp else norm)
-            finite = guard.finite(step, {"loss": parts["loss"], "gradient norm": norm}, pairs)
-            line = {"step": step + 1, **parts, "lr": lr, "grad_norm": norm}
-            line |= {"skipped": guard.skipped(step, pairs), "nonfinite": guard.nonfinite}
-            guard.completed = None  # an error between here and the log's line leaves nothing that could be saved
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done, total = step + 1 - start, args.steps - start
-            line |= speed_figures((began, loop_began), waited, done, total, args.batch_size, tokens, device)
-            if rank == 0:
-                log.write(json.dumps(line) + "\n")
-            guard.completed = step + 1
-            if rank == 0:
-                shown = {key: f"{value:.3g}" for key, value in line.items() if key not in ("step", "eta_s")}
-                bar.set_postfix({key: value for key, value in shown.items() if value != "0"})  # tqdm shows the ETA
-            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save(step + 1)
-            guard.check_share()
-        save_model(embedder, args.model, out)  # guarded too: what cannot be saved so is kept as a checkpoint
-    if rank == 0:
-        write_args(out, args, finished=True, resume=settings)
-        print(f"saved {out}")
-    barrier()
-    end_processes()
+            tau = tau_at(step, start=args.tau_start, tau=args.tau, steps=args.tau_steps)
+            parts, tokens = sft_step(model, pairs, replace(args, tau=tau))
+            norm = clip_gradients(optimizer, args.clip)
+            loop.update(step, pairs, lr, {"loss": parts["loss"], "gradient norm": norm})
+            loop.end_step(step, pairs, parts | {"lr": lr, "grad_norm": norm}, tokens)
+        save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+    end_run(args, settings)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from data import (
     DISC,
+    FAMILIES,
     GEN,
     IMAGE_MARK,
     VIDEO_MARK,
@@ -39,7 +40,7 @@ from data import (
     thinned,
     without_marks,
 )
-from model import Embedder, check_model
+from model import Embedder, Prompt, check_model
 from support.rows import dataset_of, scan_rows, write_rows
 from support.run import (
     BadInput,
@@ -137,19 +138,20 @@ def own_teacher(args, device):
 
     def encode_one(item, key):
         if ours:
-            return encode_input(embedder.tokenizer, item, name=key)
+            return encode_input(embedder.tokenizer, item, name=key, family=embedder.family)
         human = IMAGE_MARK * len(item["images"]) + VIDEO_MARK * bool(item["video"]) + question(item, key)
-        return encode(embedder.tokenizer, human, item["images"], item["video"], name=key)
+        return encode(embedder.tokenizer, human, item["images"], item["video"], name=key, family=embedder.family)
 
     def ask(items, keys):
-        rows = [encode_one(item, key) for item, key in zip(items, keys)]
-        seeds, answers = [stable_hash(args.seed, key) for key in keys], {}
-        for i, out in embedder.generate(rows, temperature=args.temperature, seeds=seeds, slots=args.batch_size,
-                                        max_new_tokens=args.max_new_tokens):  # fmt: skip
-            ids, ended = out.ids[0], out.ids[0][-1] == embedder.end_id
-            text = embedder.tokenizer.decode(ids[: len(ids) - ended])
-            answers[i] = {"text": text, "tokens": len(ids), "ended": ended}
-        return [answers[i] for i in range(len(rows))]
+        prompts = [Prompt(key, encode_one(item, key), stable_hash(args.seed, key)) for item, key in zip(items, keys)]
+        answers = {}
+        for prompt, r in embedder.generate(
+            prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, slots=args.batch_size
+        ):
+            ids = r.ids[0]
+            text = embedder.texts_of(r)[0]
+            answers[prompt.key] = {"text": text, "tokens": len(ids), "ended": ids[-1] == embedder.end_id}
+        return [answers[key] for key in keys]
 
     return ask
 
@@ -360,7 +362,7 @@ def annotate(args):
         write_json(known, asked)
     sides = {side_key(side, pair[side]): pair[side] for pair in pairs for side in ("qry", "pos")}
     try:
-        own = AutoConfig.from_pretrained(args.teacher).model_type == "qwen2_vl"
+        own = AutoConfig.from_pretrained(args.teacher).model_type in FAMILIES
     except (OSError, ValueError) as error:
         raise BadInput(f"--teacher {args.teacher}: cannot be loaded ({str(error).splitlines()[0]})") from error
     found, keys = find_answers(folder), list(sides)

@@ -234,11 +234,11 @@ def shard(embedder, bf16, mesh=None):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # resharded after every pass: outside of one the parameters are always the shards, which is what gets saved
     fully_shard(embedder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    embedder({"vit": ()})  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
+    embedder(None)  # an empty pass: FSDP sets itself up in the first one of the root, before any layer's
 
 
 @contextlib.contextmanager
-def whole(embedder):
+def unsharded(embedder):
     """A sharded model is put together for as long as it decodes (in bf16 the 7B takes 15 GB): every layer of every
     token would else be a collective, and the processes do not decode equally many tokens. FSDP's hooks are off
     meanwhile: of a decode step of small layers on a CPU they took a fifth."""
@@ -250,8 +250,8 @@ def whole(embedder):
     try:
         yield
     finally:
-        for part, before, behind in hooks:
-            part._forward_pre_hooks, part._forward_hooks = before, behind
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
 
 
@@ -288,6 +288,10 @@ def all_sum(x):
     return x
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The frame of a training loop
+
+
 class Stopped(RuntimeError):
     """The run ends here; all processes raise it together, so that they can save together."""
 
@@ -296,40 +300,116 @@ class Stopped(RuntimeError):
         self.code = code
 
 
-class Guard:
-    """Ends a run in good order: on a signal, on figures that are not finite, on too many unusable rows, on any error.
+def put_in_place(embedder, args, settings, device, weight_decay=0.0):
+    """What the loop works on: the model that it calls (the embedder itself, its DDP replica or, with --fsdp, its
+    shards), AdamW over the parameters that require a gradient, and the step to go on with, from the checkpoint."""
+    if args.checkpointing:
+        embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    embedder.bf16 = args.bf16
+    embedder.train()
+    model = parallel(embedder, args, device)
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=weight_decay)
+    start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
+    check_space(args.out, embedder, optimizer, args.keep)
+    return model, optimizer, start
 
-    Used around the training loop. The weights change only between steps, so at any moment of a step they are the state
-    of the last complete one: a step that is broken off is simply forgotten. `completed` is the number of complete
-    steps, None where the weights are between two of them and there is nothing to save.
+
+def without_ddp(model):
+    """The embedder of what put_in_place() returns."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def no_gradient_sync(model, is_last):
+    """DDP sums the gradients over the processes after the last micro-batch of a step only. FSDP does so after each one:
+    it would have to keep the gradients of the whole model until then."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def clip_gradients(optimizer, most):
+    """Scales the gradients to a norm of at most `most` -> the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+RUNNING = []  # the Loop that runs
+
+
+def stop_if_asked():
+    """To be called often in a long step, at points that all processes reach: where any of them has been signalled, all
+    raise Stopped. Schedulers, torchrun among them, kill what has not ended after 30 seconds."""
+    if RUNNING:
+        RUNNING[-1].stop_if_asked()
+
+
+class Loop:
+    """What surrounds the steps: the next pairs, stopping, the update, the log's line, checkpoints, a good end.
+
+        with Loop(...) as loop:
+            for step, pairs in loop.steps(loader):
+                figures = ...                                   # losses and gradients
+                loop.update(step, pairs, lr, figures)           # the weights, where all figures are finite
+                loop.end_step(step, pairs, figures, tokens)
+
+    It ends a run in good order: on a signal, on figures that are not finite, on too many unusable rows, on any error.
+    The weights change only between steps, so at any moment of a step they are the state of the last complete one: a
+    step that is broken off is simply forgotten. `completed` is the number of complete steps, None where the weights are
+    between two of them and there is nothing to save.
     """
 
-    def __init__(self, args, out, save, num_rows):
-        self.args, self.out, self.save, self.num_rows = args, Path(out), save, num_rows
-        self.signal, self.completed, self.nonfinite, self.seen, self.unusable = 0, None, 0, 0, 0
-        self.waiting = False
+    def __init__(self, args, settings, embedder, optimizer, start, num_rows, shown=()):
+        """settings: from begin_run(); start: the step to go on with; shown: names of the figures beside the bar."""
+        self.args, self.settings, self.embedder, self.optimizer = args, settings, embedder, optimizer
+        self.out, self.start, self.num_rows, self.shown = Path(args.out), start, num_rows, shown
+        self.signal, self.may_break_off, self.completed = 0, False, None
+        self.nonfinite, self.seen, self.unusable = 0, 0, 0
+
+    # ---- signals and errors
 
     def __enter__(self):
         # a signal that is ignored from the start stays so: that is what nohup is for
         heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heard}
+        RUNNING.append(self)
         return self
 
     def note(self, number, _frame):
         self.signal = number
-        if self.waiting:
+        if self.may_break_off:
+            self.may_break_off = False
             raise Stopped(signal.Signals(number).name, 128 + number)
 
-    def next_pairs(self, loader):
-        """The next step's pairs. A disk that does not answer must not hold back the end of a run: with one process a
-        signal ends the waiting (several have to meet first)."""
-        self.waiting = processes()[1] == 1
+    def stop_if_asked(self):
+        """At points that every process reaches: if any of them has been signalled, all stop. Once the weights have
+        moved, the step is finished first."""
+        if self.completed is None:
+            return
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
+
+    def breakable(self, work):
+        """work(), which may take long and does not speak to other processes (a disk that does not answer, a rollout):
+        a signal breaks it off at once. Then the processes meet."""
+        result = None
         try:
-            return next(loader)
+            self.may_break_off = True
+            if not self.signal:
+                result = work()
+        except Stopped:
+            pass
         finally:
-            self.waiting = False
+            self.may_break_off = False
+        self.stop_if_asked()
+        return result
 
     def __exit__(self, _kind, why, _trace):
+        RUNNING.remove(self)
         try:
             if isinstance(why, Stopped):
                 if self.completed:
@@ -345,6 +425,10 @@ class Guard:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
+    def save(self, step, alone=False):
+        settings, keep = self.settings, self.args.keep
+        return save_checkpoint(self.out, self.embedder, self.optimizer, step, settings, keep, alone)
+
     def save_alone(self):
         """On the way down from an error, which other processes may not have met or not have survived: process 0 saves
         its replica, without them. Of a sharded model it has only a part."""
@@ -355,16 +439,44 @@ class Guard:
         told = f"saved after step {self.completed}" if saved else "nothing new was saved"
         print(f"\nan error ends this run; {told}; the same command goes on from there", file=sys.stderr, flush=True)
 
-    def poll(self):
-        """At points that every process reaches: if any of them has been signalled, all stop."""
-        number = torch.tensor(self.signal)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number:
-            raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
+    # ---- the steps
+
+    def steps(self, loader):
+        """Yields (step, this process's pairs of it)."""
+        rank, world = processes()
+        first, name = rank == 0, Path(sys.argv[0]).stem
+        if first:
+            n_trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+            device = self.embedder.device.type
+            print(f"{self.num_rows:,} pairs, {n_trained:,} trained parameters, {world} process(es) on {device}")
+            self.log = open_log(self.out, self.start)
+        steps = range(self.start, self.args.steps)
+        self.bar = Progress(steps, initial=self.start, total=self.args.steps, desc=name, unit="step", disable=not first)
+        self.loop_began = time.perf_counter()
+        for step in self.bar:
+            self.completed = step
+            self.step_began = time.perf_counter()
+            pairs = self.breakable(lambda: next(loader))
+            self.waited = self.seconds()
+            yield step, pairs
+
+    def seconds(self):
+        """Since the step began."""
+        return time.perf_counter() - self.step_began
+
+    def update(self, step, pairs, lr, figures):
+        """The optimiser's step. Returns False, and leaves the weights as they are, where one of the figures (name ->
+        float) is not finite; more than --skip_nonfinite such steps end the run."""
+        finite = self.finite(step, figures, pairs)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.completed = None  # an error from here to the log's line leaves nothing that could be saved
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
 
     def finite(self, step, figures, pairs):
-        """True where the update may be made. figures: name -> float."""
         if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
             return True
         self.nonfinite += 1
@@ -377,20 +489,45 @@ class Guard:
             print(message, file=sys.stderr)
         return False
 
-    def skipped(self, step, pairs):
+    def end_step(self, step, pairs, figures, tokens):
+        """The step's line in log.jsonl, the bar, and a checkpoint where one is due. tokens: read or written by all."""
+        line = {"step": step + 1, **figures, "skipped": self.list_skipped(step, pairs), "nonfinite": self.nonfinite}
+        line |= self.speed_figures(step, tokens)
+        if processes()[0] == 0:
+            self.log.write(json.dumps(line) + "\n")
+        self.completed = step + 1
+        if processes()[0] == 0:
+            shown = {key: f"{line[key]:.3g}" for key in self.shown if key in line}
+            self.bar.set_postfix({key: value for key, value in shown.items() if value != "0"})
+        if (step + 1) % self.args.save_every == 0 and step + 1 < self.args.steps:
+            self.save(step + 1)
+        self.check_share()
+
+    def speed_figures(self, step, tokens):
+        """The wall-clock figures of a step's log line."""
+        seconds, elapsed = self.seconds(), time.perf_counter() - self.loop_began
+        done = step + 1 - self.start
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"pairs_per_s": self.args.batch_size / seconds, "tokens_per_s": tokens / seconds,
+                "data_wait_s": self.waited, "peak_memory_gib": peak / 2**30,
+                "eta_s": elapsed / done * (self.args.steps - step - 1)}  # fmt: skip
+
+    def list_skipped(self, step, pairs):
         """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
         ok = gather(torch.tensor([pair.ok for pair in pairs]))
-        self.seen, self.unusable = self.seen + len(ok), self.unusable + int((~ok).sum())
+        self.seen += len(ok)
+        self.unusable += int((~ok).sum())
         if ok.all():
             return 0
-        found = gather_list([(pair.name, pair.reason) for pair in pairs])
-        self.last_reason = [reason for _, reason in found if reason][-1]
+        gathered = gather_list([(pair.name, pair.reason) for pair in pairs])
+        bad = [pair for pair, usable in zip(gathered, ok.tolist()) if not usable]
+        self.last_reason = bad[-1][1]
         if processes()[0] == 0:
             with open(self.out / "skipped.jsonl", "a") as file:
-                for (name, reason), good in zip(found, ok.tolist()):
-                    if not good:
-                        file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
-        return int((~ok).sum())
+                for name, reason in bad:
+                    file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
+        return len(bad)
 
     def check_share(self):
         """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
@@ -400,15 +537,6 @@ class Guard:
                 f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
                 f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
             )
-
-
-def speed_figures(began, waited, done, steps, pairs, tokens, device):
-    """The wall-clock figures of a step's log line. began: when the step and the loop did; done: steps of this loop."""
-    seconds, elapsed = (time.perf_counter() - t for t in began)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "data_wait_s": waited,
-            "peak_memory_gib": peak / 2**30, "eta_s": elapsed / done * (steps - done)}  # fmt: skip
 
 
 class Progress(tqdm):
@@ -701,19 +829,21 @@ def weights_digest(name_or_path):
             return Path(cached_file(str(name_or_path), "config.json")).parent.name
         except OSError as error:
             raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
-    whole = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
     for path in sorted(path for name in names for path in folder.glob(name)):
         with open(path, "rb") as file:
-            whole.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
-    return whole.hexdigest()
+            digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
-def begin_run(args, rank, digests):
+def begin_run(args, digest_of):
     """Locks --out, writes args.json -> what a resumed run must share, or None where the run in --out is finished.
 
-    digests: of the contents of the data files; a run never goes on with other data under the same name.
+    digest_of: a --data file -> digest of its content; a run never goes on with other data under the same name.
     """
+    rank, _ = processes()
+    digests = first_on_node(lambda: [digest_of(file) for file in args.data])
     free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
             "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
@@ -740,16 +870,25 @@ def begin_run(args, rank, digests):
     return settings
 
 
+def end_run(args, settings):
+    """The last thing of a stage, after its model is saved."""
+    if processes()[0] == 0:
+        write_args(args.out, args, finished=True, resume=settings)
+        print(f"saved {args.out}")
+    barrier()
+    end_processes()
+
+
 def open_log(out, start):
     """log.jsonl, one line a step, open for more: what a killed run wrote beyond its last checkpoint goes."""
     for name in ("log.jsonl", "skipped.jsonl"):
         path = Path(out) / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-        steps = [re.match(r'{"step": (\d+)[,}]', line) for line in whole]  # None: a crash of the machine leaves zeros
+        complete = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
+        steps = [re.match(r'{"step": (\d+)[,}]', line) for line in complete]  # None: a crash of the machine left zeros
         if None in steps:
             print(f"{path}: {steps.count(None)} lines that are no log lines are left out", file=sys.stderr)
-        kept = "".join(line for line, step in zip(whole, steps) if step and int(step[1]) <= start)
+        kept = "".join(line for line, step in zip(complete, steps) if step and int(step[1]) <= start)
         write_file(path, lambda temporary, kept=kept: temporary.write_text(kept))
     return open(Path(out) / "log.jsonl", "a", buffering=1)
 
