@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,14 +35,14 @@ MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data, 
 # From the published files to the fields of a task
 
 
-class Candidate(NamedTuple):
-    key: str | int
-    build: Callable  # () -> its input; called for a new key only: lists of a thousand repeat from row to row
+class Candidates(NamedTuple):
+    keys: list[str | int]
+    build: Callable  # place in keys -> the input; called for a new key only: lists of a thousand repeat row after row
 
 
 class ParsedRow(NamedTuple):
     query: dict  # an input
-    candidates: list[Candidate]
+    candidates: Candidates
     labels: str | int | list  # the key or keys of the right candidates
     grades: list | None = None  # one per label; None: all are equally right
 
@@ -61,7 +60,7 @@ def load_mmeb(name, root, vidore_instruction=True):
         parsed, corpus = visdoc_rows(about, folder, media, vidore_instruction)
     else:
         parsed = parsed_rows(about, folder, media, root)
-        corpus = [text_candidate(label) for label in about.get("labels", [])]
+        corpus = texts_as_candidates(about.get("labels", []))
 
     queries = []
     pool = {}
@@ -69,7 +68,7 @@ def load_mmeb(name, root, vidore_instruction=True):
         add_candidates(pool, row.candidates)
         listed = None
         if about["eval_type"] == "local":  # interned: a thousand names a query would else be a thousand new strings
-            listed = [sys.intern(candidate.key) for candidate in row.candidates]
+            listed = [sys.intern(key) for key in row.candidates.keys]
         queries.append({"input": row.query, "labels": one_or_more(row.labels), "grades": row.grades,
                         "candidates": listed})  # fmt: skip
     add_candidates(pool, corpus)
@@ -98,9 +97,9 @@ def parsed_rows(about, folder, media, root):
 
 
 def add_candidates(pool, candidates):
-    for candidate in candidates:
-        if candidate.key not in pool:
-            pool[candidate.key] = candidate.build()
+    for place, key in enumerate(candidates.keys):
+        if key not in pool:
+            pool[key] = candidates.build(place)
 
 
 def check_texts(queries, pool, folder, name):
@@ -186,17 +185,20 @@ def mmeb_input(text, images=(), video=()):
     return {"text": text.strip(), "images": [str(path) for path in images], "video": list(video)}
 
 
-def text_candidate(key, text=None):
-    return Candidate(key, partial(mmeb_input, key if text is None else text))
-
-
-def clip_candidate(folder, root, target, n=NUM_FRAMES):
-    """A video of n frames; its key is the folder's path below the root."""
-    return Candidate(folder.relative_to(root).as_posix(), partial(clip_input, folder, target, n))
-
-
 def clip_input(folder, text, n=NUM_FRAMES):
     return mmeb_input(text, video=sample_frames(folder, n))
+
+
+def texts_as_candidates(keys, texts=None):
+    """texts: where they are others than the keys."""
+    texts = keys if texts is None else texts
+    return Candidates(keys, lambda place: mmeb_input(texts[place]))
+
+
+def clips_as_candidates(folders, root, target, n=NUM_FRAMES):
+    """Videos of n frames; the key of one is its folder's path below the root."""
+    keys = [folder.relative_to(root).as_posix() for folder in folders]
+    return Candidates(keys, lambda place: clip_input(folders[place], target, n))
 
 
 def sample_frames(folder, n=NUM_FRAMES):
@@ -237,7 +239,8 @@ def parse_row(about, row, media, root, name):
 
 def image_row(about, row, media):
     candidates = image_candidates(about["parser"], row, media)
-    return ParsedRow(image_query(about["parser"], row, media), candidates, candidates[0].key)  # the right one is first
+    right = candidates.keys[0]  # it stands first
+    return ParsedRow(image_query(about["parser"], row, media), candidates, right)
 
 
 def image_query(kind, row, media):
@@ -255,21 +258,20 @@ def image_query(kind, row, media):
 def image_candidates(kind, row, media):
     captions = row["tgt_text"]
     if kind not in ("image_t2i", "image_i2i_vg"):
-        return [text_candidate(caption) for caption in captions]
+        return texts_as_candidates(captions)
     target = row["tgt_inst"].replace("<|image_1|>", "")
     has_captions = captions[0].strip() != ""  # a first one that is blank says that there are none
+    pairs = list(zip(row["tgt_img_path"], captions))
 
-    def build(path, caption):
+    def build(place):
+        path, caption = pairs[place]
         text = f"{target} {caption}" if has_captions else target
         return mmeb_input(tidy(text), [media / path])
 
-    candidates = []
-    for path, caption in zip(row["tgt_img_path"], captions):
-        key = path
-        if kind == "image_i2i_vg":  # one picture, several regions
-            key = f"{path}:" + caption.strip('"')
-        candidates.append(Candidate(key, partial(build, path, caption)))
-    return candidates
+    if kind == "image_t2i":
+        return Candidates([path for path, _ in pairs], build)
+    keys = [f"{path}:" + caption.strip('"') for path, caption in pairs]  # several regions of one picture
+    return Candidates(keys, build)
 
 
 def tidy(text):
@@ -292,13 +294,13 @@ def video_row(about, row, media, root):
 def video_class_row(about, row, media):
     query = clip_input(media / str(row["video_id"]), about["query_instruction"])
     classes = one_or_more(row[about["columns"][-1]])
-    return ParsedRow(query, [text_candidate(name) for name in classes], row["pos_text"])
+    return ParsedRow(query, texts_as_candidates(classes), row["pos_text"])
 
 
 def video_qa_row(about, row, media):
-    folder, text, options, label = video_question(about["parser"], row)
-    query = clip_input(media / str(folder), f"{about['query_instruction']} {text}")
-    return ParsedRow(query, [text_candidate(key, option) for key, option in options], label)
+    question = video_question(about["parser"], row)
+    query = clip_input(media / str(question.folder), f"{about['query_instruction']} {question.text}")
+    return ParsedRow(query, texts_as_candidates(question.options, question.option_texts), question.right)
 
 
 def video_retrieval_row(about, row, media):
@@ -306,8 +308,8 @@ def video_retrieval_row(about, row, media):
     if about["parser"] == "didemo":  # a file name there, a name elsewhere
         name = Path(name).stem
     query = mmeb_input(f"{about['query_instruction']} {one_or_more(caption)[0]}")
-    clip = partial(clip_input, media / str(name), about["target_instruction"])
-    return ParsedRow(query, [Candidate(name, clip)], name)
+    clip = Candidates([name], lambda _: clip_input(media / str(name), about["target_instruction"]))
+    return ParsedRow(query, clip, name)
 
 
 def moment_row(about, row, media, root):
@@ -316,8 +318,8 @@ def moment_row(about, row, media, root):
     if not folder.is_dir():
         raise MissingFile(f"{folder} does not exist; its sub-folders are the query and the candidates")
     clips = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "query")
-    candidates = [clip_candidate(path, root, about["target_instruction"]) for path in clips]
-    right = [candidate.key for path, candidate in zip(clips, candidates) if path.name.startswith("positive")]
+    candidates = clips_as_candidates(clips, root, about["target_instruction"])
+    right = [key for key, path in zip(candidates.keys, clips) if path.name.startswith("positive")]
     if not right:
         raise MissingFile(f"{folder} has no sub-folder positive*")
     query = clip_input(folder / "query", f"{about['query_instruction']} {row['query']}")
@@ -335,46 +337,54 @@ def momentseeker_row(about, row, media, root):
     else:
         query = mmeb_input(f"{ask['text only']} {row['query']}")
 
-    candidates = {}
-    for side in ("positive", "negative"):
-        clips = [momentseeker_folder(media, entry["output_path"]) for entry in row[f"{side}_frames"]]
-        candidates[side] = [clip_candidate(clip, root, about["target_instruction"], n=None) for clip in clips]
-    right = [candidate.key for candidate in candidates["positive"]]
-    return ParsedRow(query, candidates["positive"] + candidates["negative"], right)
+    clips = [momentseeker_folder(media, entry["output_path"]) for entry in row["positive_frames"]]
+    num_right = len(clips)
+    clips += [momentseeker_folder(media, entry["output_path"]) for entry in row["negative_frames"]]
+    candidates = clips_as_candidates(clips, root, about["target_instruction"], n=None)
+    return ParsedRow(query, candidates, candidates.keys[:num_right])
 
 
 def momentseeker_folder(media, path):
     return media / "video_frames" / path.replace("/", "_").split(".mp4")[0]
 
 
+class Question(NamedTuple):
+    folder: str  # of the frames
+    text: str
+    options: list[str]  # the keys of the candidates
+    right: str  # the key of the right one
+    option_texts: list[str] | None = None  # None: the options themselves
+
+
 def video_question(kind, row):
-    """-> folder of the frames, text of the question, [(key, text) of the options], key of the right one."""
+    """-> Question"""
     if kind == "activitynetqa":
         text = f"{row['question']}? (A) yes; (B) no."
-        return f"v_{row['video_name']}", text, [("yes", "yes"), ("no", "no")], row["answer"]
+        return Question(f"v_{row['video_name']}", text, ["yes", "no"], row["answer"])
     if kind == "nextqa":
         options = [row[f"a{i}"] for i in range(5)]
         text = question_with_options(row["question"], lettered(options))
-        return row["video"], text, [(option, option) for option in options], options[int(row["answer"])]
+        return Question(row["video"], text, options, options[int(row["answer"])])
     if kind == "mvbench":
         return mvbench_question(row)
     if kind == "videomme":
         options = row["options"]
-        label = options["ABCD".index(row["answer"])]
-        return row["videoID"], "\n".join([row["question"], *options]), without_letters(options), label
-    options = row["option"]
-    return row["video_idx"], row["question"] + " ".join(options), without_letters(options), options[int(row["answer"])]
+        text = "\n".join([row["question"], *options])
+        return Question(row["videoID"], text, options, options["ABCD".index(row["answer"])], without_letters(options))
+    options = row["option"]  # egoschema
+    text = row["question"] + " ".join(options)
+    return Question(row["video_idx"], text, options, options[int(row["answer"])], without_letters(options))
 
 
 def mvbench_question(row):
-    options = row["candidates"]
+    options = lettered(row["candidates"])
     place = -1  # an answer that is no option becomes "(@) ..", which no candidate is called
-    for i, option in enumerate(options):
+    for i, option in enumerate(row["candidates"]):
         if option == row["answer"]:
             place = i  # the last of several
-    text = question_with_options(row["question"], lettered(options))
-    label = f"({chr(65 + place)}) {row['answer']}"
-    return f"{row['subset']}/{row['video']}", text, [(option, option) for option in lettered(options)], label
+    right = f"({chr(65 + place)}) {row['answer']}"
+    text = question_with_options(row["question"], options)
+    return Question(f"{row['subset']}/{row['video']}", text, options, right)
 
 
 def lettered(options):
@@ -386,8 +396,8 @@ def question_with_options(question, options):
 
 
 def without_letters(options):
-    """[(key, text)]: "A. Apples." -> "Apples"; published so, right or wrong."""
-    return [(option, option[option.find(". ") :].strip(". ")) for option in options]
+    """Each option's text, "Apples" of "A. Apples."; published so, right or wrong."""
+    return [option[option.find(". ") :].strip(". ") for option in options]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -401,8 +411,8 @@ def visdoc_rows(about, folder, media, vidore_instruction):
     if not vidore_instruction and about["parser"] != "visrag":
         ask = target = ""
 
-    def candidate(key):
-        return Candidate(key, lambda: mmeb_input(target, [page_file(about, media, key)]))
+    def pages(keys):
+        return Candidates(keys, lambda place: mmeb_input(target, [page_file(about, media, keys[place])]))
 
     keys = [row["corpus-id"] for row in visdoc_table(about, folder, "corpus", ["corpus-id"])]
     write_absent_pages({key: page_file(about, media, key) for key in keys}, about, folder)
@@ -413,9 +423,9 @@ def visdoc_rows(about, folder, media, vidore_instruction):
         if not grades:
             raise BadInput(f"{about['repo']}: query {row['query-id']} has no relevant page in the qrels")
         query = mmeb_input(f"{ask} {row['query']}")
-        candidates = [candidate(key) for key in grades]
-        parsed.append(ParsedRow(query, candidates, list(grades), list(grades.values())))
-    return parsed, [candidate(key) for key in keys]
+        labels = list(grades)
+        parsed.append(ParsedRow(query, pages(labels), labels, list(grades.values())))
+    return parsed, pages(keys)
 
 
 def visdoc_table(about, folder, config, columns):
