@@ -193,7 +193,7 @@ def require(right, message):
 
 
 def check_task(raw, path):
-    """The file without its queries and candidates."""
+    """All but the content of its queries and candidates."""
     check_keys(raw, "a task", path, TASK_KEYS)
     lacking = [key for key in TASK_KEYS[1:] if key not in raw]  # the name is that of the file
     require(not lacking, f"{path}: lacks {lacking}")
@@ -567,17 +567,14 @@ def collect(folder, keys):
     return arrays | {"valid": valid, "not_finite": disc_not_finite | gen_not_finite}
 
 
-# NaN compares as neither better nor worse and would keep the list's order, which in published local tasks is the right
-# one: an embedding that is not finite is a miss.
-
-
 def usable_disc(arrays):
-    """bool [N]"""
+    """bool [N]: which disc embeddings count. NaN compares as neither better nor worse and would keep the list's order,
+    which in published local tasks is the right one: an embedding that is not finite is a miss."""
     return (arrays["problem"] == "") & np.isfinite(arrays["disc"]).all(-1)
 
 
 def usable_gen(arrays):
-    """bool [N, S]"""
+    """bool [N, S]: the same for gen."""
     return arrays["valid"] & np.isfinite(arrays["gen"]).all(-1)
 
 
@@ -704,6 +701,13 @@ def mean_embedding(gen, valid):
 # --------------------------------------------------------------------------------------------------------------
 # Modes
 
+GREEDY_MODES = {  # mode -> embedding of the queries, embedding of the candidates; oracle is made of the first two
+    "disc": ("disc", "disc"),
+    "gen": ("gen", "gen"),
+    "gen_disc": ("gen", "disc"),
+    "disc_gen": ("disc", "gen"),
+}
+
 
 class Side(NamedTuple):
     """The queries or the candidates of a task in one kind of embedding."""
@@ -732,8 +736,7 @@ def score_task(task, queries, candidates, sampled=None):
     candidate_sides = greedy_sides(candidates)
 
     rankings = {}
-    for mode, query_kind, candidate_kind in (("disc", "disc", "disc"), ("gen", "gen", "gen"),
-                                             ("gen_disc", "gen", "disc"), ("disc_gen", "disc", "gen")):  # fmt: skip
+    for mode, (query_kind, candidate_kind) in GREEDY_MODES.items():
         rankings[mode] = rank_task(task, query_sides[query_kind], candidate_sides[candidate_kind], lists)
     if sampled:
         rankings["mean"] = rank_task(task, mean_side(sampled), candidate_sides["gen"], lists)
