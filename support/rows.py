@@ -177,6 +177,11 @@ def dataset_of(row):
     return str(row.get("dataset_name") or row.get("dataset") or "")
 
 
+def one_or_more(value):
+    """A string or number, or several of them -> list: published columns and labels have both forms."""
+    return [value] if isinstance(value, (str, int)) else list(value)
+
+
 def write_rows(path, rows):
     """A .json list or .jsonl lines, one row a line; atomic."""
     temporary, lines = Path(f"{path}.tmp"), str(path).endswith(".jsonl")

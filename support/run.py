@@ -557,6 +557,13 @@ class Progress(tqdm):
         super().set_postfix(figures, refresh=self.on_terminal)
 
 
+def text_table(rows):
+    """Rows of strings, the first one the heads, as lines of aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def lr_at(step, *, steps, lr, warmup, floor=0.0):
     """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
     n = max(1, round(warmup * steps))

@@ -20,6 +20,7 @@ from conftest import ROOT, run_processes
 import eval as ev
 from data import Skip, open_picture
 from model import Embedder
+from support.mmeb import sample_frames
 
 DATA = Path(__file__).parent / "data"
 FEW = ["VOC2007", "HMDB51", "VisRAG_ArxivQA"]  # one task of each modality, for runs that must be short
@@ -129,16 +130,16 @@ def test_frames(tmp_path):
     """Natural order, capitals, and what is no picture; an empty or missing folder is a path that cannot be read."""
     for name in ("f10.jpg", "f9.JPG", "f1.png", "notes.txt", "f2.jpg.bak"):
         (tmp_path / name).write_bytes(b"x")
-    assert [Path(path).name for path in ev.sample_frames(tmp_path)] == ["f1.png", "f9.JPG", "f10.jpg"]
+    assert [Path(path).name for path in sample_frames(tmp_path)] == ["f1.png", "f9.JPG", "f10.jpg"]
     for i in range(11, 20):
         (tmp_path / f"f{i}.jpg").write_bytes(b"x")
-    names = [Path(path).name for path in ev.sample_frames(tmp_path)]
+    names = [Path(path).name for path in sample_frames(tmp_path)]
     assert names == ["f1.png", "f9.JPG", "f11.jpg", "f12.jpg", "f14.jpg", "f15.jpg", "f17.jpg", "f19.jpg"]
-    assert len(ev.sample_frames(tmp_path, None)) == 12
+    assert len(sample_frames(tmp_path, None)) == 12
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(Skip):
-            open_picture(ev.sample_frames(tmp_path / folder)[0])
+            open_picture(sample_frames(tmp_path / folder)[0])
 
 
 def test_cards_and_links_are_not_needed(mini, own):
