@@ -69,8 +69,8 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
         pairs = [data[i] for i in data.order[step]]
         rows = [p.query for p in pairs] + [p.target for p in pairs]
         seeds = [stable_hash(seed, step, n) for n in range(len(rows))]
-        rewards, parts = rl.rewards_of(embedder, rl.rollout(embedder, rows, args, seeds), pairs, args)
-        for name, x in {"reward": rewards, **parts}.items():
+        rewards, parts = rl.rewards_of(embedder, rl.rollout(embedder, rows, seeds, args), pairs, args)
+        for name, x in {"reward": rewards, **{name: parts[name] for name in ("format", "share", "gap")}}.items():
             out[name] += x.mean((0, 2)).tolist()
     return out
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,33 +169,35 @@ def official_step(embedder, reference, optimizer, inputs, script):
 
 
 def our_rollout(embedder, rows, script, args):
-    for row in rows:
-        row.vit = None
+    """-> the rows with their vision states, their rollouts."""
+    rows = [replace(row) for row in rows]  # copies: share_vision lets the pixels go
     with scripted(embedder, script):
-        embedder.see_rows(rows, len(rows))
-        return rl.rollout(embedder, rows, args, seeds=range(len(rows)))
+        embedder.share_vision(rows, len(rows))
+        return rows, rl.rollout(embedder, rows, range(len(rows)), args)
+
+
+def groups_of(rows, rollouts, advantages):
+    return [rl.Group(*group, True) for group in zip(rows, rollouts, advantages)]
 
 
 def our_reference(reference, rows, rollouts, args):
-    """The part of rl.update that fills its cache."""
-    cache = {}
+    """The reference's part of rl.update."""
     with torch.no_grad():
-        for k in range(len(rows)):
-            batch, predict, labels, read, _, _ = rl.pack_groups(reference, rows[k : k + 1], rollouts[k : k + 1])
-            embeddings, logp, _ = reference(batch, read, predict, labels, args.temperature, True)
-            cache[k] = logp, logp, embeddings
-    return cache
+        for group in groups_of(rows, rollouts, torch.zeros(len(rows), G)):
+            packed = rl.pack_groups(reference, [group])
+            reference(packed.batch, packed.read, packed.predict, packed.labels, args.temperature, True)
 
 
 def our_step(embedder, reference, optimizer, rows, script, args):
     """A step of rl.main on p pairs."""
     p = len(rows) // 2
-    rollouts = our_rollout(embedder, rows, script, args)
+    rows, rollouts = our_rollout(embedder, rows, script, args)
     gen = torch.stack([r.gen for r in rollouts]).view(2, p, G, -1)
     texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
     rewards = torch.cat([embedding_reward(gen[0], gen[1]), embedding_reward(gen[1], gen[0])])
     advantages = group_advantages(rewards + format_reward(texts).view(2 * p, G))
-    rl.update(embedder, reference, rows, rollouts, advantages, torch.ones(2 * p, dtype=torch.bool), args, {}, 0)
+    micros = rl.micro_batches(groups_of(rows, rollouts, advantages), args.update_batch)
+    rl.update(embedder, reference, micros, args)
     torch.nn.utils.clip_grad_norm_([p for p in embedder.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -220,7 +223,7 @@ def update_case(part, vocab=REAL):
     embedder.train()
     rows, script = prompts(embedder, 2, 300), completions(embedder, 2, 128, 55)
     script.sort(key=lambda group: sum(map(len, group)))  # the order in which rl.update takes them
-    embedder.see_rows(rows, 2)  # the rollout did it
+    embedder.share_vision(rows, 2)  # the rollout did it
     rollouts = []
     for group in script:
         ids = [c + [embedder.end_id] for c in group]
@@ -237,15 +240,16 @@ def update_case(part, vocab=REAL):
     # not the first inner step: the values of the reference and of the sampling policy are there (any will do)
     refs = [torch.full_like(ids[:, x["input_ids"].shape[1] :], -10.0, dtype=torch.float32) for x, ids in sides]
     old = [torch.full((sum(map(len, r.ids)),), -10.0) for r in rollouts]
-    cache = {k: (old[k], old[k], torch.zeros(1 + G, 512)) for k in range(2)}
-    ok = torch.ones(2, dtype=torch.bool)
+    micros = []
+    for group, logp in zip(groups_of(rows, rollouts, A), old):
+        micros.append(rl.MicroBatch([group], logp, logp, torch.zeros(1 + G, 512)))
 
     def official():
         official_loss(embedder, sides, refs, A)
         embedder.zero_grad()
 
     def ours():
-        rl.update(embedder, embedder, rows, rollouts, A, ok, args, cache, 1)
+        rl.update(embedder, embedder, micros, args)
         embedder.zero_grad()
 
     return official, ours

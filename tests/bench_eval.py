@@ -23,7 +23,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import picture, processor_inputs  # noqa: E402
+from conftest import generate_all, picture, processor_inputs  # noqa: E402
 from toy_base import toy_model  # noqa: E402
 from transformers import AutoTokenizer, LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
 
@@ -94,8 +94,7 @@ def official(embedder, rows, completions, batch):
 def ours(embedder, rows, completions, batch):
     steps, real = [], embedder.decode_step
     embedder.decode_step = lambda *given: (steps.append(1), real(*given))[1]
-    found = dict(embedder.generate(rows, temperature=0.0, max_new_tokens=512, slots=batch,
-                                   script=[[c] for c in completions]))  # fmt: skip
+    found = generate_all(embedder, rows, script=[[c] for c in completions], temperature=0.0, slots=batch)
     del embedder.decode_step
     done = [found[i] for i in range(len(rows))]
     return torch.stack([r.disc for r in done]), torch.cat([r.gen for r in done]), len(steps)

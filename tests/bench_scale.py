@@ -53,12 +53,19 @@ def toy_tokenizer():
 
 def one_pass(embedder, stage):
     """Forward and backward of one row: sft.py's third pass, or a prompt and its G completions under the tree mask."""
+    from model import Batch
+
     L, prompt = TOKENS[stage]
     read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
-    batch = {"ids": torch.zeros(1, L, dtype=torch.long), "positions": torch.zeros(3, 1, L, dtype=torch.long),
-             "mask": torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
-             "vit": torch.zeros(2 * prompt, 1280, dtype=torch.bfloat16)}  # fmt: skip
-    embeddings, logp, _ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
+    batch = Batch(
+        ids=torch.zeros(1, L, dtype=torch.long),
+        positions=torch.zeros(3, 1, L, dtype=torch.long),
+        patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
+        grids=torch.zeros(0, 3, dtype=torch.long),
+        vision_states=torch.zeros(2 * prompt, 1280, dtype=torch.bfloat16),
+        mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
+    )
+    embeddings, logp, *_ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
     (embeddings.sum() - logp.mean()).backward()
 
 

@@ -70,11 +70,11 @@ def writer_dir(tiny_dir, tmp_path_factory):
     items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
     rows = [encode_input(model.tokenizer, x, ANSWERS[n % 2], blank_image=False) for n, x in enumerate(items)]
     batch = pad_rows(rows, model.pad_id, "cpu")
-    at = answer_places(rows, batch["ids"].shape[1])
-    labels = batch["ids"].flatten()[at + 1]
+    at = answer_places(rows, batch.ids.shape[1])
+    labels = batch.ids.flatten()[at + 1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(12):
-        (-model(batch, predict=at, labels=labels)[1].mean()).backward()
+        (-model(batch, predict=at, labels=labels).logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
     path = tmp_path_factory.mktemp("writer")
@@ -94,14 +94,24 @@ def answer_places(rows, L):
     return torch.tensor([b * L + t for b, r in enumerate(rows) for t in range(r.n_prompt - 1, len(r.ids) - 1)])
 
 
+def generate_all(model, rows, seeds=None, script=None, **settings):
+    """model.generate() for rows -> {n: Rollouts}; the seed of row n is n where none are given."""
+    from model import Prompt
+
+    seeds = range(len(rows)) if seeds is None else seeds
+    prompts = [Prompt(n, row, seeds[n], script=script and script[n]) for n, row in enumerate(rows)]
+    return {prompt.key: r for prompt, r in model.generate(prompts, **settings)}
+
+
 @contextlib.contextmanager
 def scripted(model, script):
     """model.generate() writes script[n], G lists of token ids, for the row that is named n or "input n"."""
+    from dataclasses import replace
+
     real = model.generate
 
-    def generate(rows, **given):
-        rows = list(rows)
-        return real(rows, script=[script[int(row.name.split()[-1])] for row in rows], **given)
+    def generate(prompts, **given):
+        return real((replace(p, script=script[int(p.row.name.split()[-1])]) for p in prompts), **given)
 
     model.generate = generate
     yield

@@ -234,11 +234,11 @@ def test_killed_anywhere_and_resumed_the_output_is_the_same(kill, annotated, wor
     one of the run that was never killed, byte for byte. Small calls: the 18 sides are several calls."""
     out, asked, real = tmp_path / "sft.json", [], Embedder.generate
 
-    def counted(self, rows, **settings):
-        asked.append(len(rows))
+    def counted(self, prompts, **settings):
+        asked.append(len(prompts))
         if len(asked) == kill:
             raise KeyboardInterrupt
-        return real(self, rows, **settings)
+        return real(self, prompts, **settings)
 
     monkeypatch.setattr(annotate_file, "OWN_CALL", 2)
     monkeypatch.setattr(Embedder, "generate", counted)
@@ -312,7 +312,7 @@ def test_a_plain_qwen2_vl_is_asked_for_the_form(world, tiny_dir, tmp_path, monke
 
     def spied(self, rows, **settings):
         prompts.extend(self.tokenizer.decode(row.ids) for row in rows)
-        return real(self, rows, **settings)
+        return real(self, prompts, **settings)
 
     monkeypatch.setattr(Embedder, "generate", spied)
     assert annotate(world, tmp_path / "sft.json", tiny_dir, "--max_new_tokens", 4) == 0

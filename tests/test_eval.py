@@ -287,19 +287,19 @@ def test_model_names():
 # ---- the whole run ---------------------------------------------------------------------------------------------
 
 
-def generate_by_text(self, rows, *, G=1, temperature=0.0, seeds=None, max_new_tokens=512, slots=8):
+def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8):
     """Embedder.generate() from a hash of the text: "find w" lies near w, samples scatter, a "moon" has no <gen_emb>."""
-    for i, row in enumerate(rows):
-        text = self.tokenizer.decode(row.ids).split("<|vision_end|>")[-1].split("\n<disc_emb>")[0]
+    for prompt in prompts:
+        text = self.tokenizer.decode(prompt.row.ids).split("<|vision_end|>")[-1].split("\n<disc_emb>")[0]
         word = text.removeprefix("find ")
         READ.append((G, text))
         at = torch.tensor(np.random.default_rng(list(word.encode())).standard_normal(128), dtype=torch.float32)
-        noise = torch.tensor(np.random.default_rng(seeds[i]).standard_normal((G, 128)), dtype=torch.float32)
+        noise = torch.tensor(np.random.default_rng(prompt.seed).standard_normal((G, 128)), dtype=torch.float32)
         gen = F.normalize(at + temperature * noise, dim=-1)
         valid = torch.full((G,), "moon" not in word)
         ids = self.tokenizer(f"<think>{word}</think>").input_ids
         logp = [[0.0] * len(ids)] * G
-        yield i, Rollouts(F.normalize(at, dim=-1), gen * valid[:, None], valid, [ids] * G, logp, [0] * G)
+        yield prompt, Rollouts(F.normalize(at, dim=-1), gen * valid[:, None], valid, [ids] * G, logp, [0] * G)
 
 
 READ = []  # (samples, text) of every input that was embedded

@@ -27,7 +27,7 @@ import rl
 import sft
 import support.run as run_file
 from data import DISC, INSTRUCTION, RowCheck, Skip, encode_input, open_picture, patchify
-from model import Embedder
+from model import Embedder, Prompt
 from support.annotate import read_pairs
 from support.check import export_checkpoint
 from support.rows import index_rows, read_rows
@@ -623,7 +623,8 @@ def test_embed_leaves_the_modes_as_they_were(writer_dir):
     model.backbone.model.language_model.train()
     before = {name: module.training for name, module in model.named_modules()}
     model.embed(["a"], max_new_tokens=2)
-    next(model.generate([encode_input(model.tokenizer, {"text": "a"})], max_new_tokens=2))  # the rest is not taken
+    prompts = [Prompt(0, encode_input(model.tokenizer, {"text": "a"}))]
+    next(model.generate(prompts, max_new_tokens=2))  # the rest is not taken
     assert before == {name: module.training for name, module in model.named_modules()}
 
 
@@ -788,8 +789,8 @@ def test_an_ascii_terminal_loses_no_line(tmp_path):
 def test_nohup_stays(monkeypatch):
     """A signal that is ignored from the start, as nohup does with SIGHUP, is not turned into an end of the run."""
     monkeypatch.setattr(signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
-    with run_file.Guard(None, ".", None, 0) as guard:
-        assert set(guard.before) == set(run_file.STOPPING) - {signal.SIGHUP}
+    with run_file.Loop(sft.Settings(), {}, None, None, 0, 0) as loop:
+        assert set(loop.before) == set(run_file.STOPPING) - {signal.SIGHUP}
 
 
 # ---- 10. ranges of flags -----------------------------------------------------------------------------------------

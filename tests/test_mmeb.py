@@ -259,14 +259,14 @@ def counting(monkeypatch, log, kill_after=None):
     """Embedder.generate() that notes every row it is given in a file, and dies as a process does, without a word."""
     real = Embedder.generate
 
-    def generate(self, rows, **given):
+    def generate(self, prompts, **given):
         def counted():
-            for row in rows:
+            for prompt in prompts:
                 with open(log, "a") as file:
-                    file.write(row.name + "\n")
+                    file.write(prompt.row.name + "\n")
                 if kill_after and len(log.read_text().splitlines()) == kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield row
+                yield prompt
 
         return real(self, counted(), **given)
 

@@ -11,6 +11,7 @@ from conftest import (
     ANSWERS,
     answer_places,
     assert_same_gradients,
+    generate_all,
     gradients,
     inputs,
     picture,
@@ -23,7 +24,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2
 
 import model as model_file
 from data import DISC, GEN, encode_input
-from model import Embedder, pad_rows, sample
+from model import Embedder, Prompt, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
@@ -38,10 +39,10 @@ def encoded(model, items, answered=True):
 def everything(model, rows):
     """Our forward at every real token: per row embeddings [L, D] and log p of the next tokens [L - 1]."""
     batch = pad_rows(rows, model.pad_id, "cpu")
-    L = batch["ids"].shape[1]
+    L = batch.ids.shape[1]
     read = torch.tensor([b * L + t for b, row in enumerate(rows) for t in range(len(row.ids))])
     predict = torch.tensor([b * L + t for b, row in enumerate(rows) for t in range(len(row.ids) - 1)])
-    embeddings, logp, _ = model(batch, read, predict, batch["ids"].flatten()[predict + 1])
+    embeddings, logp, *_ = model(batch, read, predict, batch.ids.flatten()[predict + 1])
     sizes = [len(row.ids) for row in rows]
     return list(zip(embeddings.split(sizes), logp.split([n - 1 for n in sizes])))
 
@@ -97,12 +98,12 @@ def test_positions_equal_get_rope_index(embedder, left):
 
 @torch.no_grad()
 def test_precomputed_vision_states(embedder):
-    """A batch with states from see_rows gives what the pictures give. Bug story: a text-only row in a micro-batch
+    """A batch with states from share_vision gives what the pictures give. Bug story: a text-only row in a micro-batch
     once made pad_rows drop the pictures of the others, since its own states were missing."""
     plain, seen = encoded(embedder, inputs()), encoded(embedder, inputs())
-    embedder.see_rows(seen, 2)
+    embedder.share_vision(seen, 2)
     batch = pad_rows(seen, embedder.pad_id, "cpu")
-    assert batch["patches"] is None and len(batch["vit"]) == sum(len(row.patches) for row in plain) > 0
+    assert not len(batch.patches) and len(batch.vision_states) == sum(len(row.patches) for row in plain) > 0
     for (a, la), (b, lb) in zip(everything(embedder, seen), everything(embedder, plain)):
         torch.testing.assert_close(a, b, **CLOSE)
         torch.testing.assert_close(la, lb, **CLOSE)
@@ -162,15 +163,15 @@ def test_chunked_head_equals_plain_log_softmax(embedder, monkeypatch, chunk, ban
 def test_gradient_checkpointing_changes_nothing(tiny_dir):
     """With gradient checkpointing in train mode the embeddings, log-probabilities and all gradients stay the same."""
     model = Embedder.from_pretrained(tiny_dir).train()
-    model.see_rows(rows := encoded(model, inputs()), 8)
+    model.share_vision(rows := encoded(model, inputs()), 8)
     batch, found = pad_rows(rows, model.pad_id, "cpu"), []
-    at = answer_places(rows, batch["ids"].shape[1])
+    at = answer_places(rows, batch.ids.shape[1])
     for checkpointing in (False, True):
         if checkpointing:
             model.backbone.activation_checkpointing_enable({"use_reentrant": False})
             assert model.backbone.model.language_model.layers[0].gradient_checkpointing
         model.zero_grad()
-        embeddings, logp, _ = model(batch, at, at, batch["ids"].flatten()[at + 1])
+        embeddings, logp, *_ = model(batch, at, at, batch.ids.flatten()[at + 1])
         (embeddings[:, 0].sum() + logp.sum()).backward()
         found.append((embeddings.detach(), logp.detach(), gradients(model)))
     torch.testing.assert_close(found[0][:2], found[1][:2], **CLOSE)
@@ -184,7 +185,7 @@ def test_cached_decode_equals_full_forward(writer):
     """Log-probabilities and both embeddings that the decode loop reports are those of one pass of transformers over
     the whole sequence, at temperature 0.7 and with all kinds of media."""
     rows, seen = encoded(writer, inputs(), answered=False), set()
-    done = dict(writer.generate(rows, G=3, temperature=0.7, seeds=range(5), max_new_tokens=24, slots=6))
+    done = generate_all(writer, rows, G=3, temperature=0.7, seeds=range(5), max_new_tokens=24, slots=6)
     for i, row in enumerate(rows):
         for g, ids in enumerate(done[i].ids):
             states, logp = completion_twin(writer, row, ids, 0.7)
@@ -205,7 +206,7 @@ def test_cached_decode_equals_full_forward(writer):
 def test_greedy_takes_the_best_token(writer):
     """At temperature 0 every token is the argmax of a fresh full pass of transformers under the ban."""
     rows = encoded(writer, inputs(), answered=False)
-    for i, r in writer.generate(rows, temperature=0.0, max_new_tokens=24, slots=2):
+    for i, r in generate_all(writer, rows, temperature=0.0, max_new_tokens=24, slots=2).items():
         _, logp = completion_twin(writer, rows[i], r.ids[0])
         assert logp.argmax(-1).tolist() == r.ids[0]
 
@@ -214,10 +215,10 @@ def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
     """Three rollouts of one prefill are three single runs with the same random numbers; the number of slots, the
     other prompts and their order change no token."""
     rows = encoded(writer, inputs(), answered=False)
-    together = dict(writer.generate(rows, G=3, max_new_tokens=20, slots=15))  # seeds 0, 1, 2, ..
+    together = generate_all(writer, rows, G=3, max_new_tokens=20, slots=15)  # seeds 0, 1, 2, ..
     assert len({tuple(ids) for ids in together[0].ids + together[1].ids}) > 3
     for slots, order in ((3, [0, 1, 2, 3, 4]), (7, [4, 2, 0, 1, 3]), (64, [3, 1])):
-        other = dict(writer.generate([rows[n] for n in order], G=3, seeds=order, max_new_tokens=20, slots=slots))
+        other = generate_all(writer, [rows[n] for n in order], G=3, seeds=order, max_new_tokens=20, slots=slots)
         assert len(other) == len(order)
         for k, n in enumerate(order):
             assert other[k].ids == together[n].ids
@@ -227,7 +228,7 @@ def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
     for g in range(3):
         monkeypatch.setattr(model_file, "row_uniforms", lambda seed, _, n, g=g: draw(seed, g, n))
         for i, row in enumerate(rows):
-            single = dict(writer.generate([row], G=1, seeds=[i], max_new_tokens=20, slots=1))[0]
+            single = generate_all(writer, [row], G=1, seeds=[i], max_new_tokens=20, slots=1)[0]
             assert single.ids[0] == together[i].ids[g]
 
 
@@ -238,7 +239,7 @@ def test_last_gen_emb_wins_and_none_is_invalid(embedder):
     script = [[embedder.tokenizer(t).input_ids for t in texts] for _ in range(2)]
     rows = encoded(embedder, inputs()[:2], answered=False)
     assert embedder.gen_id in rows[0].ids  # INSTRUCTION's
-    done = dict(embedder.generate(rows, G=4, script=script, slots=4))
+    done = generate_all(embedder, rows, G=4, script=script, slots=4)
     for i, row in enumerate(rows):
         assert done[i].valid.tolist() == [True, False, True, False]
         assert not done[i].gen[[1, 3]].any()
@@ -257,7 +258,7 @@ def test_gen_emb_as_the_last_allowed_token(tiny_dir, limit):
     rows_of_table = len(model.backbone.lm_head.weight)
     model.banned = torch.tensor([n for n in range(rows_of_table) if n != model.gen_id])  # nothing else is left
     rows = encoded(model, inputs()[:2], answered=False)
-    done = dict(model.generate(rows, G=2, seeds=[0, 1], max_new_tokens=limit, slots=4))
+    done = generate_all(model, rows, G=2, seeds=[0, 1], max_new_tokens=limit, slots=4)
     for i, row in enumerate(rows):
         assert done[i].ids == [[model.gen_id] * limit] * 2 and done[i].gen_at == [limit - 1] * 2
         states, _ = completion_twin(model, row, [model.gen_id] * limit)
@@ -276,7 +277,7 @@ def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
     table[loved] = 20 * torch.randn(len(loved), 128, generator=torch.Generator().manual_seed(0))
     model.backbone.lm_head.weight = torch.nn.Parameter(table)
     rows = encoded(model, inputs()[:4], answered=False)
-    done = dict(model.generate(rows, G=4, temperature=temperature, seeds=range(4), max_new_tokens=20, slots=16))
+    done = generate_all(model, rows, G=4, temperature=temperature, seeds=range(4), max_new_tokens=20, slots=16)
     written = {token for r in done.values() for ids in r.ids for token in ids}
     assert len(written) > 3 and not written & set(loved)
     hidden = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
@@ -462,7 +463,8 @@ def test_decode_loop_casts_the_weights_once(writer_dir, monkeypatch):
     for trained in (True, False):
         model.requires_grad_(trained)
         counts.append([])
-        for _, r in model.generate(rows, script=[[[5] * 2], [[5] * 3]], slots=2):
+        prompts = [Prompt(n, row, script=[[5] * (n + 2)]) for n, row in enumerate(rows)]
+        for _, r in model.generate(prompts, slots=2):
             assert F.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == r.disc.dtype == torch.float32
     weights = 7 * len(model.backbone.model.language_model.layers)  # q, k, v, o, gate, up, down
     assert len(counts[0]) == len(counts[1]) == 3

@@ -31,7 +31,7 @@ import rl
 from data import DISC, PairData, encode_input
 from model import Embedder
 from reward import embedding_reward, format_reward
-from rl import Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update
+from rl import Group, Settings, grpo_loss, micro_batches, pack_groups, padded, rewards_of, rollout, tree_mask, update
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -132,11 +132,22 @@ def args(**more):
     return Settings(**(base | more))
 
 
+def groups_of(rows, rollouts, advantages=None, ok=None):
+    """advantages [n, G], ok: n truth values; by default zeros, and all are usable."""
+    n = len(rows)
+    advantages = torch.zeros(n, 3) if advantages is None else advantages
+    return [Group(*group) for group in zip(rows, rollouts, advantages, ok or [True] * n)]
+
+
+def update_once(model, reference, groups, given):
+    return update(model, reference, micro_batches(groups, given.update_batch), given)
+
+
 @pytest.fixture(scope="module")
 def sampled(writer):
     """Prompts of every kind and three sampled completions of each."""
     rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
-    rollouts = rollout(writer, rows, args(), seeds=range(10, 15))
+    rollouts = rollout(writer, rows, range(10, 15), args())
     valid = torch.stack([r.valid for r in rollouts])
     assert valid.any() and not valid.all() and len({len(ids) for r in rollouts for ids in r.ids}) > 2
     return rows, rollouts
@@ -168,8 +179,9 @@ def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
     completion alone: text, pictures, videos, one group and several padded ones; so are the gradients of a mixture
     of them."""
     rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
-    batch, predict, labels, read, group, mask = pack_groups(writer, rows, rollouts)
-    embeddings, logp, entropy = writer(batch, read, predict, labels, temperature, True)
+    packed = pack_groups(writer, groups_of(rows, rollouts))
+    embeddings, logp, entropy, _ = writer(packed.batch, packed.read, packed.predict, packed.labels, temperature, True)
+    group, mask = packed.group_of_read, packed.mask
     plain = [plain_group(writer, row, r, temperature) for row, r in zip(rows, rollouts)]
     want, want_embeddings = torch.cat([x for p in plain for x in p[0]]), torch.cat([p[1] for p in plain])
     torch.testing.assert_close(logp, want, **CLOSE)
@@ -204,9 +216,9 @@ def test_tree_mask_by_hand():
 def test_rollout_and_update_see_the_same(writer, sampled):
     """The embeddings and log-probabilities that the decode loop kept are those of the packed update pass."""
     rows, rollouts = sampled
-    batch, predict, labels, read, _, _ = pack_groups(writer, rows, rollouts)
+    packed = pack_groups(writer, groups_of(rows, rollouts))
     with torch.no_grad():
-        embeddings, logp, _ = writer(batch, read, predict, labels, 1.0, True)
+        embeddings, logp, *_ = writer(packed.batch, packed.read, packed.predict, packed.labels, 1.0, True)
     kept = [x for r in rollouts for x in (r.disc, *r.gen[r.valid])]
     torch.testing.assert_close(embeddings, torch.stack(kept), **CLOSE)
     torch.testing.assert_close(logp, torch.tensor([x for r in rollouts for lp in r.logp for x in lp]), **CLOSE)
@@ -215,13 +227,13 @@ def test_rollout_and_update_see_the_same(writer, sampled):
 def test_rollout_keeps_the_order_of_the_rows(writer):
     """Rollouts come back in the order of the prompts, whatever order they were decoded in."""
     rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
-    together = rollout(writer, rows, args(micro_batch=1), seeds=[3, 1, 4, 1, 5])
+    together = rollout(writer, rows, [3, 1, 4, 1, 5], args(micro_batch=1))
     for row, r, seed in zip(rows, together, [3, 1, 4, 1, 5]):
-        assert rollout(writer, [row], args(), seeds=[seed])[0].ids == r.ids
+        assert rollout(writer, [row], [seed], args())[0].ids == r.ids
 
 
 def test_pictures_are_looked_at_once(writer_dir, sampled):
-    """With the features of see_rows, rollout, policy and reference pass never run the vision tower again, and
+    """With the features of share_vision, rollout, policy and reference pass never run the vision tower again, and
     completions, figures and gradients are those of passes that all look for themselves."""
     model, found, looks = Embedder.from_pretrained(writer_dir), [], []
     model.backbone.model.visual.requires_grad_(False)
@@ -231,11 +243,11 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
     for shared in (True, False):
         rows = [replace(row) for row in sampled[0]]
         if shared:
-            model.see_rows(rows, 2)
-            assert [len(row.vit) for row in rows] == [len(row.patches) // 4 for row in rows]  # merged tokens
+            model.share_vision(rows, 2)
+            assert [len(row.vision_states) for row in rows] == [row.num_patches // 4 for row in rows]  # merged tokens
         looks.clear()
-        rollouts = rollout(model, rows, args(), seeds=range(10, 15))
-        stats = update(model, reference, rows, rollouts, A, torch.ones(5, dtype=torch.bool), args(w_anchor=1.0), {}, 0)
+        rollouts = rollout(model, rows, range(10, 15), args())
+        stats = update_once(model, reference, groups_of(rows, rollouts, A), args(w_anchor=1.0))
         assert bool(looks) != shared
         found.append((rollouts, stats, gradients(model)))
         model.zero_grad()
@@ -254,7 +266,7 @@ def rl_pairs(writer, world):
     data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC])
     pairs = [data[i] for i in (0, 1, 2, 5)]  # 0 and 1 have the same target; 0 and 3 of the files have videos
     assert pairs[0].target_key == pairs[1].target_key != pairs[2].target_key
-    rollouts = rollout(writer, [p.query for p in pairs] + [p.target for p in pairs], args(G=3), seeds=range(8))
+    rollouts = rollout(writer, [p.query for p in pairs] + [p.target for p in pairs], range(8), args(G=3))
     assert torch.stack([r.valid for r in rollouts]).any()
     return pairs, rollouts
 
@@ -290,9 +302,9 @@ def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
     reference = frozen_copy(writer, 0.01)
     for batch, r, a in ((marked, rollouts, A), ([pairs[k] for k in keep], chosen, A[:, keep])):
         rows = [p.query for p in batch] + [p.target for p in batch]
-        ok = torch.tensor([p.ok for p in batch]).repeat(2)
+        ok = [p.ok for p in batch] * 2
         writer.zero_grad()
-        stats = update(writer, reference, rows, r, a.flatten(0, 1), ok, args(w_anchor=2.0), {}, 0)
+        stats = update_once(writer, reference, groups_of(rows, r, a.flatten(0, 1), ok), args(w_anchor=2.0))
         found.append((stats, gradients(writer)))
     writer.zero_grad()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6, rel=1e-4)
@@ -340,8 +352,8 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
     if checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    ok = torch.ones(5, dtype=torch.bool)
-    stats = update(model, reference, rows, rollouts, A, ok, args(update_batch=update_batch, w_anchor=w_anchor), {}, 0)
+    given = args(update_batch=update_batch, w_anchor=w_anchor)
+    stats = update_once(model, reference, groups_of(rows, rollouts, A), given)
     assert stats["loss"] == pytest.approx(float((want + w_anchor * anchor).detach()), abs=1e-5)
     assert stats["anchor"] == pytest.approx(float(anchor.detach()), abs=1e-5)
     assert stats["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-5) and stats["kl"] > 1e-4
@@ -357,8 +369,8 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
     rows, rollouts = [replace(row) for row in sampled[0]], sampled[1]
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
-    model.see_rows(rows, 4)
-    reference, cache, seen = frozen_copy(model), {}, []
+    model.share_vision(rows, 4)
+    reference, seen = frozen_copy(model), []
 
     def spy(logp, old, ref, advantages, mask, **settings):
         m = mask.bool()
@@ -367,10 +379,11 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
 
     monkeypatch.setattr(rl, "grpo_loss", spy)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    A, ok = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.ones(5, dtype=torch.bool)
+    A = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    micros = micro_batches(groups_of(rows, rollouts, A), args().update_batch)
     stats = []
-    for inner in (0, 1):
-        stats.append(update(model, reference, rows, rollouts, A, ok, args(inner_steps=2), cache, inner))
+    for _ in range(2):
+        stats.append(update(model, reference, micros, args(inner_steps=2)))
         optimizer.step()
         optimizer.zero_grad()
     first, second = seen[:3], seen[3:]
@@ -392,10 +405,10 @@ def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
     for lr in (None, 0.0, 1e-2):
         if lr is not None:
             A = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-            update(model, reference, rows, rollouts, A, torch.ones(8, dtype=torch.bool), args(), {}, 0)
+            update_once(model, reference, groups_of(rows, rollouts, A), args())
             torch.optim.AdamW(model.parameters(), lr=lr).step()
             model.zero_grad()
-        rollouts = rollout(model, rows, args(), seeds=range(8))
+        rollouts = rollout(model, rows, range(8), args())
         rewards, parts = rewards_of(model, rollouts, pairs, args())
         found.append((rewards, parts["share"], parts["gap"], torch.stack([r.gen for r in rollouts])))
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
@@ -412,7 +425,7 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
     before = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(3):
-        update(model, reference, rows, rollouts, A, torch.ones(1, dtype=torch.bool), args(), {}, 0)
+        update_once(model, reference, groups_of(rows, rollouts, A), args())
         optimizer.step()
         optimizer.zero_grad()
     after = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]

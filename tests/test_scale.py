@@ -169,7 +169,7 @@ def test_six_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage,
     cut = tmp_path / "cut"
     run_processes(module, argv[1], processes, codes=-signal.SIGKILL, before=act_at(module, step, 5, die))
     assert [n for n, _ in list_checkpoints(cut)] == [3]
-    in_fifth = (Embedder, "see_rows", 2) if stage == "sft" else (rl, "pack_groups", {1: 6, 2: 3}[processes])
+    in_fifth = (Embedder, "share_vision", 2) if stage == "sft" else (rl, "pack_groups", {1: 6, 2: 3}[processes])
     before = act_at(*in_fifth, terminate, ranks=[processes - 1])
     run_processes(module, argv[1], processes, codes=128 + signal.SIGTERM, before=before)
     assert [n for n, _ in list_checkpoints(cut)] == [3, 4] and not (cut / "model.safetensors").exists()
