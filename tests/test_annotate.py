@@ -308,18 +308,18 @@ def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
 
 def test_a_plain_qwen2_vl_is_asked_for_the_form(world, tiny_dir, tmp_path, monkeypatch):
     """A Qwen2-VL that has never seen <gen_emb> gets our question behind the pair's text, once per role."""
-    prompts, real = [], Embedder.generate
+    asked, real = [], Embedder.generate
 
-    def spied(self, rows, **settings):
-        prompts.extend(self.tokenizer.decode(row.ids) for row in rows)
+    def spied(self, prompts, **settings):
+        asked.extend(self.tokenizer.decode(prompt.row.ids) for prompt in prompts)
         return real(self, prompts, **settings)
 
     monkeypatch.setattr(Embedder, "generate", spied)
     assert annotate(world, tmp_path / "sft.json", tiny_dir, "--max_new_tokens", 4) == 0
-    query = next(prompt for prompt in prompts if "what 1\n" in prompt)
+    query = next(prompt for prompt in asked if "what 1\n" in prompt)
     assert "<|image_pad|><|vision_end|>what 1\n\nThis is the query of a search" in query
-    assert any("thing 0\n\nThis is the candidate of a search" in prompt for prompt in prompts)
-    assert not any(GEN in prompt or DISC in prompt for prompt in prompts)
+    assert any("thing 0\n\nThis is the candidate of a search" in prompt for prompt in asked)
+    assert not any(GEN in prompt or DISC in prompt for prompt in asked)
 
 
 # ---- teachers of other families --------------------------------------------------------------------------------

@@ -192,8 +192,8 @@ def test_signal_while_decoding(writer_dir, world, tmp_path, fsdp):
         def decode_step(*given):
             calls.append(1)
             if len(calls) == 25 and rank == 1:
-                terminate()
                 tokens.write_text("signalled")
+                terminate()  # the decoding ends here, not at the next token
             assert len(calls) <= 25 or rank == 0, "decoded on after the signal"
             return real(*given)
 
