@@ -1,7 +1,10 @@
 """The embedder: Qwen2-VL with two embeddings, `disc` read at <disc_emb> and `gen` read at the last <gen_emb>.
 
-Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (paper
-section 3; released models). Shapes: B rows, L tokens, D hidden size, V vocabulary, G rollouts per prompt, N any count.
+Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (the
+paper's model; so are the released weights).
+
+Shapes: B rows, L tokens, D hidden size, V vocabulary, P prompts, G rollouts per prompt, A completions that are being
+decoded, N and M any count.
 
 Where this departs from the official code
  1. No monkey patches: we call the backbone's vision tower, language model and head ourselves, with our own rotary
@@ -9,9 +12,9 @@ Where this departs from the official code
  2. The head runs on the tokens whose log-probability is wanted, in chunks that are computed again in the backward
     pass. Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
  3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
-    state at <gen_emb> is kept when that token is read in (no stack of all layers' states), a finished row leaves its
-    place to a waiting one. Vision tokens, pad, <|im_start|> and <disc_emb> can never be sampled, and the same ban holds
-    in the log-probabilities of RL.
+    state at <gen_emb> is stored in the decode step that reads it (no stack of all layers' states), a completion that
+    ends gives its slot to a waiting prompt. Vision tokens, pad, <|im_start|> and <disc_emb> can never be sampled, and
+    the same ban holds in the log-probabilities of RL.
  4. A completion without <gen_emb> has no generative embedding; the official code then reads the prompt's own one.
  5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
 """
@@ -87,6 +90,7 @@ class Rollouts:
 
     @classmethod
     def collect(cls, completions):
+        """The G completions of one prompt, in their order."""
         zero = torch.zeros_like(completions[0].disc)
         return cls(
             disc=completions[0].disc,
@@ -207,7 +211,7 @@ class Embedder(nn.Module):
                 row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 
     def embed_tokens(self, ids, vision_states):
-        """Token embeddings with the merged picture states in the places of the pad tokens. ids [B, L] -> [B, L, D]"""
+        """Token embeddings with the merged picture states instead of the pad tokens'. ids [B, L] -> [B, L, D]"""
         x = self.backbone.get_input_embeddings()(ids)
         tower, merge = self.backbone.model.visual, self.family.merge
         if len(vision_states):
@@ -504,17 +508,25 @@ class Embedder(nn.Module):
             yield from results
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """Every module in eval mode (in train mode with gradient checkpointing transformers drops the cache), and back in
-    its own afterwards, also where the caller takes no more results."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of a forward pass
+
+
+def pad_rows(rows, pad_id, device, mask=None):
+    """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
+    L = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), L), pad_id)  # [B, L]
+    positions = np.zeros((3, *ids.shape), dtype=np.int64)  # [3, B, L]
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = row.ids
+        positions[:, b, : len(row.ids)] = row.positions
+    patches = np.concatenate([row.patches for row in rows])
+    grids = np.concatenate([row.grids for row in rows])
+    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches, grids)]
+    known = [row.vision_states for row in rows if row.num_patches]
+    if known and all(states is not None for states in known):
+        return Batch(*tensors, torch.cat(known).to(device), mask)
+    return Batch(*tensors, None, mask)
 
 
 def head(hidden, weight, banned, temperature):
@@ -559,160 +571,6 @@ class TokenLogp(torch.autograd.Function):
             torch.mm(d, weight, out=d_h)
             d_weight.addmm_(d.T, h)
         return d_hidden, d_weight, None, None, None
-
-
-def add_keys_of_transformers_4(path):
-    """Some keys of a saved folder also under the names that transformers 4 reads (tested by hand with 4.57.6), for
-    engines that are still on it; transformers 5 takes no notice. Without them 4 falls back to its defaults: another
-    rotary base, untied heads, other sizes of pictures."""
-    files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
-    config, tokenizer, pictures = (read_json(file) for file in files)
-    text = config["text_config"]
-    rope = dict(text["rope_parameters"])
-    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    if "extra_special_tokens" in tokenizer:
-        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-    pictures |= {"min_pixels": pictures["size"]["shortest_edge"], "max_pixels": pictures["size"]["longest_edge"]}
-    for file, content in zip(files, (config, tokenizer, pictures)):
-        file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def check_arguments(mode, temperature, **counts):
-    """Raises BadInput where one of embed()'s arguments cannot be used."""
-    if mode not in ("disc", "gen", "both"):
-        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
-    for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise BadInput(f"{name}={value}: must be at least 1, a whole number")
-    if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
-        raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
-
-
-def list_of_inputs(given):
-    """What embed() was given -> list; one input alone is a list of one."""
-    if isinstance(given, (str, Path, Image.Image, dict)):
-        return [given]
-    if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
-        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
-    return list(given)
-
-
-def list_of_traces(given, n):
-    """The traces that embed() was given -> list of n, or None."""
-    if given is None:
-        return None
-    traces = [given] if isinstance(given, str) else given
-    if not isinstance(traces, (list, tuple)):
-        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
-    if len(traces) != n:
-        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
-    return traces
-
-
-def drop_not_finite(disc, gen, valid):
-    """NaN compares as neither better nor worse, so that a broken model would keep the list's order, which may be the
-    right one. In place: an embedding that is not finite becomes zeros and its completion not valid.
-
-    disc [N, D], gen [N, S, D], valid bool [N, S] -> numbers of the inputs without disc (nor gen then), without a gen.
-    """
-    no_disc = ~disc.isfinite().all(1)  # [N]
-    no_gen = ~gen.isfinite().all(2)  # [N, S]
-    disc[no_disc] = 0
-    gen[no_gen | no_disc[:, None]] = 0
-    valid &= ~no_gen & ~no_disc[:, None]
-    return no_disc.nonzero()[:, 0].tolist(), no_gen.any(1).nonzero()[:, 0].tolist()
-
-
-def check_model(name_or_path):
-    """Raises BadInput where a path is no model folder: transformers would look it up as a hub id."""
-    path = Path(name_or_path)
-    if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
-        raise MissingFile(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
-    if not path.is_dir():
-        return
-    if (path / "meta.json").exists():
-        raise BadInput(f"{path} is a checkpoint; to make a model folder of it: python data.py export {path} --out DIR")
-    if adapters := sorted(file.name for file in path.glob("adapter_*")):
-        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not read here; write it into the "
-                       "weights first, with peft's merge_and_unload() and save_pretrained()")  # fmt: skip
-    if not (path / "config.json").exists():
-        raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
-
-
-def load_tokenizer(name_or_path):
-    """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
-    check_model(name_or_path)
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:  # what transformers says of broken files
-        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}")
-    family = FAMILIES[config.model_type]
-    pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
-    if pads != [config.image_token_id, config.video_token_id]:
-        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
-                       "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
-    return tokenizer
-
-
-def load_pretrained(name_or_path, dtype):
-    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
-    another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
-    token embeddings may be missing."""
-    tokenizer = load_tokenizer(name_or_path)
-    try:
-        family = FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
-        backbone, found = getattr(transformers, family.model_class).from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
-    wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
-    if wrong:
-        raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
-                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
-    if extra := sorted(found["unexpected_keys"]):
-        raise BadInput(f"{name_or_path}: the model of config.json has no room for {len(extra)} tensors of the files: "
-                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}; is it another model's?")  # fmt: skip
-    return tokenizer, backbone
-
-
-def add_embedding_tokens(backbone, tokenizer):
-    """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
-    sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
-    missing = [token for token in (GEN, DISC) if token not in tokenizer.get_vocab()]
-    if not missing:
-        return
-    tokenizer.add_tokens(missing)  # ordinary: they survive decoding with skip_special_tokens
-    if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
-        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for token in missing:
-            new, old = tokenizer.convert_tokens_to_ids([token, sources[token]])
-            for weight in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # the same tensor if tied
-                weight[new] = weight[old]
-
-
-def pad_rows(rows, pad_id, device, mask=None):
-    """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
-    L = max(len(row.ids) for row in rows)
-    ids = np.full((len(rows), L), pad_id)  # [B, L]
-    positions = np.zeros((3, *ids.shape), dtype=np.int64)  # [3, B, L]
-    for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = row.ids
-        positions[:, b, : len(row.ids)] = row.positions
-    patches = np.concatenate([row.patches for row in rows])
-    grids = np.concatenate([row.grids for row in rows])
-    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches, grids)]
-    known = [row.vision_states for row in rows if row.num_patches]
-    if known and all(states is not None for states in known):
-        return Batch(*tensors, torch.cat(known).to(device), mask)
-    return Batch(*tensors, None, mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -827,6 +685,164 @@ def row_uniforms(seed, g, n):
     return np.random.default_rng([seed, g]).random(n)
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """Every module in eval mode (in train mode with gradient checkpointing transformers drops the cache), and back in
+    its own afterwards, also where the caller takes no more results."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What embed() is given, and what it gives
+
+
+def check_arguments(mode, temperature, **counts):
+    """Raises BadInput where one of embed()'s arguments cannot be used."""
+    if mode not in ("disc", "gen", "both"):
+        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
+    for name, value in counts.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise BadInput(f"{name}={value}: must be at least 1, a whole number")
+    if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
+        raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
+
+
+def list_of_inputs(given):
+    """What embed() was given -> list; one input alone is a list of one."""
+    if isinstance(given, (str, Path, Image.Image, dict)):
+        return [given]
+    if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
+        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
+    return list(given)
+
+
+def list_of_traces(given, n):
+    """The traces that embed() was given -> list of n, or None."""
+    if given is None:
+        return None
+    traces = [given] if isinstance(given, str) else given
+    if not isinstance(traces, (list, tuple)):
+        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
+    if len(traces) != n:
+        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
+    return traces
+
+
+def drop_not_finite(disc, gen, valid):
+    """NaN compares as neither better nor worse, so that a broken model would keep the list's order, which may be the
+    right one. In place: an embedding that is not finite becomes zeros and its completion not valid.
+
+    disc [N, D], gen [N, S, D], valid bool [N, S] -> numbers of the inputs without disc (nor gen then), without a gen.
+    """
+    no_disc = ~disc.isfinite().all(1)  # [N]
+    no_gen = ~gen.isfinite().all(2)  # [N, S]
+    disc[no_disc] = 0
+    gen[no_gen | no_disc[:, None]] = 0
+    valid &= ~no_gen & ~no_disc[:, None]
+    return no_disc.nonzero()[:, 0].tolist(), no_gen.any(1).nonzero()[:, 0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def check_model(name_or_path):
+    """Raises BadInput where a path is no model folder: transformers would look it up as a hub id."""
+    path = Path(name_or_path)
+    if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
+        raise MissingFile(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+    if not path.is_dir():
+        return
+    if (path / "meta.json").exists():
+        raise BadInput(f"{path} is a checkpoint; to make a model folder of it: python data.py export {path} --out DIR")
+    if adapters := sorted(file.name for file in path.glob("adapter_*")):
+        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not read here; write it into the "
+                       "weights first, with peft's merge_and_unload() and save_pretrained()")  # fmt: skip
+    if not (path / "config.json").exists():
+        raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
+
+
+def load_tokenizer(name_or_path):
+    """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
+    check_model(name_or_path)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:  # what transformers says of broken files
+        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}")
+    family = FAMILIES[config.model_type]
+    pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
+    if pads != [config.image_token_id, config.video_token_id]:
+        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
+                       "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
+    return tokenizer
+
+
+def load_pretrained(name_or_path, dtype):
+    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
+    another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
+    token embeddings may be missing."""
+    tokenizer = load_tokenizer(name_or_path)
+    try:
+        family = FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
+        backbone, found = getattr(transformers, family.model_class).from_pretrained(
+            name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
+    wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
+    if wrong:
+        raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
+                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
+    if extra := sorted(found["unexpected_keys"]):
+        raise BadInput(f"{name_or_path}: the model of config.json has no room for {len(extra)} tensors of the files: "
+                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}; is it another model's?")  # fmt: skip
+    return tokenizer, backbone
+
+
+def add_embedding_tokens(backbone, tokenizer):
+    """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
+    sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
+    missing = [token for token in (GEN, DISC) if token not in tokenizer.get_vocab()]
+    if not missing:
+        return
+    tokenizer.add_tokens(missing)  # ordinary: they survive decoding with skip_special_tokens
+    if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for token in missing:
+            new, old = tokenizer.convert_tokens_to_ids([token, sources[token]])
+            for weight in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # the same tensor if tied
+                weight[new] = weight[old]
+
+
+def add_keys_of_transformers_4(path):
+    """Some keys of a saved folder also under the names that transformers 4 reads (tested by hand with 4.57.6), for
+    engines that are still on it; transformers 5 takes no notice. Without them 4 falls back to its defaults: another
+    rotary base, untied heads, other sizes of pictures."""
+    files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
+    config, tokenizer, pictures = (read_json(file) for file in files)
+    text = config["text_config"]
+    rope = dict(text["rope_parameters"])
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    if "extra_special_tokens" in tokenizer:
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    pictures |= {"min_pixels": pictures["size"]["shortest_edge"], "max_pixels": pictures["size"]["longest_edge"]}
+    for file, content in zip(files, (config, tokenizer, pictures)):
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def save_model(embedder, base, out):
     """The final model in the Hugging Face layout. All processes call it, rank 0 writes; what FSDP has sharded is put
     together in a plain copy of the base model."""
@@ -837,9 +853,9 @@ def save_model(embedder, base, out):
         target = dict(plain.named_parameters()) if plain else {}
         with torch.no_grad():
             for name, p in embedder.named_parameters():
-                whole = p.full_tensor()
+                gathered = p.full_tensor()  # all processes take part
                 if plain:
-                    target[name].copy_(whole)
+                    target[name].copy_(gathered)
         embedder = plain
     if rank == 0:
         embedder.save_pretrained(out)

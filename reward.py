@@ -1,4 +1,4 @@
-"""The reward of stage 2 (paper, section on reinforcement learning): pure functions, no model, no I/O.
+"""The reward of stage 2, reinforcement learning: pure functions, no model, no I/O.
 
 Each of P pairs has a query p and its target; G rollouts are sampled for each side. For rollout i of query p
 

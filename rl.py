@@ -1,4 +1,4 @@
-"""Stage 2: reinforcement learning of the reasoning with GRPO (paper section 3.3).
+"""Stage 2: reinforcement learning of the reasoning with GRPO.
 
 For every prompt, queries and targets alike, the policy samples G completions <think>..</think><answer>..<gen_emb>.
 Their embeddings and texts give the rewards (reward.py), a group's rewards give its advantages, and each token t of
@@ -56,8 +56,8 @@ from support.run import (
     no_gradient_sync,
     parse_args,
     processes,
-    put_in_place,
     run_script,
+    set_up,
     setting,
     shard,
     stable_hash,
@@ -293,9 +293,9 @@ class Packed(NamedTuple):
     """n groups as a batch for Embedder.forward. M completion tokens, T the longest completion."""
 
     batch: Batch
-    read: torch.Tensor  # flat places of the embeddings
+    read: torch.Tensor  # flat indices of the embeddings
     group_of_read: torch.Tensor  # the group that each of them belongs to
-    predict: torch.Tensor  # [M] flat places
+    predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
     mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
 
@@ -407,7 +407,7 @@ def summary(rewards, parts, advantages, rollouts, ok):
 
     def mean(x):
         """x [p, G] or [p, 1] -> over all usable pairs, and G"""
-        return float(all_sum((x.float().mean(-1) * ok).sum(-1)) / num_ok)
+        return all_sum((x.float().mean(-1) * ok).sum(-1)) / num_ok
 
     lengths = [[len(ids) for ids in r.ids] for r in rollouts]
     lengths = torch.tensor(lengths, device=ok.device).view(2, p, -1)
@@ -419,7 +419,8 @@ def summary(rewards, parts, advantages, rollouts, ok):
         out[f"{name}_target"] = mean(x[1])
     out["invalid_share"] = mean(invalid.float().mean(0))
     out["no_spread_share"] = mean(no_spread.float().mean(0))
-    return {"reward": (out["reward_query"] + out["reward_target"]) / 2, **out}
+    out = {"reward": (out["reward_query"] + out["reward_target"]) / 2, **out}
+    return {name: float(x) for name, x in out.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ def main():
     load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
-    model, optimizer, start = put_in_place(embedder, args, settings, device)
+    model, optimizer, start = set_up(embedder, args, settings, device)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     reference.bf16 = args.bf16
     if args.fsdp:

@@ -1,4 +1,4 @@
-"""Stage 1: cold-start supervised fine-tuning (paper section 3.2): one model learns to reason and to embed.
+"""Stage 1: cold-start supervised fine-tuning: one model learns to reason and to embed.
 
 For a pair (query q, target t) with annotated reasoning and summaries the loss is
 
@@ -15,7 +15,7 @@ Where this departs from the paper or the official code
     paper.
  3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).
  4. fp32 master weights with bf16 autocast; the official run is bf16 with fp32 optimiser states under ZeRO-3.
- 5. CE is the mean over the global batch's tokens (official: over a micro-batch's); the newline behind <|im_end|> is no
+ 5. CE is the mean over the global batch's tokens (official: over a micro-batch's); the newline after <|im_end|> is no
     label.
  6. Toy preset only: the temperature falls from tau_start = 0.2 to tau over tau_steps. At tau = 0.02 the noise in the
     cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
@@ -52,8 +52,8 @@ from support.run import (
     no_gradient_sync,
     parse_args,
     processes,
-    put_in_place,
     run_script,
+    set_up,
     setting,
     start_processes,
     stop_if_asked,
@@ -121,7 +121,7 @@ PRESETS = {
 
 
 def info_nce(query, target, temperature=0.02, same_target=None):
-    """Symmetric InfoNCE (paper section 3.2): 1/2 [CE(Q T^t / tau) + CE(T Q^t / tau)], the pairs on the diagonal.
+    """Symmetric InfoNCE: 1/2 [CE(Q T^t / tau) + CE(T Q^t / tau)], the pairs on the diagonal.
 
     query, target [B, D], L2-normalised; same_target bool [B, B]: pairs that are not each other's negatives.
     """
@@ -225,13 +225,13 @@ def forward(net, local, numbers, next_token):
     rows = [local.rows[n] for n in numbers]
     batch = pad_rows(rows, without_ddp(net).pad_id, device)
     L = batch.ids.shape[1]
-    starts = L * torch.arange(len(rows), device=device)  # [n] a row's first place in the flattened batch
+    starts = L * torch.arange(len(rows), device=device)  # [n] index of a row's first token in the flattened batch
     disc_at, gen_at = torch.tensor([[row.disc_at, row.gen_at] for row in rows], device=device).clamp(min=0).T
     read = (starts[:, None] + torch.stack([disc_at, gen_at], dim=1)).flatten()  # [2n]
     if not next_token:
         return net(batch, read=read).embeddings.view(len(rows), 2, -1), None
     answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]
-    answers = torch.tensor(answers, device=device)  # [M] the places of the answers' tokens
+    answers = torch.tensor(answers, device=device)  # [M] flat indices of the answers' tokens
     lengths = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device)
     row_of = torch.tensor(numbers, device=device).repeat_interleave(lengths)  # [M]
     out = net(batch, read=read, predict=answers - 1, labels=batch.ids.flatten()[answers])
@@ -261,8 +261,8 @@ def contrast(embeddings, pairs, args):
     if not ok.any():
         raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
     local = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    places = torch.arange(b, device=device) * world + rank  # of the local pairs in the gathered batch
-    gathered = gather(local).index_put((places,), local)  # [B, 4, D], with a gradient for the local ones
+    numbers = torch.arange(b, device=device) * world + rank  # of the local pairs in the gathered batch
+    gathered = gather(local).index_put((numbers,), local)  # [B, 4, D], with a gradient for the local ones
     same_target = None
     if args.mask_same_target:
         same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
@@ -331,7 +331,7 @@ def main():
         merger.requires_grad_(True)
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
-    model, optimizer, start = put_in_place(embedder, args, settings, device, args.weight_decay)
+    model, optimizer, start = set_up(embedder, args, settings, device, args.weight_decay)
 
     # data
     answers = bool(args.w_gen or args.w_ce or args.cross_weight)

@@ -300,7 +300,7 @@ class Stopped(RuntimeError):
         self.code = code
 
 
-def put_in_place(embedder, args, settings, device, weight_decay=0.0):
+def set_up(embedder, args, settings, device, weight_decay=0.0):
     """What the loop works on: the model that it calls (the embedder itself, its DDP replica or, with --fsdp, its
     shards), AdamW over the parameters that require a gradient, and the step to go on with, from the checkpoint."""
     if args.checkpointing:
@@ -316,7 +316,7 @@ def put_in_place(embedder, args, settings, device, weight_decay=0.0):
 
 
 def without_ddp(model):
-    """The embedder of what put_in_place() returns."""
+    """The embedder of the model that set_up() returns."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

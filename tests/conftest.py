@@ -139,9 +139,10 @@ def processor_inputs(model, rows, left=False):
             while row.ids[token] not in media:
                 token += 1
             n = int(grid.prod())
-            media[row.ids[token]][0].append(normalise(torch.from_numpy(row.patches[patch : patch + n])))
+            patches = torch.from_numpy(row.patches[patch : patch + n])
+            media[row.ids[token]][0].append(normalise(patches, model.family))
             media[row.ids[token]][1].append(torch.from_numpy(grid))
-            token, patch = token + n // 4, patch + n
+            token, patch = token + n // model.family.merge**2, patch + n
     out = {"input_ids": ids, "attention_mask": mask}
     out["mm_token_type_ids"] = (ids == image_id).long() + 2 * (ids == video_id).long()
     for kind, (x, g) in (("image", media[image_id]), ("video", media[video_id])):

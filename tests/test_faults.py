@@ -725,7 +725,8 @@ def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_pat
     assert (tmp_path / "model.safetensors").exists() and len(read_log(tmp_path)) == 3
 
 
-def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes):
     """A disk that does not answer: SIGTERM was heard and never acted on, since no step began any more."""
     def stuck():
         data_file.PairData.__getitem__ = lambda self, i: time.sleep(300)
@@ -734,7 +735,8 @@ def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path):
 
     began = time.time()
     argv = flags(tiny_dir, world, tmp_path, steps=5)
-    run_processes(sft, argv, 1, codes=128 + signal.SIGTERM, before=act_at(sft, "sft_step", 2, stuck))
+    before = act_at(sft, "sft_step", 2, stuck)
+    run_processes(sft, argv, processes, codes=128 + signal.SIGTERM, before=before)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2] and time.time() - began < 60
 
 

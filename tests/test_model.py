@@ -32,8 +32,9 @@ CLOSE = dict(rtol=0, atol=1e-5)
 
 
 def encoded(model, items, answered=True):
-    return [encode_input(model.tokenizer, x, ANSWERS[n % 2] if answered else None, blank_image=False)
-            for n, x in enumerate(items)]  # fmt: skip
+    answers = [ANSWERS[n % 2] if answered else None for n in range(len(items))]
+    return [encode_input(model.tokenizer, x, answer, blank_image=False, family=model.family)
+            for x, answer in zip(items, answers)]  # fmt: skip
 
 
 def everything(model, rows):

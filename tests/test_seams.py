@@ -1,0 +1,168 @@
+"""The two seams, a family of backbones and a reward, and the direction of the imports."""
+
+import ast
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, inputs, processor_inputs, read_log, run_here
+from test_model import CLOSE, encoded, everything
+from test_rl import flags
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+import reward
+import rl
+from data import QWEN2_VL, blank_picture, encode_input, patchify
+from model import Embedder
+from support.run import BadInput
+
+# ---- families --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(embedder):
+    """A Qwen2-VL that sees pictures in another way in every number: patches of 12 pixels, 3 x 3 of them a token, other
+    means; an Embedder that learns it from its record only."""
+    config = Qwen2VLConfig.from_dict(embedder.backbone.config.to_dict())
+    config.vision_config.patch_size = 12
+    config.vision_config.spatial_merge_size = 3
+    torch.manual_seed(0)
+    model = Embedder(Qwen2VLForConditionalGeneration(config).eval(), embedder.tokenizer)
+    model.family = replace(QWEN2_VL, patch=12, merge=3, mean=(0.5, 0.5, 0.5), std=(0.4, 0.5, 0.6),
+                           image_pixels=(1_296, 200_000), video_pixels=(5_184, 40_000))  # fmt: skip
+    return model
+
+
+@torch.no_grad()
+def test_everything_that_differs_stands_in_the_record(other):
+    """States of text, pictures and videos of such a model are those of transformers, with the patches of its own
+    record: no number of Qwen2-VL is used anywhere else. The pictures of another record would not even fit."""
+    rows = encoded(other, inputs())
+    assert rows[1].patches.shape[1] == 3 * 2 * 12 * 12
+    batch, _ = processor_inputs(other, rows)
+    other.backbone.model.rope_deltas = None
+    out = other.backbone(**batch, output_hidden_states=True, use_cache=False)
+    for b, (row, (embeddings, _)) in enumerate(zip(rows, everything(other, rows))):
+        want = F.normalize(out.hidden_states[-1][b, : len(row.ids)], dim=-1)
+        torch.testing.assert_close(embeddings, want, **CLOSE)
+    n = len(rows[1].ids)
+    other.share_vision(rows, 2)
+    embeddings, _ = everything(other, rows)[1]
+    torch.testing.assert_close(embeddings, F.normalize(out.hidden_states[-1][1, :n], dim=-1), **CLOSE)
+    emb = other.embed(inputs(), mode="both", max_new_tokens=3, batch_size=2)
+    assert emb.disc.isfinite().all() and not emb.skipped
+
+
+def test_a_text_only_pass_of_another_family_has_a_vision_gradient(other):
+    """The stand-in picture, without which DDP waits, has the family's size."""
+    rows = encoded(other, inputs()[:1])
+    everything(other, rows)[0][0].sum().backward()
+    assert not any(p.grad is None for p in other.backbone.model.visual.merger.parameters())
+    other.zero_grad()
+
+
+def test_the_blank_picture_is_one_token_in_any_family(other):
+    for family in (QWEN2_VL, other.family):
+        low, high = family.image_pixels
+        _, grid = patchify([blank_picture()], min_pixels=low, max_pixels=high, family=family)
+        assert grid.tolist() == [1, family.merge, family.merge]
+        row = encode_input(other.tokenizer, {"text": "a"}, family=family)
+        assert (row.ids == other.media_ids[0]).sum() == 1
+
+
+def test_no_number_of_the_vision_side_outside_of_the_record():
+    """14, 28, 392 and 1176 stand in the record (and in words) only."""
+    numbers = {14, 28, 392, 1176}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
+        if path.name == "data.py":  # BLANK_SIZE is of the published files, the record holds the others
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and type(n.value) is int} & numbers
+        assert not found, (path.name, found)
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------
+
+
+def brevity(texts, own, other, valid, same_target):
+    return torch.tensor([[-len(text) / 100 for text in group] for group in texts])
+
+
+def test_total_is_the_weighted_sum():
+    """By name and weight; a reward of weight 0 is reported and not added, not even as NaN times 0."""
+    g = torch.Generator().manual_seed(0)
+    own, other = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3, 4, generator=g)
+    texts = [["<think></think><answer><gen_emb>", "", "x"], ["", "<think></think><answer>a<gen_emb>", "y"]]
+    table = reward.REWARDS
+    weights = {"format": 2.0, "embedding": 0.5, "share": 0.0, "gap": 0.0}
+    total, parts = reward.total_reward(weights, texts, own, other)
+    form = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    torch.testing.assert_close(parts["format"], form)
+    torch.testing.assert_close(parts["embedding"], reward.embedding_reward(own, other))
+    torch.testing.assert_close(parts["embedding"], parts["share"] * parts["gap"])
+    torch.testing.assert_close(total, 2 * form + 0.5 * reward.embedding_reward(own, other))
+    table["broken"] = lambda texts, own, *_: torch.full(own.shape[:2], float("nan"))
+    try:
+        again, _ = reward.total_reward(weights | {"broken": 0.0}, texts, own, other)
+    finally:
+        del table["broken"]
+    assert torch.equal(again, total)
+
+
+def test_a_new_reward_is_one_function_and_one_line(writer_dir, world, tmp_path, monkeypatch):
+    """rl.py trains with it by its name; the log has it for each side, and the total counts it."""
+    monkeypatch.setitem(reward.REWARDS, "brevity", brevity)
+    argv = flags(writer_dir, world, tmp_path, steps=2)
+    run_here(rl, [*argv, "--reward_weights", "format=1", "brevity=2"], monkeypatch)
+    for line in read_log(tmp_path):
+        assert line["brevity_query"] < 0 and "embedding_query" not in line
+        for side in ("query", "target"):
+            want = line[f"format_{side}"] + 2 * line[f"brevity_{side}"]
+            assert line[f"reward_{side}"] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("given, says", [
+    (["fromat=1"], "format, embedding"), (["format"], "no number"), (["format=x"], "no number"),
+    (["format=nan"], "finite"), (["format=1", "format=2"], "once"), (["format=0", "gap=0"], "all weights are 0"),
+])  # fmt: skip
+def test_reward_weights_that_make_no_sense(given, says):
+    with pytest.raises(BadInput, match=re.escape(says)):
+        rl.parse_weights(given)
+
+
+# ---- the house -------------------------------------------------------------------------------------------------
+
+BELOW = {  # who may be imported by whom, from the bottom up
+    "run": set(), "reward": set(), "rows": {"run"}, "data": {"rows", "run"}, "model": {"data", "rows", "run"},
+}  # fmt: skip
+STAGES = {"sft", "rl", "eval"}
+
+
+def imported(path):
+    """Our own modules that a file imports: {name: whether at its top}."""
+    names = {p.stem for p in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]}
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        name = (getattr(node, "module", None) or "").removeprefix("support.")
+        if isinstance(node, ast.ImportFrom) and name in names:
+            found[name] = node in tree.body
+        if isinstance(node, ast.Import):
+            assert not names & {alias.name.split(".")[-1] for alias in node.names}, f"{path}: write from X import Y"
+    return found
+
+
+def test_imports_run_one_way():
+    """support/run and rows and reward at the bottom, then data, model, what carries the stages, the stages; only the
+    commands of data.py call upwards, at the place of the call."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
+        found = imported(path)
+        top = {name for name, at_top in found.items() if at_top}
+        assert not found.keys() & STAGES, f"{path.name} imports a stage"
+        if path.stem in BELOW:
+            assert top <= BELOW[path.stem], path.name
+        elif path.stem not in STAGES:
+            assert top <= {"data", "model", "rows", "run"}, path.name
+        if path.stem != "data":
+            assert top == found.keys(), f"{path.name} hides an import in a function"
