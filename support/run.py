@@ -601,7 +601,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
 
     All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
     The learning rate, the batches and the rollouts are functions of (seed, step), and nothing draws from the global
-    random state; it is stored all the same.
+    random state, so it is not stored.
     alone: rank 0 calls it without the others. Returns whether the checkpoint is there.
     """
     rank, world = processes()
@@ -625,9 +625,6 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
             names = {p: n for n, p in model.named_parameters()}
             tensors = {f"model/{n}": p for p, n in names.items()}
             tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
-            tensors["random/cpu"] = torch.get_rng_state()
-            if torch.cuda.is_available():
-                tensors["random/cuda"] = torch.cuda.get_rng_state()
             part = temporary / f"part-{rank}.safetensors"
             save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
             sync(part)
@@ -717,10 +714,6 @@ def restore(path, model, optimizer=None):
             if optimizer and f"step/{name}" in stored:  # AdamW's step counter stays on the CPU, its moments do not
                 moments = {key: fill(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": parts[0].get_tensor(f"step/{name}"), **moments}
-    if optimizer:
-        torch.set_rng_state(parts[0].get_tensor("random/cpu"))
-        if torch.cuda.is_available() and "random/cuda" in stored:
-            torch.cuda.set_rng_state(parts[0].get_tensor("random/cuda"))
     return meta
 
 

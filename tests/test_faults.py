@@ -304,7 +304,7 @@ def check(path, *more):
 
 
 def test_what_published_files_hold_is_allowed(tmp_path):
-    """The keys and forms of the authors' files pass: paper.md, section 2."""
+    """The keys and forms of the authors' files pass."""
     sft_rows = [sft_row("<image>\na", image="images/blank.jpg", num_tokens=7, row={"num_tokens": 9}),
                 sft_row("<video>\na", video=["0.jpg", "1.jpg"]), sft_row("a", image="", video=[""]),
                 sft_row("a", turns=turn_pair("a" + TAIL, ANSWERS[0], 1))]  # fmt: skip
