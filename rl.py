@@ -212,15 +212,17 @@ def rewards_of(embedder, rollouts, pairs, args):
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [P]
     same_target = keys[:, None] == keys[None, :] if args.mask_same_target else None
 
-    local = torch.arange(p, device=device) * world + rank  # this process's pairs in the global batch
-    weights, totals, parts = parse_weights(args.reward_weights), [], {name: [] for name in REWARDS}
-    for own, other in ((0, 1), (1, 0)):
-        both_valid = torch.stack([valid[own], valid[other]])  # [2, P, G]
-        total, by_name = total_reward(weights, texts[own], gen[own], gen[other], both_valid, same_target)
-        totals.append(total[local] * ok[:, None])
-        for name, reward in by_name.items():
-            parts[name].append(reward[local] * ok[:, None])
-    return torch.stack(totals), {name: torch.stack(sides) for name, sides in parts.items() if sides}
+    weights = parse_weights(args.reward_weights)
+    query, query_parts = total_reward(weights, texts[0], gen[0], gen[1], valid, same_target)  # [P, G] each
+    target, target_parts = total_reward(weights, texts[1], gen[1], gen[0], valid.flip(0), same_target)
+
+    def local(query, target):
+        """This process's rows of both sides, [P, G] x2 -> [2, p, G]; 0 for a skipped pair."""
+        numbers = torch.arange(p, device=device) * world + rank  # of its pairs in the global batch
+        return torch.stack([query, target])[:, numbers].masked_fill(~ok[:, None], 0.0)
+
+    parts = {name: local(query_parts[name], target_parts[name]) for name in weights}
+    return local(query, target), parts
 
 
 @dataclass
@@ -261,6 +263,7 @@ class PackedGroup:
 
 
 def pack_group(row, rollouts):
+    """A prompt's Row and its Rollouts -> PackedGroup"""
     n = row.n_prompt
     segments = [np.zeros(n, int)]
     positions = [row.positions[:, :n]]
@@ -301,6 +304,7 @@ class Packed(NamedTuple):
 
 
 def pack_groups(embedder, groups):
+    """n Groups -> Packed"""
     device = embedder.device
     packed = [pack_group(group.row, group.rollouts) for group in groups]
     completions = [ids for group in groups for ids in group.rollouts.ids]  # n * G
