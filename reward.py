@@ -13,10 +13,10 @@ and the same with the roles swapped for the rollouts of the target.
 
 Worked example, G = 2 and P = 2: S+ = {.9, .5} and S- = {.7, .1}. The best two of the union are {.9, .7}, one of
 them is a positive: share = 1/2. gap = .7 - .4 = .3. R_emb = .15. Why a product: the share says whether the
-ranking is right, the gap keeps a gradient between rollouts where the share is the same for all of them.
+ranking is right, the gap keeps a difference between rollouts where the share is the same for all of them.
 
 Edge cases (the paper is silent; tests/test_reward.py fixes them):
-- an invalid own rollout has reward 0; invalid rollouts of the other side are in neither S+ nor S-, the divisor of
+- an invalid own rollout has R_emb 0; invalid rollouts of the other side are in neither S+ nor S-, the divisor of
   the share stays G; with no valid positive the reward is 0, with no valid negative mean S- counts as 0;
 - ties at the border of top_G go to the negatives: a positive must be strictly better than a negative to pass it;
 - a group without spread, or of one rollout, has advantage exactly 0 (not rounding noise divided by 1e-4).
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORMAT_TAGS = ("<think>", "</think>", "<answer>", "<gen_emb>")
+FORMAT_TAGS = ("<think>", "</think>", "<answer>", "<gen_emb>")  # no </answer>: in the published data <gen_emb> ends it
 
 
 def format_reward(texts: list[str]) -> Tensor:
@@ -54,18 +54,24 @@ def _tags_in_order(text: str) -> bool:
 def total_reward(weights: dict, texts, own, other, valid=None, same_target=None) -> tuple[Tensor, dict]:
     """R of the rollouts `own`: the weighted sum [P, G] of the rewards named in weights, and {name: [P, G]} of each.
 
-    weights {name: number}, one of 0 is only reported; texts: P lists of G texts of `own`; the rest: see below.
+    weights {name: number}, one of 0 is only reported; texts: P lists of G texts of `own`; the others as in
+    embedding_reward_parts, the whole global batch.
     """
-    found = {name: REWARDS[name](texts, own, other, valid, same_target).to(own.device) for name in weights}
+    found = {}
     total = torch.zeros(own.shape[:2], device=own.device)
     for name, weight in weights.items():
+        reward = REWARDS[name](texts, own, other, valid, same_target).to(own.device)
+        if reward.shape != total.shape:  # it would be broadcast, over the wrong axis perhaps
+            raise ValueError(f"the reward {name} has shape {list(reward.shape)}, not [P, G] = {list(total.shape)}")
+        found[name] = reward
         if weight:  # a NaN times 0 is NaN
-            total = total + weight * found[name]
+            total = total + weight * reward
     return total, found
 
 
 def embedding_reward(own: Tensor, other: Tensor, valid=None, same_target=None) -> Tensor:
-    """R_emb of the rollouts `own` against the rollouts `other` of the other side, [P, G]. Arguments: see below."""
+    """R_emb of the rollouts `own` against the rollouts `other` of the other side, [P, G]; arguments as in
+    embedding_reward_parts."""
     share, gap = embedding_reward_parts(own, other, valid, same_target)
     return share * gap
 
@@ -84,8 +90,7 @@ def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=N
     if same_target is not None:
         masked = masked | same_target
 
-    q, t = _unit(own, valid[0]), _unit(other, valid[1])  # [N, D] x2
-    cos = q @ t.T  # [N, N]
+    cos = _unit(own, valid[0]) @ _unit(other, valid[1]).T  # [N, N]
     is_neg = (~masked).repeat_interleave(G, 0)[:, :, None] & valid[1]  # [N, P, G]
     is_neg = is_neg.reshape(P * G, P * G)
     own_pair = torch.arange(P, device=own.device).repeat_interleave(G)

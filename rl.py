@@ -4,11 +4,15 @@ For every prompt, queries and targets alike, the policy samples G completions <t
 Their embeddings and texts give the rewards (reward.py), a group's rewards give its advantages, and each token t of
 completion i contributes
 
-    l_t = -min(r_t A_i, clip(r_t, 1 - eps_low, 1 + eps_high) A_i) + beta * k3(ref_t - logp_t)
-    r_t = exp(logp_t - old_t),   k3(x) = exp(x) - x - 1,   loss = mean_i sum_t l_t / norm
+    l_it = -min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) + beta * k3(ref_it - logp_it)
+    r_it = exp(logp_it - old_it),   k3(x) = exp(x) - x - 1,   loss = mean_i sum_t l_it / norm
 
-The reference is the SFT model. The embeddings carry no gradient: RL changes them only through what is written and
-through the shared weights. A step is four blocks: rollout, reward, advantage, update.
+with the mean over all completions of the global batch and norm = --max_new_tokens. The reference is the SFT model. The
+embeddings carry no gradient: RL changes them only through what is written and through the shared weights. A step is
+four blocks: rollout, reward, advantage, update.
+
+Shapes: p pairs of this process, P of the global batch, G rollouts of each side, n groups of a forward pass, T tokens of
+their longest completion, M of all of them, D dimensions.
 
 Where this departs from the paper or the official code
  1. Pictures and videos are present in every forward pass; the official update and reference pass lose the videos.
@@ -50,28 +54,31 @@ from support.run import (
     all_sum,
     begin_run,
     clip_gradients,
+    distribute,
     end_run,
     gather,
     gather_list,
     no_gradient_sync,
     parse_args,
     processes,
+    resume,
     run_script,
-    set_up,
     setting,
     shard,
     stable_hash,
     start_processes,
     stop_if_asked,
+    trained,
     unsharded,
+    usable,
     without_ddp,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
+# Settings. The defaults are those of 2b.
 
 
-WEIGHTS = ("format=1", "embedding=1", "share=0", "gap=0")  # of the rewards; the paper adds the first two
+WEIGHTS = {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0}  # of the rewards; those of 0 are for the log
 
 
 @dataclass
@@ -81,28 +88,32 @@ class Settings:
     data: list[str] = field(default_factory=list, metadata={"help": "RL files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/rl", "output folder")
+    # the paper's, where nothing else is said
     steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
     update_batch: int = setting(1, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
-    inner_steps: int = setting(1, "optimiser steps per batch of rollouts")
+    inner_steps: int = setting(1, "optimiser steps per batch of rollouts; an end after the first of several falls back "
+                                  "to the last checkpoint")
     max_new_tokens: int = setting(2048, "longest completion; also the constant that normalises the loss (norm)")
     temperature: float = setting(1.0, "sampling temperature")
     eps_low: float = setting(0.2, "the ratio is clipped below at 1 - eps_low")
     eps_high: float = setting(0.28, "and above at 1 + eps_high (official code; the paper names 0.2 only)")
     beta: float = setting(0.04, "weight of the KL term")
-    reward_weights: list[str] = field(default_factory=lambda: list(WEIGHTS), metadata={
-        "help": "NAME=WEIGHT of each reward, by its name in reward.py's table; of weight 0: only logged"})
+    reward_weights: list[str] = field(default_factory=list, metadata={
+        "help": "NAME=WEIGHT changes the weight of a reward of reward.py's table, or adds one; 0: only in the log"})
     w_grpo: float = setting(1.0, "weight of the clipped objective; 0 is a control")
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
     beta2: float = setting(0.999, "AdamW's second beta")
     clip: float = setting(1.0, "gradient norm is clipped to this")
+    # ours (see the departures above)
     mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
     blank_image: bool = setting(True, "a side without media gets the blank picture")
     train_vision: bool = setting(False, "train the vision tower too, as the official code does")
     max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
+    # the machine's: they change time and memory, not the method
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
     fsdp: bool = setting(False, "spread policy, reference and optimiser over the processes (FSDP2)")
@@ -176,7 +187,8 @@ def rollout(embedder, rows, seeds, args):
 
 
 def parse_weights(given):
-    """["format=1", "embedding=1"] -> {"format": 1.0, "embedding": 1.0}"""
+    """["brevity=0.1"] -> {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0, "brevity": 0.1}: what is not given
+    stays as in WEIGHTS."""
     weights = {}
     for item in given:
         name, _, number = item.partition("=")
@@ -188,6 +200,7 @@ def parse_weights(given):
             raise BadInput(f"--reward_weights {item}: {number!r} is no number") from None
         if not math.isfinite(weights[name]):
             raise BadInput(f"--reward_weights {item}: the weight must be finite")
+    weights = {**WEIGHTS, **weights}
     if not any(weights.values()):
         raise BadInput("--reward_weights: all weights are 0: there is nothing to learn from")
     return weights
@@ -236,9 +249,9 @@ class Group:
 
 
 @dataclass
-class MicroBatch:
-    """Groups of one forward pass, and what their first pass has found: by then no update has happened, so that the
-    policy's own log-probabilities are the old ones and the ratio is exactly 1."""
+class UpdateBatch:
+    """Groups of one forward pass. Their first pass runs before any update, so that it gives the old log-probabilities
+    too: with one inner step the ratio is exactly 1 and the clip never acts."""
 
     groups: list
     old_logp: torch.Tensor | None = None  # [M], of all completions' tokens
@@ -246,10 +259,10 @@ class MicroBatch:
     ref_embeddings: torch.Tensor | None = None  # [number of embeddings, D]
 
 
-def micro_batches(groups, n):
+def update_batches(groups, n):
     """n groups each, similar lengths together."""
     by_length = sorted(groups, key=lambda group: len(group.row.ids) + sum(map(len, group.rollouts.ids)))
-    return [MicroBatch(by_length[start : start + n]) for start in range(0, len(groups), n)]
+    return [UpdateBatch(by_length[start : start + n]) for start in range(0, len(groups), n)]
 
 
 @dataclass
@@ -353,41 +366,43 @@ class Figures:
         return {name: x / tokens if name in token_means else x for name, x in totals.items()}
 
 
-def update(model, reference, micros, args):
-    """Gradients of one inner step over this process's groups -> figures for the log. micros: from micro_batches()."""
+def update(model, reference, batches, args):
+    """Gradients of one inner step over this process's groups -> figures for the log. batches: from update_batches()."""
     embedder = without_ddp(model)
     device = embedder.device
     _, world = processes()
-    num_ok = sum(float(group.ok) for micro in micros for group in micro.groups)
+    num_ok = sum(float(group.ok) for batch in batches for group in batch.groups)
     num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all processes and both sides
     figures = Figures()
-    for micro in micros:
+    for batch in batches:
         stop_if_asked()
-        packed = pack_groups(embedder, micro.groups)
-        asked = (packed.batch, packed.read, packed.predict, packed.labels, args.temperature, True)
-        ok = torch.tensor([float(group.ok) for group in micro.groups], device=device)  # [n]
+        packed = pack_groups(embedder, batch.groups)
+        asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels)
+        asked |= dict(temperature=args.temperature, ban=True)  # as when they were sampled
+        ok = torch.tensor([float(group.ok) for group in batch.groups], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], without the skipped pairs
-        advantages = torch.cat([group.advantages for group in micro.groups])  # [n * G]
+        advantages = torch.cat([group.advantages for group in batch.groups])  # [n * G]
 
-        if micro.ref_logp is None:  # the reference first, while no graph is in memory
+        if batch.ref_logp is None:  # the reference first, while no graph is in memory
             with torch.no_grad():
-                out = reference(*asked)
-            micro.ref_logp, micro.ref_embeddings = out.logp, out.embeddings
-        with no_gradient_sync(model, is_last=micro is micros[-1]):
-            out = model(*asked)
-            if micro.old_logp is None:
-                micro.old_logp = out.logp.detach()
-            logp, old_logp, ref_logp = (padded(x, packed.mask) for x in (out.logp, micro.old_logp, micro.ref_logp))
+                out = reference(packed.batch, **asked)
+            batch.ref_logp, batch.ref_embeddings = out.logp, out.embeddings
+        with no_gradient_sync(model, is_last=batch is batches[-1]):
+            out = model(packed.batch, **asked)
+            if batch.old_logp is None:
+                batch.old_logp = out.logp.detach()
+            logp, old_logp, ref_logp = (padded(x, packed.mask) for x in (out.logp, batch.old_logp, batch.ref_logp))
             loss, stats = grpo_loss(
                 logp, old_logp, ref_logp, args.w_grpo * advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
-            loss = loss * len(micro.groups) / num_groups  # the mean over the groups of all processes
-            anchor = anchor_loss(out.embeddings, micro.ref_embeddings, packed.group_of_read, ok) / num_groups
+            # grpo_loss is the mean over this batch: its share of the mean over the groups of all processes
+            loss = loss * len(batch.groups) / num_groups
+            anchor = anchor_loss(out.embeddings, batch.ref_embeddings, packed.group_of_read, ok) / num_groups
             (world * (loss + args.w_anchor * anchor)).backward()  # DDP and FSDP average over the processes
 
-        sampled = [x for group in micro.groups for logp in group.rollouts.logp for x in logp]
-        mismatch = (torch.tensor(sampled, device=device) - micro.old_logp).abs()  # decode loop against update pass
+        sampled = [x for group in batch.groups for logp in group.rollouts.logp for x in logp]
+        mismatch = (torch.tensor(sampled, device=device) - batch.old_logp).abs()  # decode loop against update pass
         tokens = mask.sum()
         figures.add(
             loss=loss,
@@ -427,6 +442,11 @@ def summary(rewards, parts, advantages, rollouts, ok):
     return {name: float(x) for name, x in out.items()}
 
 
+def means_of(dicts):
+    """[{name: x}, ..] -> {name: mean}"""
+    return {name: sum(x[name] for x in dicts) / len(dicts) for name in (dicts[0] if dicts else {})}
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 SHOWN = ("reward", "kl", "length_query", "loss", "grad_norm", "skipped", "nonfinite", "pairs_per_s", "tokens_per_s",
@@ -450,7 +470,9 @@ def main():
     load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
-    model, optimizer, start = set_up(embedder, args, settings, device)
+    model = distribute(embedder, args, device)
+    optimizer = torch.optim.AdamW(trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
+    start = resume(args, settings, embedder, optimizer)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     reference.bf16 = args.bf16
     if args.fsdp:
@@ -466,6 +488,7 @@ def main():
         for step, pairs in loop.steps(loader):
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
+            usable(pairs)
             if not args.train_vision:
                 embedder.share_vision(rows, 2 * args.micro_batch)
 
@@ -486,17 +509,15 @@ def main():
             # update
             lr = args.lr * (1 - step / args.steps)
             groups = [Group(*group) for group in zip(rows, rollouts, advantages, ok.repeat(2).tolist())]
-            micros = micro_batches(groups, args.update_batch)
-            inner_figures = []
+            batches = update_batches(groups, args.update_batch)
+            updates = []  # the figures of each inner step
             for _ in range(args.inner_steps):
-                stats = update(model, reference, micros, args)
+                stats = update(model, reference, batches, args)
                 stats["grad_norm"] = clip_gradients(optimizer, args.clip)
                 checked = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
-                if loop.update(step, pairs, lr, checked):
-                    inner_figures.append(stats)
-            for name in inner_figures[0] if inner_figures else ():
-                figures[name] = sum(stats[name] for stats in inner_figures) / len(inner_figures)
-            loop.end_step(step, pairs, {**figures, "lr": lr}, tokens)
+                if loop.apply_gradients(step, pairs, lr, checked):
+                    updates.append(stats)
+            loop.end_step(step, pairs, {**figures, **means_of(updates), "lr": lr}, tokens)
         save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
     end_run(args, settings)
 

@@ -8,6 +8,9 @@ disc and gen: the two embeddings (model.py); InfoNCE: symmetric, temperature tau
 over the assistant's tokens of all queries (targets) of the global batch. --w_gen 0 --w_ce 0 is the paper's
 discriminative baseline DUME.
 
+Shapes: b pairs of this process, B of the global batch, n rows of a micro-batch, M tokens of their answers, L tokens of
+the longest of them, D dimensions.
+
 Where this departs from the paper or the official code
  1. Negatives: the whole global batch of an optimiser step (GradCache), where the official code has the 256 pairs of one
     of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result.
@@ -31,6 +34,7 @@ Commands
     torchrun --nproc_per_node 8 sft.py --preset 7b --data UME-sft-train.json --media_root MMEB-train          # sharded
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,27 +46,28 @@ from model import Embedder, check_model, pad_rows, save_model
 from support.rows import index_rows
 from support.run import (
     Loop,
-    Stopped,
     all_sum,
     begin_run,
     clip_gradients,
+    distribute,
     end_run,
     gather,
-    lr_at,
     no_gradient_sync,
     parse_args,
     processes,
+    resume,
     run_script,
-    set_up,
     setting,
     start_processes,
     stop_if_asked,
+    trained,
+    usable,
     without_ddp,
 )
 from support.toy import write_toy
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The defaults are the paper's (2b); "not in the paper" where they are not.
+# Settings. The defaults are those of 2b.
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Settings:
     data: list[str] = field(default_factory=list, metadata={"help": "SFT files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/sft", "output folder")
+    # the paper's, where nothing else is said
     steps: int = setting(5000, "optimiser steps")
     batch_size: int = setting(1024, "pairs per optimiser step over all processes, each other's negatives")
     micro_batch: int = setting(4, "pairs per forward pass; changes memory and time only")
@@ -86,11 +92,13 @@ class Settings:
     w_gen: float = setting(1.0, "weight of the generative InfoNCE")
     w_ce: float = setting(1.0, "weight of the next-token loss of each side")
     cross_weight: float = setting(0.0, "weight of the InfoNCE between gen and disc embeddings; not in the paper")
+    # ours: 0, equal and true leave the paper's method, or nearly so (see the departures above)
     tau_start: float = setting(0.02, "temperature at the first step; not in the paper")
     tau_steps: int = setting(0, "steps over which it falls from there to tau, geometrically")
     mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
     train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
     max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
+    # the machine's: they change time and memory, not the method
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
     fsdp: bool = setting(False, "spread parameters and optimiser over the processes (FSDP2), for what does not fit")
@@ -138,6 +146,20 @@ def tau_at(step, *, start, tau, steps):
     return start * (tau / start) ** min(1.0, step / steps) if steps else tau
 
 
+def lr_at(step, *, steps, lr, warmup, floor=0.0):
+    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
+    n = max(1, round(warmup * steps))
+    if step < n:
+        return lr * (step + 1) / n
+    x = (step - n) / max(1, steps - n)
+    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x)))
+
+
+def uses_embeddings(args):
+    """Whether any contrastive term has a weight."""
+    return bool(args.w_disc or args.w_gen or args.cross_weight)
+
+
 def contrastive_loss(x, args, same_target=None):
     """The InfoNCE terms of B pairs and their weighted sum -> (loss, {name: term}).
 
@@ -172,10 +194,11 @@ def sft_step(model, pairs, args):
     if not args.train_vision:
         embedder.share_vision(local.rows, 2 * args.micro_batch)
 
-    # 1. embeddings of all micro-batches, without a graph (where one micro-batch is all, pass 3 reuses its graph)
+    # 1. embeddings of all micro-batches, without a graph. Where one micro-batch is all (the toy preset with one
+    #    process), a single pass with its graph serves here and in 3.
     reused_graph = None
     if len(local.micro_batches) == 1:
-        reused_graph = forward(model, local, local.micro_batches[0], bool(args.w_ce))
+        reused_graph = embed_micro_batch(model, local, local.micro_batches[0], bool(args.w_ce))
     embeddings = embed_all(embedder, local, args, reused_graph)  # [2b, 2, D]
 
     # 2. the contrastive loss of the global batch, and its gradient for this process's embeddings
@@ -200,6 +223,7 @@ class LocalRows:
 
 
 def local_rows(pairs, micro_batch, device):
+    """This process's b pairs -> LocalRows; micro_batch: pairs, so twice as many rows."""
     b = len(pairs)
     rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
     side = torch.arange(2 * b, device=device) // b
@@ -216,18 +240,19 @@ def local_rows(pairs, micro_batch, device):
     return LocalRows(rows, side, ce_weight, micro_batches)
 
 
-def forward(net, local, numbers, next_token):
+def embed_micro_batch(net, local, numbers, next_token):
     """One micro-batch -> its embeddings [n, 2, D] (disc, gen) and the CE of each side [2], None without next_token.
 
-    numbers: the n rows. A row without one of the tokens has some other state in its place, which no loss reads.
+    net: the model with DDP around it in pass 3, without it in pass 1. numbers: of the n rows. A row without one of the
+    tokens has some other state in its place, which no loss reads. Flat indices are those of [n, L] flattened.
     """
     device = local.side.device
     rows = [local.rows[n] for n in numbers]
     batch = pad_rows(rows, without_ddp(net).pad_id, device)
     L = batch.ids.shape[1]
-    starts = L * torch.arange(len(rows), device=device)  # [n] index of a row's first token in the flattened batch
-    disc_at, gen_at = torch.tensor([[row.disc_at, row.gen_at] for row in rows], device=device).clamp(min=0).T
-    read = (starts[:, None] + torch.stack([disc_at, gen_at], dim=1)).flatten()  # [2n]
+    starts = L * torch.arange(len(rows), device=device)  # [n] flat index of a row's first token
+    at = torch.tensor([[row.disc_at, row.gen_at] for row in rows], device=device).clamp(min=0)  # [n, 2]
+    read = (starts[:, None] + at).flatten()  # [2n] flat indices of both embeddings of each row
     if not next_token:
         return net(batch, read=read).embeddings.view(len(rows), 2, -1), None
     answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]
@@ -245,10 +270,10 @@ def embed_all(embedder, local, args, reused_graph):
     embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
     if reused_graph:
         embeddings[local.micro_batches[0]] = reused_graph[0].detach()
-    elif args.w_disc or args.w_gen or args.cross_weight:
+    elif uses_embeddings(args):
         for numbers in local.micro_batches:
             stop_if_asked()
-            embeddings[numbers], _ = forward(embedder, local, numbers, next_token=False)
+            embeddings[numbers], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
     return embeddings
 
 
@@ -256,18 +281,16 @@ def contrast(embeddings, pairs, args):
     """Pass 2, for embeddings [2b, 2, D] -> loss, {name: term}, gradient [2b, 2, D]"""
     rank, world = processes()
     device, b = embeddings.device, len(pairs)
-    ok = gather(torch.tensor([pair.ok for pair in pairs], device=device))  # [B]
+    ok = usable(pairs, device)  # [B]
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
-    if not ok.any():
-        raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
-    local = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    numbers = torch.arange(b, device=device) * world + rank  # of the local pairs in the gathered batch
-    gathered = gather(local).index_put((numbers,), local)  # [B, 4, D], with a gradient for the local ones
+    own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
+    place = torch.arange(b, device=device) * world + rank  # [b] of our pairs in the global batch
+    gathered = gather(own).index_put((place,), own)  # [B, 4, D]; what was gathered has no gradient, so ours go back in
     same_target = None
     if args.mask_same_target:
         same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
     loss, terms = contrastive_loss(gathered[ok], args, same_target)
-    (gradient,) = torch.autograd.grad(loss, local)
+    (gradient,) = torch.autograd.grad(loss, own)
     terms = {name: term.detach() for name, term in terms.items()}
     return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
 
@@ -279,8 +302,8 @@ def backward_all(model, local, gradient, args, reused_graph):
     for numbers in local.micro_batches:
         stop_if_asked()
         with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
-            embeddings, ce = reused_graph or forward(model, local, numbers, bool(args.w_ce))
-            loss = (embeddings * gradient[numbers]).sum()
+            embeddings, ce = reused_graph or embed_micro_batch(model, local, numbers, bool(args.w_ce))
+            loss = (embeddings * gradient[numbers]).sum()  # its gradient is dL/dE dE/dw: the chain rule
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
                 total_ce += ce.detach()
@@ -297,10 +320,9 @@ SHOWN = ("loss", "disc", "gen", "cross", "ce_query", "ce_target", "lr", "grad_no
 def check_settings(args):
     if not args.data:
         raise SystemExit("--data: name the SFT file or files")
-    contrast = args.w_disc or args.w_gen or args.cross_weight
-    if not contrast and not args.w_ce:
+    if not uses_embeddings(args) and not args.w_ce:
         raise SystemExit("all weights of the loss are 0: there is nothing to train")
-    if contrast and args.batch_size == 1:
+    if uses_embeddings(args) and args.batch_size == 1:
         raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
     check_model(args.model)
 
@@ -331,7 +353,11 @@ def main():
         merger.requires_grad_(True)
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
-    model, optimizer, start = set_up(embedder, args, settings, device, args.weight_decay)
+    model = distribute(embedder, args, device)
+    optimizer = torch.optim.AdamW(
+        trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay
+    )
+    start = resume(args, settings, embedder, optimizer)
 
     # data
     answers = bool(args.w_gen or args.w_ce or args.cross_weight)
@@ -346,7 +372,7 @@ def main():
             tau = tau_at(step, start=args.tau_start, tau=args.tau, steps=args.tau_steps)
             parts, tokens = sft_step(model, pairs, replace(args, tau=tau))
             norm = clip_gradients(optimizer, args.clip)
-            loop.update(step, pairs, lr, {"loss": parts["loss"], "gradient norm": norm})
+            loop.apply_gradients(step, pairs, lr, {"loss": parts["loss"], "gradient norm": norm})
             loop.end_step(step, pairs, parts | {"lr": lr, "grad_norm": norm}, tokens)
         save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
     end_run(args, settings)

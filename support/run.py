@@ -27,7 +27,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -215,16 +214,6 @@ def end_processes():
         dist.destroy_process_group()
 
 
-def parallel(embedder, args, device):
-    """What the training loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards."""
-    if args.fsdp:
-        shard(embedder, args.bf16)
-    if args.fsdp or processes()[1] == 1:
-        return embedder
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
-
-
 def shard(embedder, bf16, mesh=None):
     """FSDP2: parameters, gradients and AdamW's moments are spread over the processes in fp32; each decoder layer is put
     together in bf16 when it runs, embeddings, head and vision tower (one group) for the whole pass. A model that is
@@ -292,32 +281,44 @@ def all_sum(x):
 # The frame of a training loop
 
 
-class Stopped(RuntimeError):
-    """The run ends here; all processes raise it together, so that they can save together."""
+class Stopped(BaseException):
+    """The run ends here; all processes raise it together, so that they can save together. No Exception: whoever
+    catches what a decoder or a library raises must not catch this."""
 
     def __init__(self, reason, code=1):
         super().__init__(reason)
         self.code = code
 
 
-def set_up(embedder, args, settings, device, weight_decay=0.0):
-    """What the loop works on: the model that it calls (the embedder itself, its DDP replica or, with --fsdp, its
-    shards), AdamW over the parameters that require a gradient, and the step to go on with, from the checkpoint."""
+def distribute(embedder, args, device):
+    """-> what the loop calls: the embedder itself, its DDP replica or, with --fsdp, the embedder in shards. What is
+    trained is marked by requires_grad; an optimiser must be made afterwards, of the shards."""
     if args.checkpointing:
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
     embedder.bf16 = args.bf16
     embedder.train()
-    model = parallel(embedder, args, device)
-    parameters = [p for p in embedder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=weight_decay)
-    start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
-    check_space(args.out, embedder, optimizer, args.keep)
-    return model, optimizer, start
+    if args.fsdp:
+        shard(embedder, args.bf16)
+    if args.fsdp or processes()[1] == 1:
+        return embedder
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(embedder, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def without_ddp(model):
-    """The embedder of the model that set_up() returns."""
+    """The embedder of the model that distribute() returns."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def resume(args, settings, embedder, optimizer):
+    """Fills both from the checkpoint that --resume says -> the step to go on with."""
+    start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
+    check_space(args.out, embedder, optimizer, args.keep)
+    return start
 
 
 def no_gradient_sync(model, is_last):
@@ -345,13 +346,22 @@ def stop_if_asked():
         RUNNING[-1].stop_if_asked()
 
 
+def usable(pairs, device="cpu"):
+    """Which pairs of the global batch can be used, bool [B], on all processes. Ends the run where none can: there is
+    nothing to learn from, and AdamW's momentum would move the weights all the same."""
+    ok = gather(torch.tensor([pair.ok for pair in pairs], device=device))
+    if not ok.any():
+        raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
+    return ok
+
+
 class Loop:
     """What surrounds the steps: the next pairs, stopping, the update, the log's line, checkpoints, a good end.
 
         with Loop(...) as loop:
             for step, pairs in loop.steps(loader):
-                figures = ...                                   # losses and gradients
-                loop.update(step, pairs, lr, figures)           # the weights, where all figures are finite
+                figures = ...                                     # losses and gradients
+                loop.apply_gradients(step, pairs, lr, figures)    # where all figures are finite
                 loop.end_step(step, pairs, figures, tokens)
 
     It ends a run in good order: on a signal, on figures that are not finite, on too many unusable rows, on any error.
@@ -412,15 +422,15 @@ class Loop:
         RUNNING.remove(self)
         try:
             if isinstance(why, Stopped):
-                if self.completed:
-                    self.save(self.completed)
-                if processes()[0] == 0:
-                    saved = f"saved after step {self.completed}" if self.completed else "nothing new was saved"
-                    print(f"\n{why}\n{saved}; the same command goes on from there", file=sys.stderr, flush=True)
+                self.say(f"\n{why}")  # first: what follows may fail
+                self.try_to_save()
                 end_processes()
                 raise SystemExit(why.code)
             if isinstance(why, Exception) and processes()[0] == 0:
-                self.save_alone()  # the error goes on its way
+                # other processes may not have met this error or not have survived it: process 0 saves its replica,
+                # without them. Of a sharded model it has only a part.
+                self.say("\nan error ends this run")
+                self.try_to_save(alone=True)  # then the error goes on its way
         finally:  # only now: a second signal must not end the saving
             for number, handler in self.before.items():
                 signal.signal(number, handler)
@@ -429,15 +439,19 @@ class Loop:
         settings, keep = self.settings, self.args.keep
         return save_checkpoint(self.out, self.embedder, self.optimizer, step, settings, keep, alone)
 
-    def save_alone(self):
-        """On the way down from an error, which other processes may not have met or not have survived: process 0 saves
-        its replica, without them. Of a sharded model it has only a part."""
+    def try_to_save(self, alone=False):
+        """On the way to the end of the run, whose reason must be heard whatever happens here."""
+        saved = False
         try:
-            saved = bool(self.completed) and self.save(self.completed, alone=True)
-        except Exception as error:  # noqa: BLE001 (the first error must be heard, not only this one)
-            saved = print(f"\nsaving failed too: {error!r}", file=sys.stderr)
+            saved = bool(self.completed) and self.save(self.completed, alone)
+        except Exception as error:  # noqa: BLE001
+            self.say(f"saving failed: {sentence_of(error) or repr(error)}")
         told = f"saved after step {self.completed}" if saved else "nothing new was saved"
-        print(f"\nan error ends this run; {told}; the same command goes on from there", file=sys.stderr, flush=True)
+        self.say(f"{told}; the same command goes on from there")
+
+    def say(self, text):
+        if processes()[0] == 0:
+            print(text, file=sys.stderr, flush=True)
 
     # ---- the steps
 
@@ -464,9 +478,9 @@ class Loop:
         """Since the step began."""
         return time.perf_counter() - self.step_began
 
-    def update(self, step, pairs, lr, figures):
-        """The optimiser's step. Returns False, and leaves the weights as they are, where one of the figures (name ->
-        float) is not finite; more than --skip_nonfinite such steps end the run."""
+    def apply_gradients(self, step, pairs, lr, figures):
+        """optimizer.step() and zero_grad(). Returns False, and leaves the weights as they are, where one of the figures
+        (name -> float) is not finite; more than --skip_nonfinite such steps end the run."""
         finite = self.finite(step, figures, pairs)
         if finite:
             for group in self.optimizer.param_groups:
@@ -485,8 +499,7 @@ class Loop:
         message = f"step {step + 1}: {told}: not finite, nothing was updated; rows {rows}"
         if self.nonfinite > self.args.skip_nonfinite:
             raise Stopped(f"{message}\n--skip_nonfinite N leaves out N such steps instead of stopping")
-        if processes()[0] == 0:
-            print(message, file=sys.stderr)
+        self.say(message)
         return False
 
     def end_step(self, step, pairs, figures, tokens):
@@ -499,7 +512,10 @@ class Loop:
         if processes()[0] == 0:
             shown = {key: f"{line[key]:.3g}" for key in self.shown if key in line}
             self.bar.set_postfix({key: value for key, value in shown.items() if value != "0"})
-        if (step + 1) % self.args.save_every == 0 and step + 1 < self.args.steps:
+        is_last = step + 1 == self.args.steps
+        if is_last and is_sharded(self.embedder):
+            self.save(step + 1)  # where writing the final model fails, process 0 alone could save a part only
+        elif (step + 1) % self.args.save_every == 0 and not is_last:
             self.save(step + 1)
         self.check_share()
 
@@ -515,7 +531,7 @@ class Loop:
 
     def list_skipped(self, step, pairs):
         """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
-        ok = gather(torch.tensor([pair.ok for pair in pairs]))
+        ok = usable(pairs)
         self.seen += len(ok)
         self.unusable += int((~ok).sum())
         if ok.all():
@@ -562,15 +578,6 @@ def text_table(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def lr_at(step, *, steps, lr, warmup, floor=0.0):
-    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
-    n = max(1, round(warmup * steps))
-    if step < n:
-        return lr * (step + 1) / n
-    x = (step - n) / max(1, steps - n)
-    return lr * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -764,9 +771,12 @@ CHANGEABLE = ("steps", "lr")  # a resumed run may have others: people extend run
 
 
 def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE):
-    """Stops where a resumed run is not the same one. step: the step that it goes on after."""
+    """Stops where a resumed run is not the same one. step: the step that it goes on after.
+
+    A setting that did not exist when the run began is said, not refused: its default is what the run did until then.
+    """
     changed = {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
-    refused = [text for key, text in changed.items() if key not in may_change]
+    refused = [text for key, text in changed.items() if key in before and key not in may_change]
     if refused:
         raise SystemExit(
             f"{path} was made with other settings ({'; '.join(refused)}). "
@@ -860,6 +870,7 @@ def begin_run(args, digest_of):
             refuse_changed(before, settings, out, may_change=())
             if rank == 0:
                 print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
+            end_processes()
             return None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

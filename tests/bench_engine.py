@@ -196,8 +196,8 @@ def our_step(embedder, reference, optimizer, rows, script, args):
     texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
     rewards = torch.cat([embedding_reward(gen[0], gen[1]), embedding_reward(gen[1], gen[0])])
     advantages = group_advantages(rewards + format_reward(texts).view(2 * p, G))
-    micros = rl.micro_batches(groups_of(rows, rollouts, advantages), args.update_batch)
-    rl.update(embedder, reference, micros, args)
+    batches = rl.update_batches(groups_of(rows, rollouts, advantages), args.update_batch)
+    rl.update(embedder, reference, batches, args)
     torch.nn.utils.clip_grad_norm_([p for p in embedder.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -240,16 +240,16 @@ def update_case(part, vocab=REAL):
     # not the first inner step: the values of the reference and of the sampling policy are there (any will do)
     refs = [torch.full_like(ids[:, x["input_ids"].shape[1] :], -10.0, dtype=torch.float32) for x, ids in sides]
     old = [torch.full((sum(map(len, r.ids)),), -10.0) for r in rollouts]
-    micros = []
+    batches = []
     for group, logp in zip(groups_of(rows, rollouts, A), old):
-        micros.append(rl.MicroBatch([group], logp, logp, torch.zeros(1 + G, 512)))
+        batches.append(rl.UpdateBatch([group], logp, logp, torch.zeros(1 + G, 512)))
 
     def official():
         official_loss(embedder, sides, refs, A)
         embedder.zero_grad()
 
     def ours():
-        rl.update(embedder, embedder, micros, args)
+        rl.update(embedder, embedder, batches, args)
         embedder.zero_grad()
 
     return official, ours

@@ -31,7 +31,7 @@ import rl
 from data import DISC, PairData, encode_input
 from model import Embedder
 from reward import embedding_reward, format_reward
-from rl import Group, Settings, grpo_loss, micro_batches, pack_groups, padded, rewards_of, rollout, tree_mask, update
+from rl import Group, Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update, update_batches
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -140,7 +140,7 @@ def groups_of(rows, rollouts, advantages=None, ok=None):
 
 
 def update_once(model, reference, groups, given):
-    return update(model, reference, micro_batches(groups, given.update_batch), given)
+    return update(model, reference, update_batches(groups, given.update_batch), given)
 
 
 @pytest.fixture(scope="module")
@@ -380,10 +380,10 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
     monkeypatch.setattr(rl, "grpo_loss", spy)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     A = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    micros = micro_batches(groups_of(rows, rollouts, A), args().update_batch)
+    batches = update_batches(groups_of(rows, rollouts, A), args().update_batch)
     stats = []
     for _ in range(2):
-        stats.append(update(model, reference, micros, args(inner_steps=2)))
+        stats.append(update(model, reference, batches, args(inner_steps=2)))
         optimizer.step()
         optimizer.zero_grad()
     first, second = seen[:3], seen[3:]

@@ -111,13 +111,20 @@ def test_total_is_the_weighted_sum():
     assert torch.equal(again, total)
 
 
+def test_a_reward_of_another_shape_is_refused(monkeypatch):
+    """Bug story: one of shape [P] with P = G was broadcast over the wrong axis, without a word."""
+    monkeypatch.setitem(reward.REWARDS, "flat", lambda texts, own, *_: torch.ones(len(own)))
+    with pytest.raises(ValueError, match="the reward flat has shape"):
+        reward.total_reward({"flat": 1.0}, [["", ""]] * 2, torch.ones(2, 2, 3), torch.ones(2, 2, 3))
+
+
 def test_a_new_reward_is_one_function_and_one_line(writer_dir, world, tmp_path, monkeypatch):
     """rl.py trains with it by its name; the log has it for each side, and the total counts it."""
     monkeypatch.setitem(reward.REWARDS, "brevity", brevity)
     argv = flags(writer_dir, world, tmp_path, steps=2)
-    run_here(rl, [*argv, "--reward_weights", "format=1", "brevity=2"], monkeypatch)
+    run_here(rl, [*argv, "--reward_weights", "embedding=0", "brevity=2"], monkeypatch)
     for line in read_log(tmp_path):
-        assert line["brevity_query"] < 0 and "embedding_query" not in line
+        assert line["brevity_query"] < 0 and "embedding_query" in line
         for side in ("query", "target"):
             want = line[f"format_{side}"] + 2 * line[f"brevity_{side}"]
             assert line[f"reward_{side}"] == pytest.approx(want, abs=1e-5)
@@ -125,7 +132,7 @@ def test_a_new_reward_is_one_function_and_one_line(writer_dir, world, tmp_path, 
 
 @pytest.mark.parametrize("given, says", [
     (["fromat=1"], "format, embedding"), (["format"], "no number"), (["format=x"], "no number"),
-    (["format=nan"], "finite"), (["format=1", "format=2"], "once"), (["format=0", "gap=0"], "all weights are 0"),
+    (["format=nan"], "finite"), (["format=1", "format=2"], "once"), (["format=0", "embedding=0"], "all weights are 0"),
 ])  # fmt: skip
 def test_reward_weights_that_make_no_sense(given, says):
     with pytest.raises(BadInput, match=re.escape(says)):

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 import sft
 from data import PairData
 from model import Embedder
-from sft import Settings, info_nce, sft_step
-from support.run import list_checkpoints, load_checkpoint, lr_at, save_checkpoint
+from sft import Settings, info_nce, lr_at, sft_step
+from support.run import Stopped, list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def twin_info_nce(query, target, tau, same=None):
@@ -171,7 +171,7 @@ def test_a_batch_of_skipped_pairs(writer_dir, world, micro_batch):
     would be NaN."""
     model = trainable(writer_dir)
     pairs = [replace(pair, ok=False, reason="gone.png") for pair in some_pairs(model, world)]
-    with pytest.raises(RuntimeError, match="no pair.*gone.png"):
+    with pytest.raises(Stopped, match="no pair.*gone.png"):
         sft_step(model, pairs, Settings(micro_batch=micro_batch))
 
 
