@@ -71,7 +71,7 @@ class Skip(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Families of backbones: everything in which they differ, and nothing of it anywhere else
+# Families of backbones. What Qwen's families share, the chat form and its control tokens, stands outside.
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Family:
     image_pad: str  # the token in whose places a picture's states go
     video_pad: str
     media_text: Callable  # (pad token, grid in tokens) -> how a picture or video stands in the text
-    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens from 0 on, int [3, n]
-    tower_states: Callable  # (what the vision tower returns, merged) -> its states [n, D_vit], merged: [n / merge^2, D]
+    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens, int [3, n], and that of what follows
+    vision_states: Callable  # (vision tower, pixels, grids, merged) -> its states [n, D_vit]; merged: [n / merge^2, D]
     merge_states: Callable  # (vision tower, states [n, D_vit]) -> what the language model reads, [n / merge^2, D]
     mergers: Callable  # (vision tower) -> its modules that the paper trains in SFT
 
@@ -120,8 +120,15 @@ def run_of_pads(pad, grid):
 
 
 def grid_positions(grid):
-    """Time, height and width each count up by one."""
-    return np.indices(grid).reshape(3, -1)
+    """Time, height and width each count up by one; the text goes on after the larger side of the picture, as in
+    transformers: time does not count there."""
+    t, h, w = grid
+    return np.indices(grid).reshape(3, -1), max(h, w)
+
+
+def last_states(tower, pixels, grids, merged):
+    out = tower(pixels, grid_thw=grids)
+    return out.pooler_output if merged else out.last_hidden_state
 
 
 QWEN2_VL = Family(
@@ -138,7 +145,7 @@ QWEN2_VL = Family(
     video_pad="<|video_pad|>",
     media_text=run_of_pads,
     media_positions=grid_positions,
-    tower_states=lambda out, merged: out.pooler_output if merged else out.last_hidden_state,
+    vision_states=last_states,
     merge_states=lambda tower, states: tower.merger(states),
     mergers=lambda tower: [tower.merger],
 )
@@ -316,10 +323,9 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
     is_media = np.isin(ids, media_ids)
     while i < len(ids):
         if is_media[i]:
-            t, h, w = family.in_tokens(next(grids))
-            block = family.media_positions((t, h, w))
+            block, following = family.media_positions(family.in_tokens(next(grids)))
             positions.append(block + start)
-            start += max(h, w)  # transformers counts height and width only
+            start += following
         else:
             n = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
             block = np.broadcast_to(np.arange(n), (3, n))

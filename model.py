@@ -152,9 +152,17 @@ class Embedder(nn.Module):
         """Weights, tokenizer, chat template, preprocessor and generation config, as plain transformers reads them."""
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
-        low, high = self.family.image_pixels
-        processor = getattr(transformers, self.family.picture_processor)
-        processor(size={"shortest_edge": low, "longest_edge": high}).save_pretrained(path)
+        family = self.family
+        low, high = family.image_pixels
+        processor = getattr(transformers, family.picture_processor)(
+            size={"shortest_edge": low, "longest_edge": high},
+            patch_size=family.patch,
+            temporal_patch_size=family.depth,
+            merge_size=family.merge,
+            image_mean=list(family.mean),
+            image_std=list(family.std),
+        )
+        processor.save_pretrained(path)
         add_keys_of_transformers_4(path)
 
     # ---- what is where ------------------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ class Embedder(nn.Module):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
         pixels = normalise(patches, self.family).to(tower.patch_embed.proj.weight.dtype)
-        return self.family.tower_states(tower(pixels, grid_thw=grids), merged=self.vision_frozen)
+        return self.family.vision_states(tower, pixels, grids, merged=self.vision_frozen)
 
     @torch.no_grad()
     def share_vision(self, rows, n):
@@ -277,14 +285,14 @@ class Embedder(nn.Module):
         cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
         waiting = iter(prompts)
         live = []  # completions, by slot
-        ended = {}  # prompt -> its completions that have ended
+        ended_of = {}  # prompt -> those of its completions that have ended, until all have
 
         # One autocast around the whole loop: it keeps its bf16 copies of trained fp32 weights until it is left. For the
         # 2B on 80 GB (35 GB of training state) these 4 GB are well spent: to cast anew would make every decode step,
         # which reads them once, read 9 GB and write 4 GB more. Whoever takes a result runs outside of it.
         with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             while True:
-                # 1. admit waiting prompts, several in one prefill, when enough slots are free
+                # 1. admit waiting prompts, several in one prefill, when enough slots are free (why so many: REFILL)
                 room = (slots - len(live)) // G
                 admitted = []
                 if room * G >= slots // REFILL or not live:
@@ -297,24 +305,17 @@ class Embedder(nn.Module):
                     last, disc = self.prefill([prompt.row for prompt in readable], cache, len(live), G)  # [P, D] both
                     new = []
                     for prompt, d in zip(readable, disc):
-                        ended[prompt] = []
+                        ended_of[prompt] = []
                         new += [Completion.begin(prompt, g, d, temperature, max_new_tokens) for g in range(G)]
                     self.append_tokens(new, last.repeat_interleave(G, 0), temperature)
                     live += new
 
-                # 2. hand out what has ended; the last live completion moves into the free slot
-                for slot in reversed(range(len(live))):
-                    completion = live[slot]
-                    if not completion.ended:
-                        continue
-                    last_live = live.pop()
-                    if last_live is not completion:
-                        cache.move(len(live), slot)
-                        live[slot] = last_live
-                    siblings = ended[completion.prompt]
+                # 2. hand out the prompts whose G completions have all ended
+                for completion in remove_ended(live, cache):
+                    siblings = ended_of[completion.prompt]
                     siblings.append(completion)
                     if len(siblings) == G:
-                        del ended[completion.prompt]
+                        del ended_of[completion.prompt]
                         siblings.sort(key=lambda c: c.g)
                         results.append((completion.prompt, Rollouts.collect(siblings)))
                 with torch.autocast(self.device.type, enabled=False):
@@ -663,6 +664,22 @@ class SlotCache:
 
     def get_seq_length(self, _layer=0):
         return self.longest - 1
+
+
+def remove_ended(live, cache):
+    """Takes the completions that have ended out of the slots and returns them; the last live one moves into each free
+    slot, so that the live ones are always rows 0..A-1."""
+    ended = []
+    for slot in reversed(range(len(live))):
+        completion = live[slot]
+        if not completion.ended:
+            continue
+        ended.append(completion)
+        last_live = live.pop()
+        if last_live is not completion:
+            cache.move(len(live), slot)
+            live[slot] = last_live
+    return ended
 
 
 def sample(logits, uniforms, forced=None):
