@@ -94,7 +94,7 @@ class Family:
     image_pad: str  # the token in whose places a picture's states go
     video_pad: str
     media_text: Callable  # (pad token, grid in tokens) -> how a picture or video stands in the text
-    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens, int [3, n], and that of what follows
+    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens [3, n], and where the text goes on
     vision_states: Callable  # (vision tower, pixels, grids, merged) -> its states [n, D_vit]; merged: [n / merge^2, D]
     merge_states: Callable  # (vision tower, states [n, D_vit]) -> what the language model reads, [n / merge^2, D]
     mergers: Callable  # (vision tower) -> its modules that the paper trains in SFT

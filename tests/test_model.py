@@ -23,7 +23,7 @@ from conftest import (
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import model as model_file
-from data import DISC, GEN, encode_input
+from data import DISC, GEN, QWEN2_VL, encode_input
 from model import Embedder, Prompt, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
@@ -539,7 +539,7 @@ def test_saved_model_in_plain_transformers(writer, writer_dir):
     settings are in it."""
     backbone = Qwen2VLForConditionalGeneration.from_pretrained(writer_dir)
     tokenizer = AutoTokenizer.from_pretrained(writer_dir)
-    plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id)
+    plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id, family=QWEN2_VL)
     got = writer.embed(inputs(), traces=[ANSWERS[0]] * 5, blank_image=False)
     for n, item in enumerate(inputs()):
         row = encode_input(tokenizer, item, ANSWERS[0], blank_image=False)
