@@ -44,6 +44,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from support.rows import Rows
 from support.run import (
     BadInput,
+    Stopped,
     check_bounds,
     forked_loader,
     run_script,
@@ -242,7 +243,7 @@ def open_picture(source, root=None):
             raise Skip(f"{path}: {size}: empty, or one side is more than 200 times the other")
         picture.load()  # Image.open reads the header only: a truncated file shows here
         return to_rgb(picture)
-    except (Skip, MemoryError, KeyboardInterrupt, SystemExit):
+    except (Skip, MemoryError, KeyboardInterrupt, SystemExit, Stopped):
         raise
     except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
         raise Skip(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error

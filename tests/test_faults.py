@@ -1134,3 +1134,68 @@ def test_keys_of_transformers_4(writer, writer_dir, tmp_path):
     assert special == writer.tokenizer.all_special_tokens and len(special) > 3
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((writer_dir / name).read_text()), name
+
+
+# ---- found by a fresh reading of the frame ---------------------------------------------------------------------
+
+
+def test_the_reason_of_a_stop_is_heard_when_saving_fails(tiny_dir, world, tmp_path, monkeypatch, capsys):
+    """Bug story: a loss that is not finite, then a full disk: only the disk was named, not the step and its rows."""
+    real, calls = sft.contrastive_loss, []
+
+    def broken(*given):
+        calls.append(1)
+        loss, terms = real(*given)
+        return loss * (float("inf") if len(calls) == 2 else 1.0), terms
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "part-0.safetensors")
+
+    monkeypatch.setattr(sft, "contrastive_loss", broken)
+    monkeypatch.setattr(run_file, "save_file", full)
+    with pytest.raises(SystemExit) as end:
+        run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=50), monkeypatch)
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and "step 2: loss inf" in printed and "--skip_nonfinite" in printed
+    assert "saving failed: part-0.safetensors: No space left" in printed and "nothing new was saved" in printed
+
+
+def test_rl_ends_where_no_pair_can_be_used(writer_dir, world, tmp_path, monkeypatch, capsys):
+    """Bug story: a wrong --media_root: nothing was learned, and AdamW's momentum moved the weights all the same."""
+    argv = rl_flags(writer_dir, world, tmp_path / "out", steps=2, media_root=tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_here(rl, argv, monkeypatch)
+    assert end.value.code == 1 and "no pair of this batch can be used" in capsys.readouterr().err
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_sharded_run_keeps_its_last_step(tiny_dir, world, tmp_path):
+    """Bug story: the final model could not be written, and process 0 alone has only a part: all steps since the last
+    regular checkpoint were lost."""
+    def before(rank):
+        sft.save_model = lambda *_: 1 / 0
+
+    argv = flags(tiny_dir, world, tmp_path, steps=3, fsdp=True)
+    run_processes(sft, argv, 2, codes=1, before=before)
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
+
+
+def test_a_signal_is_no_broken_picture(tmp_path, monkeypatch):
+    """Bug story: whatever a decoder raises makes a Skip, also the end that a signal asks for: the step's other
+    pictures were read before it was heard."""
+    picture(0).save(tmp_path / "a.png")
+
+    def load(_):
+        raise run_file.Stopped("SIGTERM", 143)
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(run_file.Stopped):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(capsys):
+    """A new flag must not make older runs unresumable: its default is what they did; the change is said."""
+    run_file.refuse_changed({"lr": 1.0, "G": 8}, {"lr": 1.0, "G": 8, "new": "x"}, "runs/old")
+    assert "new None -> x" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="G 8 -> 4"):
+        run_file.refuse_changed({"G": 8}, {"G": 4, "new": "x"}, "runs/old")
