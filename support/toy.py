@@ -1,7 +1,8 @@
 """The toy world: scenes of coloured shapes, seven tasks, written in the published formats.
 
-A scene is 3 x 3 cells of 28 x 28 pixels, one visual token each, read row by row: "" is an empty cell, "red star" an
-object, "D" a glyph. Colours differ within a scene, shapes too (but for a doubled object).
+A scene is 3 x 3 cells, one visual token each, read row by row: "" is an empty cell, "red star" an object, "D" a glyph.
+Colours differ within a scene, shapes too (but for a doubled object). A page is a scene of two rows of glyphs, a strip
+(a crop) is one row, a video is two scenes.
 """
 
 import json
@@ -15,192 +16,393 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import blank_picture, rl_row, sft_row
+from data import QWEN2_VL, blank_picture, rl_row, sft_row
 from support.rows import write_rows
 
-COLOURS = {"red": (215, 30, 30), "green": (30, 150, 40), "blue": (30, 60, 215), "yellow": (225, 200, 20),
-           "purple": (140, 40, 160), "orange": (240, 130, 20), "cyan": (30, 195, 205), "black": (35, 35, 35)}
-SHAPES = {  # below 0 is inside; all are about 1 in radius
-    "circle": lambda x, y: np.hypot(x, y) - 1, "ring": lambda x, y: abs(np.hypot(x, y) - 0.9) - 0.18,
+CELL = QWEN2_VL.token_side  # pixels: one cell is one visual token
+DRAWINGS = 12  # of every content of a cell
+COLOURS = {
+    "red": (215, 30, 30),
+    "green": (30, 150, 40),
+    "blue": (30, 60, 215),
+    "yellow": (225, 200, 20),
+    "purple": (140, 40, 160),
+    "orange": (240, 130, 20),
+    "cyan": (30, 195, 205),
+    "black": (35, 35, 35),
+}
+SHAPES = {  # of x and y from the middle of the shape: below 0 is inside; all are about 1 in radius
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.9) - 0.18,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
-    "diamond": lambda x, y: 1.4 * abs(x) + abs(y) - 1.1, "bar": lambda x, y: np.maximum(abs(x) - 1.1, abs(y) - 0.35),
+    "diamond": lambda x, y: 1.4 * abs(x) + abs(y) - 1.1,
+    "bar": lambda x, y: np.maximum(abs(x) - 1.1, abs(y) - 0.35),
     "star": lambda x, y: np.hypot(x, y) * (1.6 - 0.8 * np.cos(5 * np.arctan2(x, -y))) - 0.9,
     "triangle": lambda x, y: np.maximum(y - 0.8, 0.9 * abs(x) - 0.45 * (y + 1.1)),
-    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.35, np.maximum(abs(x), abs(y)) - 1)}
+    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.35, np.maximum(abs(x), abs(y)) - 1),
+}
 PLACES = ["xa", "xb", "xc", "ya", "yb", "yc", "za", "zb", "zc"]
-STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-TASKS = ("cls", "vqa", "i2t", "t2i", "ground", "video", "doc")
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns
 RL_TASKS = ("cls", "vqa", "ground", "video")  # what takes several steps of reasoning; the others only copy
-Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 1 scene (picture) or 2 (video)
+CLOSED_TASKS = ("cls", "vqa")  # every object is a candidate, and nothing else
+MODALITIES = {"video": "video", "doc": "visdoc"}  # of tasks in eval.py; the others are of pictures
+Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: no, 1 (picture) or 2 (video) scenes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scenes and their pictures
 
 
 def draw(rng, split, low, high, repeat=0, size=9):
-    """A scene of low to high objects, or for low 0 a page of two lines. Its content, not the seed, decides
-    where it may appear: a hash sends one in ten to test, one to dev, the others to train."""
+    """A scene of low to high objects of the given split, the first `repeat` of them twice; for low 0 a page.
+
+    size: number of cells; below 9 (the pretraining of tests/toy_base.py) any split has all scenes.
+    """
     while True:
-        n = int(rng.integers(low, high + 1))
-        looks = zip(rng.permutation(8)[:n], rng.permutation(8))
-        names = [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in looks]
-        cells = rng.permutation(names + names[:repeat] + [""] * (size - n - repeat)).tolist()
-        if low == 0:
-            keys, digits = rng.permutation(list("ABCDEFGHKMPT")), rng.permutation(10)
-            cells = [str(g) for g in (keys[0], *digits[:2], keys[1], *digits[2:4])]
-        if size < 9 or {0: "test", 1: "dev"}.get(zlib.crc32("|".join(cells).encode()) % 10, "train") == split:
+        cells = draw_objects(rng, low, high, repeat, size)
+        if low == 0:  # the empty scene only moves the generator on: without it every page would be another one
+            cells = draw_page(rng)
+        if size < 9 or split_of(cells) == split:
             return cells
 
 
-def draw_cell(rng, content):  # -> [28, 28, 3] of 0..255
-    cell, (x, y) = np.full((28, 28, 3), rng.integers(232, 256, 3), float), 14 + rng.uniform(-2, 2, 2)
+def draw_objects(rng, low, high, repeat, size):
+    n = int(rng.integers(low, high + 1))
+    colours = rng.permutation(len(COLOURS))[:n]
+    shapes = rng.permutation(len(SHAPES))[:n]
+    names = [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colours, shapes)]
+    empty = [""] * (size - n - repeat)
+    return rng.permutation(names + names[:repeat] + empty).tolist()
+
+
+def draw_page(rng):
+    """Two lines of a letter and two digits, six cells."""
+    letters = rng.permutation(list("ABCDEFGHKMPT"))
+    digits = rng.permutation(10)
+    glyphs = [letters[0], *digits[:2], letters[1], *digits[2:4]]
+    return [str(glyph) for glyph in glyphs]
+
+
+def split_of(cells):
+    """One scene in ten is of test, one of dev, the others of train. Its content decides, not the seed: no scene of any
+    seed is in two splits."""
+    bucket = zlib.crc32("|".join(cells).encode()) % 10
+    return {0: "test", 1: "dev"}.get(bucket, "train")
+
+
+def draw_cell(rng, content):
+    """Pixels of a cell, float [CELL, CELL, 3] of 0..255: paper, and on it a glyph, an object or nothing."""
+    paper = rng.integers(232, 256, 3)
+    x, y = CELL // 2 + rng.uniform(-2, 2, 2)  # pixels: the middle of what is drawn
+    cell = np.full((CELL, CELL, 3), paper, float)
     if len(content) == 1:
         image = Image.fromarray(cell.astype(np.uint8))
-        ImageDraw.Draw(image).text((x, y), content, (20, 20, 20), ImageFont.load_default(26), anchor="mm")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(image).text((x, y), content, (20, 20, 20), font, anchor="mm")
         return np.asarray(image, float)
     if content:
-        (colour, shape), r, at = content.split(), rng.uniform(8, 11), np.arange(28) + 0.5
+        colour, shape = content.split()
+        radius = rng.uniform(8, 11)  # pixels
         ink = np.clip(COLOURS[colour] + rng.integers(-18, 19, 3), 0, 255)
-        cover = np.clip(0.5 - r * SHAPES[shape]((at[None] - x) / r, (at[:, None] - y) / r), 0, 1)[..., None]
+        middles = np.arange(CELL) + 0.5  # of the pixels
+        outside = SHAPES[shape]((middles[None] - x) / radius, (middles[:, None] - y) / radius)
+        cover = np.clip(0.5 - radius * outside, 0, 1)[..., None]  # share of each pixel: edges are smooth
         cell += cover * (ink - cell)
     return cell
 
 
 @cache
-def drawings(content):  # twelve of every content of a cell
+def drawings(content):
+    """The same for all scenes, so that each is drawn once a process."""
     rng = np.random.default_rng(zlib.crc32(content.encode()))
-    return [draw_cell(rng, content) for _ in range(12)]
+    return [draw_cell(rng, content) for _ in range(DRAWINGS)]
 
 
-def render(rng, cells):  # contents, three to a row -> uint8 [28 * rows, 84, 3]
-    drawn = [drawings(content)[rng.integers(12)] for content in cells]
-    image = np.concatenate([np.concatenate(drawn[i : i + 3], 1) for i in range(0, len(cells), 3)])
-    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+def render(rng, cells):
+    """A picture of the cells, three to a row, with noise: uint8 [CELL * rows, CELL * 3, 3]."""
+    drawn = [drawings(content)[rng.integers(DRAWINGS)] for content in cells]
+    strips = [np.concatenate(drawn[i : i + 3], axis=1) for i in range(0, len(cells), 3)]
+    image = np.concatenate(strips)
+    noise = rng.normal(0, 6, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-def named(cells):  # " red star blue ring": the objects in reading order
-    return "".join(f" {c}" for c in cells if c)
+# ---------------------------------------------------------------------------------------------------------------
+# What is said of scenes
 
 
-def listed(cells):  # " xa red star yc blue ring"
-    return "".join(f" {p} {c}" for p, c in zip(PLACES, cells) if c)
+def named(cells):
+    """ " red star blue ring": the objects in reading order."""
+    return "".join(f" {content}" for content in cells if content)
 
 
-def row(cells, r, places=PLACES):  # " ya red star yb none yc none"
-    return "".join(f" {places[i]} {cells[i] or 'none'}" for i in range(3 * r, 3 * r + 3)).replace("  ", " ")
+def listed(cells):
+    """ " xa red star yc blue ring": the objects with their places."""
+    return "".join(f" {place} {content}" for place, content in zip(PLACES, cells) if content)
 
 
-def lines(cells):  # " D69 A71"
-    return "".join(" " + "".join(cells[i : i + 3]) for i in range(0, len(cells), 3))
+def row_text(cells, r):
+    """ " ya red star yb none yc none": row r with its places."""
+    indices = range(3 * r, 3 * r + 3)
+    return "".join(f" {PLACES[i]} {cells[i] or 'none'}" for i in indices)
 
 
-def beside(place, step):  # the place one step away, or -1
-    r, c = place // 3 + STEPS[step][0], place % 3 + STEPS[step][1]
+def strip_text(cells):
+    """ " red star none none": a row without its places."""
+    return "".join(f" {content or 'none'}" for content in cells)
+
+
+def page_text(cells):
+    """ " D69 A71": the lines of a page."""
+    rows = [cells[i : i + 3] for i in range(0, len(cells), 3)]
+    return "".join(" " + "".join(glyphs) for glyphs in rows)
+
+
+def beside(place, step):
+    """The index of the place one step away, -1 where the scene ends."""
+    down, right = STEPS[step]
+    r = place // 3 + down
+    c = place % 3 + right
     return 3 * r + c if 0 <= r < 3 and 0 <= c < 3 else -1
 
 
-def said(text):  # a text side "kind: what is said": nothing to think about
-    return Side(text, " it is", text.partition(":")[2])
+def said(text):
+    """The side of a text "kind: what is said": it repeats what is said, there is nothing to think about."""
+    _, _, answer = text.partition(":")
+    return Side(text, " it is", answer)
 
 
-def example(task, rng, split):
-    """One (query, target, hard negatives) of a task, as Sides."""
-    if task == "doc":  # the page with these two lines
-        cells = draw(rng, split, 0, 0)
-        other, k = list(cells), int(rng.choice([1, 2, 4, 5]))
-        other[k] = str((int(other[k]) + rng.integers(1, 10)) % 10)
-        page, near = (Side("page", lines(c), lines(c), (c,)) for c in (cells, other))
-        return Side(f"find the page with{lines(cells)}", lines(cells), lines(cells)), page, [near]
-    if task in ("i2t", "t2i"):  # a picture and its caption; hard: two objects exchange their colours
-        cells = draw(rng, split, 4, 5)
-        i, j = rng.permutation([k for k in range(9) if cells[k]])[:2]
-        (ci, si), (cj, sj), other = cells[i].split(), cells[j].split(), list(cells)
-        other[i], other[j] = f"{cj} {si}", f"{ci} {sj}"
-        (image, text), (near_image, near_text) = (
-            (Side("image", listed(c), named(c), (c,)), said(f"photo of:{named(c)}")) for c in (cells, other))
-        if task == "i2t":
-            return image._replace(text="describe the image"), text, [near_text]
-        return text._replace(text=f"find the {text.text}"), image, [near_image]
-    if task == "cls":  # which object is there twice?
-        cells = draw(rng, split, 4, 5, repeat=1)
-        name = next(c for c in cells if c and cells.count(c) == 2)
-        where = "".join(f" {p}" for p, c in zip(PLACES, cells) if c == name)
-        query = Side("which object is there twice", f"{listed(cells)} so{where}", f" {name}", (cells,))
-        return query, said(f"object: {name}"), []
-    if task == "video":  # one of three objects moves one cell
-        cells = draw(rng, split, 3, 3)
-        moves = [(i, beside(i, s), s) for i in range(9) if cells[i] for s in STEPS if beside(i, s) >= 0]
-        moves = [move for move in moves if not cells[move[1]]]
-        i, j, step = moves[rng.integers(len(moves))]
-        after = list(cells)
-        after[i], after[j] = "", cells[i]
-        think = f"{listed(cells)} then{listed(after)} so {PLACES[i]} {PLACES[j]}"
-        near = [said(f"move: {c} {s}") for c in cells if c for s in STEPS if (c, s) != (cells[i], step)]
-        query = Side("what moves", think, f" {cells[i]} {step}", (cells, after))
-        return query, said(f"move: {cells[i]} {step}"), near
-    while True:  # vqa and ground: walk some steps; name the object found there, or show its row
+# ---------------------------------------------------------------------------------------------------------------
+# The tasks: each function draws one example, (query, target, hard negatives) as Sides
+
+
+def cls_example(rng, split):
+    """Which object is there twice?"""
+    cells = draw(rng, split, 4, 5, repeat=1)
+    double = next(content for content in cells if content and cells.count(content) == 2)
+    where = "".join(f" {place}" for place, content in zip(PLACES, cells) if content == double)
+    think = f"{listed(cells)} so{where}"
+    query = Side("which object is there twice", think, f" {double}", (cells,))
+    return query, said(f"object: {double}"), []
+
+
+def vqa_example(rng, split):
+    """Walk two or three steps and name the object found there."""
+    cells, end, ask, path = draw_walk(rng, split, 3)
+    query = Side(ask, f"{path} {cells[end]}", f" {cells[end]}", (cells,))
+    return query, said(f"object: {cells[end]}"), []
+
+
+def ground_example(rng, split):
+    """Walk two steps and show the row found there; hard: the scene's other rows."""
+    cells, end, ask, path = draw_walk(rng, split, 2)
+    strips = [cells[i : i + 3] for i in range(0, 9, 3)]
+    crops = [Side("image", listed(strip), strip_text(strip), (strip,)) for strip in strips]
+    r = end // 3
+    target = crops.pop(r)
+    think = f"{path} row{row_text(cells, r)}"
+    query = Side(f"{ask} crop the row", think, target.answer, (cells,))
+    return query, target, [crop for crop in crops if crop.think]  # a row without objects is no negative
+
+
+def draw_walk(rng, split, longest):
+    """A scene and a walk of two to `longest` steps, from anywhere to an object elsewhere.
+
+    Returns the cells, the index of the walk's end, the question for it and the path in words.
+    """
+    while True:
         cells = draw(rng, split, 5, 6)
-        i = int(rng.integers(9))
-        steps = rng.choice(list(STEPS), rng.integers(2, 4) if task == "vqa" else 2).tolist()
-        ask, path = f"from {PLACES[i]} go {' '.join(steps)}", f" {PLACES[i]}"
+        start = int(rng.integers(9))
+        steps = rng.choice(list(STEPS), rng.integers(2, longest + 1)).tolist()
+        end = start
+        path = f" {PLACES[start]}"
         for step in steps:
-            i = beside(i, step) if i >= 0 else i
-            path += f" {step} {PLACES[i]}"
-        if i < 0 or not cells[i] or PLACES[i] == path[1:3]:
-            continue
-        r = i // 3
-        if task == "vqa":
-            return Side(ask, f"{path} {cells[i]}", f" {cells[i]}", (cells,)), said(f"object: {cells[i]}"), []
-        crops = [Side("image", listed(c), row(c, 0, [""] * 3), (c,)) for c in zip(*[iter(cells)] * 3)]
-        query = Side(f"{ask} crop the row", f"{path} row{row(cells, r)}", crops[r].answer, (cells,))
-        return query, crops[r], [c for k, c in enumerate(crops) if k != r and c.think]
+            end = beside(end, step)
+            if end < 0:
+                break
+            path += f" {step} {PLACES[end]}"
+        if end >= 0 and end != start and cells[end]:
+            return cells, end, f"from {PLACES[start]} go {' '.join(steps)}", path
+
+
+def i2t_example(rng, split):
+    """A picture and its caption; hard: two objects have exchanged their colours."""
+    cells, near = draw_exchange(rng, split)
+    query = scene_image(cells)._replace(text="describe the image")
+    return query, caption(cells), [caption(near)]
+
+
+def t2i_example(rng, split):
+    """A caption and its picture; hard: two objects have exchanged their colours."""
+    cells, near = draw_exchange(rng, split)
+    text = caption(cells)
+    query = text._replace(text=f"find the {text.text}")
+    return query, scene_image(cells), [scene_image(near)]
+
+
+def draw_exchange(rng, split):
+    """A scene, and the same one where two objects have exchanged their colours."""
+    cells = draw(rng, split, 4, 5)
+    objects = [i for i, content in enumerate(cells) if content]
+    first, second = rng.permutation(objects)[:2]
+    first_colour, first_shape = cells[first].split()
+    second_colour, second_shape = cells[second].split()
+    near = list(cells)
+    near[first] = f"{second_colour} {first_shape}"
+    near[second] = f"{first_colour} {second_shape}"
+    return cells, near
+
+
+def scene_image(cells):
+    return Side("image", listed(cells), named(cells), (cells,))
+
+
+def caption(cells):
+    return said(f"photo of:{named(cells)}")
+
+
+def video_example(rng, split):
+    """One of three objects moves one cell; hard: all other moves of the three."""
+    cells = draw(rng, split, 3, 3)
+    moves = free_moves(cells)
+    start, step, end = moves[rng.integers(len(moves))]
+    mover = cells[start]
+    after = list(cells)
+    after[start] = ""
+    after[end] = mover
+    think = f"{listed(cells)} then{listed(after)} so {PLACES[start]} {PLACES[end]}"
+    query = Side("what moves", think, f" {mover} {step}", (cells, after))
+    everything = [f"move: {content} {other}" for content in cells if content for other in STEPS]
+    target = f"move: {mover} {step}"
+    return query, said(target), [said(move) for move in everything if move != target]
+
+
+def free_moves(cells):
+    """All (index of an object, step, index of the empty cell that it leads to)."""
+    moves = []
+    for start, content in enumerate(cells):
+        for step in STEPS:
+            end = beside(start, step)
+            if content and end >= 0 and not cells[end]:
+                moves.append((start, step, end))
+    return moves
+
+
+def doc_example(rng, split):
+    """The page with these two lines; hard: one digit of it is another."""
+    cells = draw(rng, split, 0, 0)
+    k = int(rng.choice([1, 2, 4, 5]))  # the digits' cells
+    near = list(cells)
+    near[k] = str((int(cells[k]) + rng.integers(1, 10)) % 10)
+    text = page_text(cells)
+    query = Side(f"find the page with{text}", text, text)
+    return query, page_side(cells), [page_side(near)]
+
+
+def page_side(cells):
+    text = page_text(cells)
+    return Side("page", text, text, (cells,))
+
+
+EXAMPLES = {
+    "cls": cls_example,
+    "vqa": vqa_example,
+    "i2t": i2t_example,
+    "t2i": t2i_example,
+    "ground": ground_example,
+    "video": video_example,
+    "doc": doc_example,
+}
+TASKS = tuple(EXAMPLES)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def stored(out, name, rng, side):
-    """Writes a side's pictures; returns it as an input of eval.py. Each picture of a video is two frames."""
+    """Writes a side's pictures below out/images; returns it as an input of eval.py.
+
+    A video's files each stand for two frames: the model sees pairs of frames.
+    """
     paths = [f"images/{name}{k}.jpg" for k in range(len(side.media))]
     for path, cells in zip(paths, side.media):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render(rng, cells)).save(out / path, quality=92, subsampling=0)
-    video = [path for path in paths for _ in range(2)] if len(paths) == 2 else []
-    return {"text": side.text, "images": [] if video else paths, "video": video}
+        file = out / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(rng, cells)).save(file, quality=92, subsampling=0)
+    if len(paths) < 2:
+        return {"text": side.text, "images": paths, "video": []}
+    first, last = paths
+    return {"text": side.text, "images": [], "video": [first, first, last, last]}
 
 
 def pair_rows(out, seed, task, name, split, count):
-    """Rows of sft.json or of an RL file."""
-    rng, rows = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())]), []
+    """Rows of one task for NAME.json: SFT rows for the name "sft", else RL rows."""
+    rng = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())])
+    rows = []
     for i in range(count):
-        sides = dict(zip(("qry", "pos"), example(task, rng, split)))
-        pair = {key: stored(out, f"{name}/{task}/{i}{key}", rng, side) for key, side in sides.items()}
-        pair["dataset_name"] = task
-        answers = {key: (side.think, side.answer) for key, side in sides.items()}
-        rows.append(sft_row(pair, answers) if name == "sft" else rl_row(pair))
+        query, target, _ = EXAMPLES[task](rng, split)
+        pair = {
+            "dataset_name": task,
+            "qry": stored(out, f"{name}/{task}/{i}qry", rng, query),
+            "pos": stored(out, f"{name}/{task}/{i}pos", rng, target),
+        }
+        if name == "sft":
+            answers = {"qry": (query.think, query.answer), "pos": (target.think, target.answer)}
+            rows.append(sft_row(pair, answers))
+        else:
+            rows.append(rl_row(pair))
     return rows
 
 
 def task_file(out, seed, task, split, queries, candidates):
-    """A native task file. What a candidate says is its key, so no two candidates are the same thing."""
-    rng, closed = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())]), task in ("cls", "vqa")
-    asked, targets, others = [], {}, {}
-    if closed:  # every object is a candidate, and nothing else
-        targets = {f" {c} {s}": said(f"object: {c} {s}") for c in COLOURS for s in SHAPES}
-    while len(asked) < queries or (not closed and len(targets | others) < candidates):
-        query, target, negatives = example(task, rng, split)
+    """A native task file of eval.py, as a dict. A candidate's key is what it says: no two are the same thing."""
+    rng = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())])
+    name = f"{split}/{task}"
+    asked = []
+    if task in CLOSED_TASKS:
+        targets = every_object()
+        candidates = len(targets)
+    else:
+        targets = {}
+    others = {}  # of an open task: hard negatives, and targets of examples whose queries are not asked
+    while len(asked) < queries or len(targets | others) < candidates:
+        query, target, negatives = EXAMPLES[task](rng, split)
         if len(asked) < queries:
-            files = stored(out, f"{split}/{task}/q{len(asked)}", rng, query)
-            asked.append({"input": files, "labels": [target.answer.strip()], "grades": None, "candidates": None})
+            item = stored(out, f"{name}/q{len(asked)}", rng, query)
+            labels = [target.answer.strip()]
+            asked.append({"input": item, "labels": labels, "grades": None, "candidates": None})
             targets.setdefault(target.answer, target)
-        others |= {s.answer: s for s in [target, *negatives] if not closed}
-    kept = list((targets | others | targets).items())[: max(candidates, len(targets))]
-    pool = {key.strip(): stored(out, f"{split}/{task}/c{i}", rng, side) for i, (key, side) in enumerate(kept)}
-    modality = {"video": "video", "doc": "visdoc"}.get(task, "image")
-    return {"name": f"{split}/{task}", "modality": modality, "group": "toy", "eval_type": "global",
-            "main_metric": "hit@1", "queries": asked, "candidates": pool}  # fmt: skip
+        if task not in CLOSED_TASKS:
+            others |= {side.answer: side for side in [target, *negatives]}
+    pool = {}
+    rest = {key: side for key, side in others.items() if key not in targets}
+    kept = list((targets | rest).items())[: max(candidates, len(targets))]  # no query loses its target
+    for i, (key, side) in enumerate(kept):
+        pool[key.strip()] = stored(out, f"{name}/c{i}", rng, side)
+    return {
+        "name": name,
+        "modality": MODALITIES.get(task, "image"),
+        "group": "toy",
+        "eval_type": "global",
+        "main_metric": "hit@1",
+        "queries": asked,
+        "candidates": pool,
+    }
+
+
+def every_object():
+    """{answer: its side} of all colours and shapes."""
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    return {f" {name}": said(f"object: {name}") for name in names}
 
 
 def in_parallel(out, jobs):
-    """Runs (function, arguments) on all cores; results in order."""
+    """Calls function(out, *arguments) for all jobs (function, *arguments) on all cores; results in order."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     blank_picture().save(out / "images/blank.jpg")
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        waiting = [pool.submit(function, out, *rest) for function, *rest in jobs]
+        waiting = [pool.submit(function, out, *arguments) for function, *arguments in jobs]
         try:
             return [job.result() for job in waiting]
         except BaseException:  # Ctrl-C: what has not begun is not waited for
@@ -212,16 +414,26 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidat
     """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
     tasks/dev/*.json and tasks/test/*.json are held-out ones."""
     out = Path(out)
-    kinds = {"sft": ("train", pairs, TASKS), "rl": ("train", rl_pairs, RL_TASKS), "rl_dev": ("dev", 48, TASKS),
-             "rl_test": ("test", 48, TASKS)}  # fmt: skip
-    jobs = [(pair_rows, seed, task, name, split, n) for name, (split, n, tasks) in kinds.items() for task in tasks]
-    for split, n in (("dev", dev), ("test", test)):
-        jobs += [(task_file, seed, task, split, n, candidates) for task in TASKS]
+    row_files = {  # name: split, rows of each task, tasks
+        "sft": ("train", pairs, TASKS),
+        "rl": ("train", rl_pairs, RL_TASKS),
+        "rl_dev": ("dev", 48, TASKS),
+        "rl_test": ("test", 48, TASKS),
+    }
+    jobs = []
+    for name, (split, count, tasks) in row_files.items():
+        jobs += [(pair_rows, seed, task, name, split, count) for task in tasks]
+    for split, count in (("dev", dev), ("test", test)):
+        jobs += [(task_file, seed, task, split, count, candidates) for task in TASKS]
     done = iter(in_parallel(out, jobs))
-    rows = {name: [row for _ in tasks for row in next(done)] for name, (_, _, tasks) in kinds.items()}
+    rows = {}
+    for name, (_, _, tasks) in row_files.items():
+        rows[name] = []
+        for _ in tasks:
+            rows[name] += next(done)
     for task in done:
         path = out / "tasks" / f"{task['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(task))
-    for name in reversed(rows):  # sft.json last: where it is, the world is complete
+    for name in reversed(row_files):  # sft.json last: where it is, the world is complete
         write_rows(out / f"{name}.json", rows[name])

@@ -22,18 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import GEN, INSTRUCTION, SYSTEM  # noqa: E402
 from support.toy import (  # noqa: E402
+    EXAMPLES,
     PLACES,
     STEPS,
-    TASKS,
     Side,
     beside,
     draw,
-    example,
     in_parallel,
-    lines,
     listed,
     named,
-    row,
+    page_text,
+    row_text,
     stored,
 )
 
@@ -50,9 +49,9 @@ def base_example(rng, level, split="train"):
     if kind == "page":
         cells = draw(rng, split, 0, 0)
         cells = cells[: 3 * level] or [cells[rng.integers(6)]]
-        return Side("read the page", "", lines(cells), (cells,))
+        return Side("read the page", "", page_text(cells), (cells,))
     if kind == "copy":
-        texts = [named(cells), listed(cells[:3]), lines(draw(rng, split, 0, 0)), row(cells * 3, 0)]
+        texts = [named(cells), listed(cells[:3]), page_text(draw(rng, split, 0, 0)), row_text(cells * 3, 0)]
         text = texts[rng.integers(4)] or " none"
         return Side(f"copy:{text}", "", text)
     if kind == "frames":
@@ -72,7 +71,7 @@ def base_example(rng, level, split="train"):
         return Side(f"from {PLACES[i]} go {step}", "", f"{walk} {cells[j] or 'none'}", (cells,))
     if kind == "row":
         r = int(rng.integers(3))
-        return Side(f"read row {PLACES[3 * r]}", "", row(cells, r), (cells,))
+        return Side(f"read row {PLACES[3 * r]}", "", row_text(cells, r), (cells,))
     return Side("list the objects", "", listed(cells), (cells,))
 
 
@@ -90,7 +89,7 @@ CHAT = (
 def toy_tokenizer():
     """Byte-level BPE of Qwen2's kind: reads any text; the toy's words and fixed sentences are one token."""
     rng = np.random.default_rng(0)
-    sides = [s for t in TASKS for _ in range(200) for s in example(t, rng, "train")[:2]]
+    sides = [s for draw_example in EXAMPLES.values() for _ in range(200) for s in draw_example(rng, "train")[:2]]
     sides += [base_example(rng, 2) for _ in range(1000)]
     texts = ["system", "user", "assistant"] + [t for s in sides for t in (s.text, s.think, s.answer)]
     plain = Qwen2Tokenizer().backend_tokenizer
@@ -125,7 +124,7 @@ def toy_model(path, seed=0, theta=30.0):
 
 
 def base_rows(out, seed, level, part, count):
-    """Level 3 asks as level 2 does, with the paper's instruction behind the question: think, then answer (the same)."""
+    """Level 3 asks as level 2 does, with the paper's instruction after the question: think, then answer (the same)."""
     rng, rows = np.random.default_rng([seed, 3, level, part]), []
     for i in range(count):
         row = {"dataset_name": "base"}
