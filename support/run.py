@@ -906,7 +906,7 @@ def open_log(out, start):
 
 def write_file(path, write):
     """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes have the same numbers
     write(temporary)
     os.replace(temporary, path)
 
