@@ -50,6 +50,7 @@ from support.run import (
     MissingFile,
     Progress,
     barrier,
+    changes,
     end_processes,
     hold,
     processes,
@@ -509,9 +510,9 @@ def refuse_other_answers(folder, settings):
     """Raises SystemExit where the folder's answers were made with other settings."""
     path = folder / "settings.json"
     before = read_json(path) if path.exists() else settings
-    changed = [f"{key} {before[key]} -> {settings[key]}" for key in settings if before[key] != settings[key]]
-    if changed:
-        raise SystemExit(f"{folder} holds answers to other settings ({'; '.join(changed)}); give another --out")
+    if changed := changes(before, settings):
+        told = "; ".join(changed.values())
+        raise SystemExit(f"{folder} holds answers to other settings ({told}); give another --out")
 
 
 def distinct_sides(pairs):

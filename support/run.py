@@ -770,12 +770,17 @@ def check_space(out, model, optimizer, keep):
 CHANGEABLE = ("steps", "lr")  # a resumed run may have others: people extend runs
 
 
+def changes(before, now):
+    """What differs between two dicts of settings, {key: text}."""
+    return {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
+
+
 def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE):
     """Stops where a resumed run is not the same one. step: the step that it goes on after.
 
     A setting that did not exist when the run began is said, not refused: its default is what the run did until then.
     """
-    changed = {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
+    changed = changes(before, now)
     refused = [text for key, text in changed.items() if key in before and key not in may_change]
     if refused:
         raise SystemExit(
