@@ -1,6 +1,6 @@
 """Data: conversations, pictures and videos to patches, the rows of SFT and RL files, batches.
 
-What a row becomes (the paper's training format for both embeddings): one string in Qwen2-VL's chat format,
+What a row becomes (the paper's formulation of an embedding that reasons): one string in Qwen2-VL's chat format,
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
@@ -27,6 +27,7 @@ Commands
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -53,9 +54,10 @@ INSTRUCTION = (
     "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or "
     "sentence. Finally, use the <gen_emb> tag to represent the entire input."
 )
-GEN, DISC = "<gen_emb>", "<disc_emb>"  # in this order they are added to the tokenizer
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # where media stand in the human text of SFT files
-ANY_MARK = f"(?:{IMAGE_MARK}|{VIDEO_MARK})"  # regular expression
+GEN = "<gen_emb>"
+DISC = "<disc_emb>"  # added to the tokenizer after GEN
+IMAGE_MARK = "<image>"  # where media stand in the human text of SFT files
+VIDEO_MARK = "<video>"
 NUM_FRAMES = 8  # of a video
 BLANK_SIZE = (28, 28)  # of the white picture that stands for "no picture": images/blank.jpg in the published files
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
@@ -106,13 +108,13 @@ class Family:
         return 3 * self.depth * self.patch**2
 
     def in_tokens(self, grid):
-        """(t, h, w) in patches -> in tokens of the language model."""
-        t, h, w = map(int, grid)
+        """A grid in patches -> in tokens of the language model."""
+        t, h, w = (int(n) for n in grid)
         return t, h // self.merge, w // self.merge
 
 
 def run_of_pads(pad, grid):
-    """One pad token for every visual token, between the marks of vision."""
+    """Qwen2-VL's media_text: one pad token for every visual token."""
     t, h, w = grid
     return f"<|vision_start|>{pad * (t * h * w)}<|vision_end|>"
 
@@ -125,6 +127,7 @@ def grid_positions(grid):
 
 
 def last_states(tower, pixels, grids, merged):
+    """Qwen2-VL's vision_states: the last layer's, after the merger or before it."""
     out = tower(pixels, grid_thw=grids)
     return out.pooler_output if merged else out.last_hidden_state
 
@@ -169,63 +172,103 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
 
 
 def normalise(patches, family=QWEN2_VL):
-    """uint8 patches [n, patch_values] -> float32 of the same shape, on the device they are on.
-
-    It comes late: until then a page of 2.4 M pixels is 14 MB, not 57.
-    """
+    """uint8 [n, 1176] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not 57."""
     table = byte_to_float(family.mean, family.std).to(patches.device)
-    channels = patches.int().chunk(3, dim=1)
-    values = [table[:, c][channel] for c, channel in enumerate(channels)]
-    return torch.cat(values, dim=1)
+    channels = []
+    for c, values in enumerate(patches.int().chunk(3, dim=1)):
+        channels.append(table[:, c][values])
+    return torch.cat(channels, dim=1)
 
 
 @cache
 def byte_to_float(mean, std):
     """The normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic."""
-    values = np.arange(256)[:, None]
-    scaled = (values * (1 / 255)).astype(np.float32)
+    scaled = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
     return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std))
 
 
 def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
-    """The patches before they are normalised: numpy uint8 [n, patch_values], grid [3]. Otherwise as patchify."""
+    """The patches before they are normalised: numpy uint8 [n, patch_values], grid [3]."""
     frames = [open_picture(frame) for frame in frames]
     width, height = frames[0].size
     H, W = smart_resize(height, width, family.token_side, min_pixels, max_pixels)
-    pixels = []
-    for frame in frames:
-        resized = frame.resize((W, H), Image.Resampling.BICUBIC)
-        pixels.append(np.asarray(resized))
+    pixels = [np.asarray(frame.resize((W, H), Image.Resampling.BICUBIC)) for frame in frames]
     lacking = -len(pixels) % family.depth
     pixels += pixels[-1:] * lacking
-    return cut_into_patches(np.stack(pixels), family)
 
-
-def cut_into_patches(pixels, family):
-    """uint8 [frames, H, W, 3], multiples of depth and token_side -> [n, patch_values], grid [3].
-
-    The patches of one token follow each other. Inside a patch the order is channel, frame, y, x.
-    """
-    patch = family.patch
-    merge = family.merge
-    num_frames, H, W, _ = pixels.shape
-    t = num_frames // family.depth
+    patch, depth, merge = family.patch, family.depth, family.merge
+    t = len(pixels) // depth
     h = H // patch
     w = W // patch
-    x = pixels.reshape(t, family.depth, h // merge, merge, patch, w // merge, merge, patch, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    patches = np.ascontiguousarray(x).reshape(t * h * w, family.patch_values)
-    return patches, np.array([t, h, w])
+    x = np.stack(pixels)  # [t * depth, H, W, 3]
+    x = x.reshape(t, depth, h // merge, merge, patch, w // merge, merge, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # the patches of a token follow each other; in one: channel, frame, y, x
+    x = x.reshape(t * h * w, family.patch_values)
+    return np.ascontiguousarray(x), np.array([t, h, w])
+
+
+def open_picture(source, root=None):
+    """A path (relative to root) or a PIL picture -> PIL picture, decoded, in RGB. Raises Skip with file and reason.
+
+    The border for media: whatever a decoder raises on a broken file, and decoders raise anything, is a Skip. Memory
+    errors and interrupts pass. The EXIF orientation is ignored, as in the official loader.
+    """
+    name = getattr(source, "filename", "") or "a picture given as an object"
+    try:
+        picture = source
+        if not isinstance(source, Image.Image):
+            name = Path(root or "", source)
+            path = find_picture(source, root)
+            if path is None:
+                return blank_picture()
+            picture = Image.open(path)
+        check_size(picture, name)
+        picture.load()  # Image.open reads the header only: a truncated file shows here
+        return to_rgb(picture)
+    except (Skip, MemoryError, KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
+        reason = str(error) or type(error).__name__
+        raise Skip(f"{name}: cannot be read as a picture ({reason})") from error
+
+
+def find_picture(source, root=None):
+    """The path of a picture's file; None for the authors' stand-in for "no picture", which need not be there.
+
+    Raises Skip where the path is no file below root. A link that lies there may point anywhere; a pipe is no file:
+    opening it would wait for ever.
+    """
+    path = Path(root or "", source)
+    if path.name == "blank.jpg" and not path.exists():
+        return None
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
+        raise Skip(f"{source}: the path leaves --media_root {root}")
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise Skip(f"{path}: cannot be read as a picture ({error.strerror})") from error
+    if not exists:
+        raise Skip(f"{path}: no such file (is --media_root right?)")
+    if not path.is_file():
+        raise Skip(f"{path}: cannot be read as a picture (it is no file)")
+    return path
+
+
+def check_size(picture, name):
+    """Raises Skip for a picture that is too large to be decoded, empty, or too narrow for the model's resize."""
+    width, height = picture.size
+    size = f"{width} x {height} pixels"
+    if width * height > MAX_DECODED:
+        raise Skip(f"{name}: {size} is above the bound of {MAX_DECODED:,}")
+    if min(width, height) == 0 or max(width, height) > 200 * min(width, height):
+        raise Skip(f"{name}: {size}: empty, or one side is more than 200 times the other")
 
 
 def to_rgb(picture):
-    """8-bit RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath.
-
-    Raises ValueError for pixels of 32 bits, whose range is unknown.
-    """
-    straight_alpha = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode)
-    if straight_alpha:  # from premultiplied alpha convert() knows this one way only
-        picture = picture.convert(straight_alpha)
+    """8-bit RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath."""
+    premultiplied = {"La": "LA", "RGBa": "RGBA"}
+    if picture.mode in premultiplied:  # convert() knows this one way only
+        picture = picture.convert(premultiplied[picture.mode])
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow's PPM: 0..65535
         picture = grey_of_8_bits(picture)
     if picture.mode in ("I", "F"):
@@ -239,83 +282,20 @@ def to_rgb(picture):
 
 def grey_of_8_bits(picture):
     """Grey of 16 bits, scaled by its range; convert() cuts it off at 255, so that nearly all of it is white."""
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 is the bits per sample, 262 is 0 where 0 is white
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 bits per sample, 262 is 0 where white is
     bits = tags.get(258, (16,))[0]
     top = 2**bits - 1
-    grey = np.asarray(picture).clip(0, top) * (255 / top)
-    grey = np.rint(grey).astype(np.uint8)
+    grey = np.asarray(picture).clip(0, top)
+    grey = np.rint(grey * (255 / top)).astype(np.uint8)
     if tags.get(262) == 0:
         grey = 255 - grey
     return Image.fromarray(grey)
 
 
-def open_picture(source, root=None):
-    """A path (relative to root) or a PIL picture -> PIL picture, decoded, in RGB. Raises Skip with file and reason.
-
-    The border for media: whatever a decoder raises on a broken file, and decoders raise anything, is a Skip. Memory
-    errors and interrupts pass. The EXIF orientation is ignored, as in the official loader.
-    """
-    path = getattr(source, "filename", "") or "a picture given as an object"
-    try:
-        if isinstance(source, Image.Image):
-            picture = source
-        else:
-            path = media_path(source, root)
-            if is_blank(path):
-                return blank_picture()
-            look_up(source, root)
-            picture = Image.open(path)
-        check_size(picture, path)
-        picture.load()  # Image.open reads the header only: a truncated file shows here
-        return to_rgb(picture)
-    except (Skip, MemoryError, KeyboardInterrupt, SystemExit, Stopped):
-        raise
-    except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
-        raise Skip(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
-
-
-def media_path(source, root=None):
-    return Path(root, source) if root else Path(source)
-
-
-def check_size(picture, path):
-    """Raises Skip for a picture that is too large to decode, or that smart_resize refuses."""
-    width, height = picture.size
-    size = f"{width} x {height} pixels"
-    if width * height > MAX_DECODED:
-        raise Skip(f"{path}: {size} is above the bound of {MAX_DECODED:,}")
-    if min(width, height) == 0 or max(width, height) > 200 * min(width, height):
-        raise Skip(f"{path}: {size}: empty, or one side is more than 200 times the other")
-
-
-def look_up(source, root=None):
-    """Raises Skip where a path is no file below root.
-
-    A link that lies there may point anywhere. A pipe is no file: opening it would wait for ever.
-    """
-    path = media_path(source, root)
-    top = os.path.abspath(root or path)
-    if not Path(os.path.abspath(path)).is_relative_to(top):
-        raise Skip(f"{source}: the path leaves --media_root {root}")
-    try:
-        there = path.exists()
-    except OSError as error:  # a name that is too long
-        raise Skip(f"{path}: cannot be read as a picture ({error.strerror})") from error
-    if not there:
-        raise Skip(f"{path}: no such file (is --media_root right?)")
-    if not path.is_file():
-        raise Skip(f"{path}: cannot be read as a picture (it is no file)")
-
-
-def is_blank(path):
-    """The authors' stand-in for "no picture", which need not be there."""
-    return path.name == "blank.jpg" and not path.exists()
-
-
 def thinned(frames, n=NUM_FRAMES):
     """At most n of the frames, evenly spread, first and last included."""
-    chosen = np.linspace(0, len(frames) - 1, min(len(frames), n)).astype(int)
-    return [frames[i] for i in chosen]
+    places = np.linspace(0, len(frames) - 1, min(len(frames), n)).astype(int)
+    return [frames[i] for i in places]
 
 
 def blank_picture():
@@ -324,7 +304,7 @@ def blank_picture():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One side of a pair as arrays: the conversation in tokens, their positions, the patches
+# One side of a pair as arrays
 
 
 @dataclass
@@ -365,22 +345,21 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
     After a picture the count goes on at its largest index + 1, so position = index + delta for text after media.
     """
-    blocks = []
-    index = 0  # of the block's first token
-    position = 0  # of the block's first token
     grids = iter(grids)
     is_media = np.isin(ids, media_ids)
-    while index < len(ids):
-        if is_media[index]:
-            block, span = family.media_positions(family.in_tokens(next(grids)))
+    positions = []
+    start = 0  # the position that the next token begins with
+    i = 0
+    while i < len(ids):
+        if is_media[i]:
+            block, following = family.media_positions(family.in_tokens(next(grids)))
         else:
-            rest = is_media[index:]
-            span = int(np.argmax(rest)) if rest.any() else len(rest)
-            block = np.broadcast_to(np.arange(span), (3, span))
-        blocks.append(block + position)
-        position += span
-        index += block.shape[1]
-    return np.concatenate(blocks, axis=1)
+            following = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
+            block = np.broadcast_to(np.arange(following), (3, following))
+        positions.append(block + start)
+        start += following
+        i += block.shape[1]
+    return np.concatenate(positions, axis=1)
 
 
 def chat_prompt(user):
@@ -402,54 +381,58 @@ def check_text(text, name):
                        "remove it") from error  # fmt: skip
 
 
-def media_marks(human, images, video, name):
+def media_marks(item, name):
     """The media marks of a text, in its order. Raises BadInput where they do not fit the media."""
-    marks = re.findall(ANY_MARK, human)
+    marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", item["text"])
     image_marks = marks.count(IMAGE_MARK)
     video_marks = marks.count(VIDEO_MARK)
-    if image_marks != len(images) or video_marks != bool(video):
+    pictures = len(item["images"])
+    videos = int(bool(item["video"]))
+    if image_marks != pictures or video_marks != videos:
         raise BadInput(
             f"{name}: the text has {image_marks} {IMAGE_MARK} and {video_marks} {VIDEO_MARK} "
-            f"marks for {len(images)} pictures and {int(bool(video))} videos; make them equal"
+            f"marks for {pictures} pictures and {videos} videos; make them equal"
         )
     return marks
 
 
-def without_marks(text, images, video):
-    """A text without the marks of its media, which RL rows may carry; the media come first in any case.
+def without_marks(item):
+    """An input's text without the marks of its media, which RL rows may carry; the media come first in any case.
 
     A mark stands at the start of the text or alone on a line, and there are no more of them than media. Anything else
     is the user's text: the <video> of a question about HTML stays.
     """
-    left = {IMAGE_MARK: len(images), VIDEO_MARK: int(bool(video))}
+    left = {IMAGE_MARK: len(item["images"]), VIDEO_MARK: int(bool(item["video"]))}
 
-    def drop_mark(found):
-        mark = found[0]
-        left[mark] -= 1
-        return "" if left[mark] >= 0 else mark
+    def drop(mark):
+        left[mark[0]] -= 1
+        return "" if left[mark[0]] >= 0 else mark[0]
 
-    def drop_marks(found):
-        return re.sub(ANY_MARK, drop_mark, found[0])
-
-    at_start = rf"\A\s*(?:{ANY_MARK}\s*)+"
-    on_a_line = rf"^[ \t]*(?:{ANY_MARK}[ \t]*)+$"
-    return re.sub(f"{at_start}|{on_a_line}", drop_marks, text, flags=re.MULTILINE)
+    any_mark = f"(?:{IMAGE_MARK}|{VIDEO_MARK})"
+    runs = rf"\A\s*(?:{any_mark}\s*)+|^[ \t]*(?:{any_mark}[ \t]*)+$"
+    return re.sub(runs, lambda run: re.sub(any_mark, drop, run[0]), item["text"], flags=re.MULTILINE)
 
 
-def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=None, name="", family=QWEN2_VL):
+def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", family=QWEN2_VL):
     """One side of a pair -> Row.
 
-    human: the user's text with <image> / <video> marks where the media stand; images: paths or PIL pictures;
-    video: list of frames (more than NUM_FRAMES are thinned out evenly); answer: the assistant's text or None.
-    marks: those that the text begins with, where later ones are literal text; None: all, or none where no media are.
+    item: {"text", "images", "video"}: the user's text with <image> / <video> marks where the media stand, paths or PIL
+    pictures, a list of frames (more than NUM_FRAMES are thinned out evenly). answer: the assistant's text or None.
+    marks: the media marks at the start of the text, where later ones are literal text. None: every <image> and <video>
+    is a mark, or none is where there are no media.
     Raises Skip for media that cannot be used, BadInput for text and media that do not fit together.
     """
-    for text in (human, answer or ""):
+    for text in (item["text"], answer or ""):
         check_text(text, name)
     if marks is None:
-        marks = media_marks(human, images, video, name) if images or video else []
-    human, patches, grids = read_media(human, marks, images, video, root, family)
-    ids, n_prompt = token_ids(tokenizer, human, answer)
+        has_media = item["images"] or item["video"]
+        marks = media_marks(item, name) if has_media else []
+    user, patches, grids = place_media(item, marks, root, family)
+    ids = tokenizer(chat_prompt(user), add_special_tokens=False).input_ids
+    n_prompt = len(ids)
+    if answer is not None:  # tokenised apart from the prompt, as it will be generated
+        ids = ids + tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
+    ids = np.array(ids)
     names = [GEN, DISC, family.image_pad, family.video_pad]
     gen_id, disc_id, *media_ids = tokenizer.convert_tokens_to_ids(names)
     return Row(
@@ -457,47 +440,41 @@ def encode(tokenizer, human, images, video, answer=None, *, marks=None, root=Non
         positions=mrope_positions(ids, grids, media_ids, family),
         n_prompt=n_prompt,
         disc_at=last_index(ids, disc_id, 0, n_prompt),
-        gen_at=last_index(ids, gen_id, n_prompt, len(ids)),  # not the <gen_emb> of INSTRUCTION
+        gen_at=last_index(ids, gen_id, n_prompt, len(ids)),  # not the <gen_emb> of INSTRUCTION, in the user's turn
         patches=patches,
         grids=grids,
         name=name,
     )
 
 
-def read_media(human, marks, images, video, root, family):
-    """-> the text with visual tokens in the places of its marks, patches uint8 [n, patch_values], grids [m, 3]."""
+def place_media(item, marks, root, family):
+    """Puts the pad tokens of each picture and video in the place of its mark.
+
+    Returns the text, uint8 patches [n, patch_values] of all media in the order of the marks, and their grids [m, 3].
+    """
+    text = item["text"]
+    images = iter(item["images"])
     patches = [np.zeros((0, family.patch_values), np.uint8)]
     grids = []
-    images = iter(images)
     for mark in marks:
         if mark == IMAGE_MARK:
-            frames = [open_picture(next(images), root)]
-            low, high = family.image_pixels
+            sources = [next(images)]
+            bounds = family.image_pixels
             pad = family.image_pad
         else:
-            frames = [open_picture(frame, root) for frame in thinned(video)]
-            low, high = family.video_pixels
+            sources = thinned(item["video"])
+            bounds = family.video_pixels
             pad = family.video_pad
-        of_one, grid = patch_bytes(frames, low, high, family)
-        patches.append(of_one)
+        frames = [open_picture(source, root) for source in sources]
+        x, grid = patch_bytes(frames, *bounds, family)
+        text = text.replace(mark, family.media_text(pad, family.in_tokens(grid)), 1)
+        patches.append(x)
         grids.append(grid)
-        visual_tokens = family.media_text(pad, family.in_tokens(grid))
-        human = human.replace(mark, visual_tokens, 1)
-    return human, np.concatenate(patches), np.array(grids, dtype=np.int64).reshape(-1, 3)
-
-
-def token_ids(tokenizer, human, answer):
-    """-> ids [L] of the conversation and the length of its prompt."""
-    prompt = tokenizer(chat_prompt(human), add_special_tokens=False).input_ids
-    if answer is None:
-        return np.array(prompt), len(prompt)
-    # tokenised apart from the prompt, as it will be generated
-    answer = tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
-    return np.array(prompt + answer), len(prompt)
+    return text, np.concatenate(patches), np.array(grids, dtype=np.int64).reshape(-1, 3)
 
 
 def last_index(ids, token, start, end):
-    """Index of the last such token in ids[start:end], -1 if there is none."""
+    """Where the token stands last among ids[start:end], counted from 0; -1 if it does not."""
     found = np.flatnonzero(ids[start:end] == token)
     return start + int(found[-1]) if len(found) else -1
 
@@ -506,17 +483,14 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
     """The form of RL and evaluation: media, then the stripped text, <disc_emb> and INSTRUCTION. -> Row
 
     item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
-    Raises as encode does.
     """
     item = check_input(item, name)
-    images = item["images"]
-    video = item["video"]
-    text = without_marks(item["text"], images, video).strip()
-    if blank_image and not images and not video:
-        images = [blank_picture()]
-    marks = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * bool(video)
-    human = f"{''.join(marks)}{text}\n{DISC}\n{INSTRUCTION}"
-    return encode(tokenizer, human, images, video, answer, marks=marks, root=root, name=name, family=family)
+    text = without_marks(item).strip()
+    if blank_image and not item["images"] and not item["video"]:
+        item["images"] = [blank_picture()]
+    marks = [IMAGE_MARK] * len(item["images"]) + [VIDEO_MARK] * bool(item["video"])
+    item["text"] = f"{''.join(marks)}{text}\n{DISC}\n{INSTRUCTION}"
+    return encode(tokenizer, item, answer, marks=marks, root=root, name=name, family=family)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -534,7 +508,6 @@ KEYS = {
                             "neg_text", "neg_image_path"),
     "an input": ("text", "images", "video"),
 }  # fmt: skip
-MEDIUM = (str, Path, Image.Image)  # a path or a picture
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
 FORMS = (
     '{"text": str, "images": [path or PIL picture], "video": [path or PIL picture of each frame]}, any of these keys, '
@@ -543,10 +516,7 @@ FORMS = (
 
 
 def check_keys(given, kind, name, keys=None):
-    """Raises BadInput where `given` is no dict or has a key that its kind may not have.
-
-    keys: the keys allowed, where KEYS has no entry for the kind.
-    """
+    """Raises BadInput where something is no dict or has a key that its kind may not have."""
     keys = keys or KEYS[kind]
     if not isinstance(given, dict):
         raise BadInput(f"{name}: expected {kind} with {', '.join(keys)}, found {type(given).__name__}")
@@ -556,36 +526,29 @@ def check_keys(given, kind, name, keys=None):
 
 
 def as_list(media, name="", kind="image"):
-    """Media of a row -> list of paths or pictures. Raises BadInput where they are anything else.
-
-    The published files write "no media" as absent, "", [""] or []; one picture as a string.
-    """
-    if media is None or isinstance(media, MEDIUM):
+    """The published files write "no media" as absent, "", [""] or []; one picture as a string. -> list of paths or
+    pictures. Raises BadInput for anything else."""
+    if media is None or isinstance(media, (str, Path, Image.Image)):
         media = [media] if media else []
     if not isinstance(media, (list, tuple)):
         raise BadInput(f"{name}: {kind} must be a path or a list of paths, not {type(media).__name__}")
-    for medium in media:
-        check_medium(medium, name, kind)
-    return [medium for medium in media if medium]
-
-
-def check_medium(medium, name, kind):
-    if not isinstance(medium, MEDIUM):
-        raise BadInput(f"{name}: {kind} must be a flat list of paths, it holds {type(medium).__name__}")
-    path = str(medium)
-    if path.startswith(("http://", "https://")):
-        raise BadInput(f"{name}: {path} is a web address; download it and give the file's path")
-    if kind == "video" and path.lower().endswith(VIDEO_FILES):
-        raise BadInput(
-            f"{name}: {path} is a video file; a video is the list of its frames, which this makes: "
-            f"ffmpeg -i {path} -vf fps=2 FOLDER/%04d.jpg"
-        )
+    for m in media:
+        if not isinstance(m, (str, Path, Image.Image)):
+            raise BadInput(f"{name}: {kind} must be a flat list of paths, it holds {type(m).__name__}")
+        if str(m).startswith(("http://", "https://")):
+            raise BadInput(f"{name}: {m} is a web address; download it and give the file's path")
+        if kind == "video" and str(m).lower().endswith(VIDEO_FILES):
+            raise BadInput(f"{name}: {m} is a video file; a video is the list of its frames, which this makes: "
+                           f"ffmpeg -i {m} -vf fps=2 FOLDER/%04d.jpg")  # fmt: skip
+    return [m for m in media if m]
 
 
 def check_input(item, name):
     """An input of RL, evaluation or embed -> {"text", "images", "video"}, all there. Raises BadInput."""
     if isinstance(item, str):
-        check_is_text(item, name)
+        if re.fullmatch(r"https?://\S+", item) or (len(item) < 256 and os.path.isfile(item)):
+            raise BadInput(f'{name}: {item!r} could be a text or a file: {{"text": ...}} says text, Path(...) a '
+                           "picture (one on the web has to be downloaded)")  # fmt: skip
         item = {"text": item}
     elif isinstance(item, (Path, Image.Image)):
         item = {"images": [item]}
@@ -596,29 +559,17 @@ def check_input(item, name):
     if text is None:
         text = ""
     check_text(text, name)
-    return {
-        "text": text,
-        "images": as_list(item.get("images"), name, "images"),
-        "video": as_list(item.get("video"), name, "video"),
-    }
-
-
-def check_is_text(given, name):
-    """Raises BadInput where a bare string could be meant as a file."""
-    is_address = re.fullmatch(r"https?://\S+", given)
-    if is_address or (len(given) < 256 and os.path.isfile(given)):
-        raise BadInput(
-            f'{name}: {given!r} could be a text or a file: {{"text": ...}} says text, Path(...) a '
-            "picture (one on the web has to be downloaded)"
-        )
+    images = as_list(item.get("images"), name, "images")
+    video = as_list(item.get("video"), name, "video")
+    return {"text": text, "images": images, "video": video}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The rows of SFT and RL files
+# Rows of SFT and RL files. A side of either is an item {"text", "images", "video"}, of an SFT row also an answer.
 
 
 def sft_side(side, name):
-    """One side of an SFT row, in either key style -> (human text, images, video, answer). Raises BadInput."""
+    """One side of an SFT row -> item, whose text is all that the human says, and the assistant's answer or None."""
     check_keys(side, "a side of an SFT row", name)
     turns = side.get("conversations")
     if not isinstance(turns, list) or len(turns) != 2:
@@ -632,35 +583,42 @@ def sft_side(side, name):
     video = as_list(side.get("video"), name, "video")
     if images and video:
         raise BadInput(f"{name}: has both an image and a video; the format allows one of them")
-    return human, images, video, answer
+    return {"text": human, "images": images, "video": video}, answer
 
 
 def turn_text(turn, roles, name):
-    """What a turn of "conversations" says; roles: the names that its speaker may have."""
+    """What one turn says, in the keys from/value or role/content. roles: who may speak here."""
     check_keys(turn, "a turn", name)
-    speaker = turn.get("from", turn.get("role", roles[0]))
-    if speaker not in roles:
-        raise BadInput(f'{name}: "conversations" has a turn of {speaker!r} where {" or ".join(roles)} must be')
-    if "value" in turn:
-        return turn["value"]
-    if "content" in turn:
-        return turn["content"]
-    raise BadInput(f'{name}: a turn of "conversations" has neither "value" nor "content"')
+    who = turn.get("from", turn.get("role", roles[0]))
+    if who not in roles:
+        raise BadInput(f'{name}: "conversations" has a turn of {who!r} where {" or ".join(roles)} must be')
+    if "value" not in turn and "content" not in turn:
+        raise BadInput(f'{name}: a turn of "conversations" has neither "value" nor "content"')
+    return turn["value"] if "value" in turn else turn["content"]
 
 
 def rl_side(row, side, name):
-    """One side ("qry" or "pos") of an RL row -> input dict. Raises BadInput."""
-    keys = (f"{side}_text", f"{side}_image", f"{side}_video")
-    missing = [key for key in keys if key not in row]
+    """One side ("qry" or "pos") of an RL row -> item."""
+    missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
         raise BadInput(f"{name}: the row lacks {', '.join(missing)}")
     check_keys(row, "an RL row", name)
-    text, images, video = (row[key] for key in keys)
-    return check_input({"text": text, "images": images, "video": video}, name)
+    item = {"text": row[f"{side}_text"], "images": row[f"{side}_image"], "video": row[f"{side}_video"]}
+    return check_input(item, name)
+
+
+def side_of(row, kind, side, name):
+    """One side ("qry" or "pos") of a row -> item and answer. kind: "sft" or "rl"; name: the row's, for messages."""
+    if kind == "rl":
+        return rl_side(row, side, f"{name}, {side}"), None
+    check_keys(row, "an SFT row", name)
+    if side not in row:
+        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+    return sft_side(row[side], f"{name}, {side}")
 
 
 def sft_row(pair, answers):
-    """The SFT row of a pair; answers: (reasoning, summary) of each side."""
+    """The SFT row of a pair {"dataset_name", "qry": item, "pos": item}; answers: (reasoning, summary) of each side."""
     row = {"dataset_name": pair["dataset_name"]}
     for side, (reasoning, summary) in answers.items():
         item = pair[side]
@@ -668,23 +626,17 @@ def sft_row(pair, answers):
             media = {"video": item["video"]}
             marks = VIDEO_MARK
         else:
-            images = item["images"] or ["images/blank.jpg"]
-            media = {"image": images}
-            marks = IMAGE_MARK * len(images)
+            media = {"image": item["images"] or ["images/blank.jpg"]}
+            marks = IMAGE_MARK * len(media["image"])
         human = f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"
         answer = f"<think>{reasoning}</think><answer>{summary}{GEN}"
-        turns = [
-            {"from": "human", "value": human},
-            {"from": "gpt", "value": answer},
-        ]
-        row[side] = media | {"conversations": turns}
+        row[side] = media | {"conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]}
     return row
 
 
 def rl_row(pair):
-    """The RL row of a pair: one picture is a string, none is "", no video is [""], as in the published file."""
-    name = pair["dataset_name"]
-    row = {"dataset": name, "dataset_name": name, "solution": "<embedding>"}
+    """The RL row of a pair. No picture is "", one a string, several a list; no video is [""], as in published rows."""
+    row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
     for side in ("qry", "pos"):
         item = pair[side]
         images = item["images"]
@@ -692,18 +644,6 @@ def rl_row(pair):
         row[f"{side}_image"] = images[0] if len(images) == 1 else images or ""
         row[f"{side}_video"] = item["video"] or [""]
     return row
-
-
-def side_of(row, kind, side, name):
-    """One side of a row of either kind of file -> (name, human text, images, video, answer). Raises BadInput."""
-    where = f"{name}, {side}"
-    if kind == "rl":
-        item = rl_side(row, side, where)
-        return where, item["text"], item["images"], item["video"], None
-    check_keys(row, "an SFT row", name)
-    if side not in row:
-        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
-    return where, *sft_side(row[side], where)
 
 
 @dataclass(frozen=True)
@@ -715,31 +655,30 @@ class RowCheck:
 
     def __call__(self, row, name):
         for side in ("qry", "pos"):
-            where, human, images, video, answer = side_of(row, self.kind, side, name)
-            if self.kind == "sft":  # the texts of an RL row have been checked, its marks do not count
-                for text in (human, answer or ""):
-                    check_text(text, where)
-                media_marks(human, images, video, where)  # also without media: they may have been lost
-                self.check_needs(human, answer or "", where)
+            item, answer = side_of(row, self.kind, side, name)
+            if self.kind == "sft":  # an RL row's texts have been checked, its marks do not count
+                self.check_texts(item, answer, f"{name}, {side}")
 
-    def check_needs(self, human, answer, where):
+    def check_texts(self, item, answer, name):
+        for text in (item["text"], answer or ""):
+            check_text(text, name)
+        media_marks(item, name)  # also without media: they may have been lost
         if "answer" in self.needs and not answer:
-            raise BadInput(f"{where}: no assistant text, from which the next-token loss learns; mend the row")
-        for token, text, speaker in ((DISC, human, "user's"), (GEN, answer, "assistant's")):
+            raise BadInput(f"{name}: no assistant text, from which the next-token loss learns; mend the row")
+        for token, text, whose in ((DISC, item["text"], "user's"), (GEN, answer or "", "assistant's")):
             if token in self.needs and token not in text:
-                raise BadInput(f"{where}: no {token} in the {speaker} text, so it has no such embedding; mend it")
+                raise BadInput(f"{name}: no {token} in the {whose} text, so it has no such embedding; mend it")
 
 
 def content_key(text, images, video):
     """Identity of a side, an int64: equal stripped text and equal media paths."""
-    text = (text or "").strip()
-    content = [text, list(map(str, images)), list(map(str, video))]
+    content = [(text or "").strip(), [str(m) for m in images], [str(m) for m in video]]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pairs, the order of their batches, the loader
+# Pairs, the order of batches, the loader
 
 
 @dataclass
@@ -748,9 +687,9 @@ class Pair:
 
     query: Row
     target: Row
-    target_key: int
+    target_key: int  # content_key of the target: equal ones are not each other's negatives
     ok: bool
-    reason: str
+    reason: str  # why it was skipped
     name: str
 
 
@@ -758,8 +697,7 @@ class PairData(Dataset):
     """Encoded pairs of one or more files; item i is row i. `order` says which rows make a step.
 
     kind: the files' format, "sft" or "rl". needs: the embedding tokens that a row must have. answers=False reads the
-    prompts of an SFT file only (DUME). cache: a folder that keeps the files' indexes. rank, world: this process and
-    the number of them.
+    prompts of an SFT file only (DUME).
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
@@ -786,93 +724,65 @@ class PairData(Dataset):
     def __getitem__(self, i):
         name, row = self.rows[i]
         try:
-            query, _ = self.side(row, "qry", name)
-            target, target_key = self.side(row, "pos", name)
+            query, _ = self.encode_side(row, "qry", name)
+            target, key = self.encode_side(row, "pos", name)
         except Skip as error:
-            return Pair(self.stand_in(name), self.stand_in(name), 0, False, str(error), name)
-        return Pair(query, target, target_key, True, "", name)
+            return Pair(self.stand_in(name), self.stand_in(name), 0, ok=False, reason=str(error), name=name)
+        return Pair(query, target, key, ok=True, reason="", name=name)
 
-    def side(self, row, side, name):
-        """-> Row and the identity of its content. Raises Skip."""
-        name, human, images, video, answer = side_of(row, self.kind, side, name)
-        common = {"root": self.root, "name": name, "family": self.family}
+    def encode_side(self, row, side, name):
+        """-> Row and the identity of its content."""
+        item, answer = side_of(row, self.kind, side, name)
+        name = f"{name}, {side}"
+        how = {"root": self.root, "name": name, "family": self.family}
         if self.kind == "sft":
-            answer = answer if self.answers else None
-            encoded = encode(self.tokenizer, human, images, video, answer, **common)
+            encoded = encode(self.tokenizer, item, answer if self.answers else None, **how)
         else:
-            item = {"text": human, "images": images, "video": video}
-            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, **common)
+            encoded = encode_input(self.tokenizer, item, blank_image=self.blank_image, **how)
         if len(encoded.ids) > self.max_length:
             raise Skip(f"{name}: {len(encoded.ids)} tokens, above --max_length {self.max_length}")
-        return encoded, content_key(human, images, video)
+        return encoded, content_key(**item)
 
     def stand_in(self, name):
         """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
-        has_answer = self.kind == "sft" and self.answers
-        answer = f"<think></think><answer>{GEN}" if has_answer else None
-        return encode(self.tokenizer, f"\n{DISC}\n", [], [], answer, name=name, family=self.family)
+        item = {"text": f"\n{DISC}\n", "images": [], "video": []}
+        answer = None
+        if self.kind == "sft" and self.answers:
+            answer = f"<think></think><answer>{GEN}"
+        return encode(self.tokenizer, item, answer, name=name, family=self.family)
 
 
 class BatchOrder:
     """order[step] -> row numbers of the global batch of that step: one dataset each, shuffled, a function of the seed.
 
-    Every dataset is an endless sequence of permutations of its rows, one per epoch, cut into batches. A tail shorter
-    than a batch goes into the first batch of the next epoch, whose permutation puts these rows last, so that no batch
-    holds a row twice. A dataset smaller than a batch is left out. An epoch's batches over all datasets are shuffled
-    together.
+    Every dataset is an endless sequence of permutations, one per epoch, cut into batches. A tail shorter than a batch
+    goes into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row
+    twice. A dataset smaller than a batch is left out. An epoch's batches over all datasets are shuffled together.
     """
 
     def __init__(self, dataset, batch_size, seed, names=None):
-        """dataset: name of every row, or its index into names. Raises BadInput where no dataset fills a batch."""
+        """dataset: name of every row, or its index into names."""
         self.batch_size = batch_size
         self.seed = seed
-        self.members = []  # row numbers of each dataset that fills a batch
-        left_out = []
         found, dataset = np.unique(dataset, return_inverse=True)
+        self.members = []  # the rows of each dataset that fills a batch
+        too_small = []
         for d, name in enumerate(found.tolist()):
-            if names is not None:
-                name = names[name]
             rows = np.flatnonzero(dataset == d)
-            if len(rows) < batch_size:
-                left_out.append(f"{name or 'unnamed'} {len(rows)}")
-            else:
+            if len(rows) >= batch_size:
                 self.members.append(rows)
-        self.left_out = ", ".join(left_out)  # names and sizes
+            else:
+                name = name if names is None else names[name]
+                too_small.append(f"{name or 'unnamed'} {len(rows)}")
+        self.left_out = ", ".join(too_small)  # names and sizes
         if not self.members:
             raise BadInput(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
-        self.permutation = cache(self.permutation)  # each one asks for the one before
+        self.permutation = cache(self.permutation)
         self.starts = [0]  # first step of every epoch
-        self.epochs = []  # batches of every epoch, built when first asked for
-
-    def __getitem__(self, step):
-        while step >= self.starts[-1]:
-            batches = self.build(len(self.epochs))
-            self.epochs.append(batches)
-            self.starts.append(self.starts[-1] + len(batches))
-        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
-        return self.epochs[epoch][step - self.starts[epoch]]
-
-    def build(self, epoch):
-        """The batches that end in this epoch, in the order of its steps."""
-        batches = []
-        for d, rows in enumerate(self.members):
-            first = epoch * len(rows) // self.batch_size
-            end = (epoch + 1) * len(rows) // self.batch_size
-            batches += [self.batch(d, k) for k in range(first, end)]
-        shuffled = np.random.default_rng([self.seed, 1 << 20, epoch]).permutation(len(batches))
-        return [batches[i] for i in shuffled]
-
-    def batch(self, d, k):
-        """Row numbers of batch k of dataset d's endless sequence."""
-        rows = self.members[d]
-        chosen = []
-        for index in range(k * self.batch_size, (k + 1) * self.batch_size):
-            epoch, at = divmod(index, len(rows))
-            chosen.append(self.permutation(d, epoch)[at])
-        return rows[chosen]
+        self.epochs = []  # its batches, built when first asked for
 
     def permutation(self, d, epoch):
-        """The order of dataset d's rows in an epoch."""
+        """The order of dataset d's rows in an epoch, as indices into members[d]."""
         n = len(self.members[d])
         order = np.random.default_rng([self.seed, d, epoch]).permutation(n)
         carried = (epoch * n) % self.batch_size  # rows of the last epoch still waiting for their batch
@@ -882,6 +792,26 @@ class BatchOrder:
             order = np.concatenate([order[~late], order[late]])
         return order
 
+    def build(self, epoch):
+        """All batches of an epoch, shuffled: list of row numbers [batch_size]."""
+        batches = []
+        B = self.batch_size
+        for d, member in enumerate(self.members):
+            n = len(member)
+            for k in range(epoch * n // B, (epoch + 1) * n // B):
+                places = range(k * B, (k + 1) * B)  # in the endless sequence
+                batches.append(member[[self.permutation(d, place // n)[place % n] for place in places]])
+        shuffled = np.random.default_rng([self.seed, 1 << 20, epoch]).permutation(len(batches))
+        return [batches[i] for i in shuffled]
+
+    def __getitem__(self, step):
+        while step >= self.starts[-1]:
+            batches = self.build(len(self.epochs))
+            self.epochs.append(batches)
+            self.starts.append(self.starts[-1] + len(batches))
+        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
+        return self.epochs[epoch][step - self.starts[epoch]]
+
 
 def step_loader(data, steps, workers):
     """Yields this process's pairs of each of the given steps, prepared ahead by background workers (0: in here).
@@ -890,24 +820,19 @@ def step_loader(data, steps, workers):
     does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches.
     """
     share = data.order.batch_size // data.world
-    one_step_ahead = max(2, -(-share // workers)) if workers else None
-    loader = forked_loader(
-        data,
-        workers,
-        batch_size=None,
-        sampler=local_rows(data, steps),
-        prefetch_factor=one_step_ahead,
-    )
+    ahead = None
+    if workers:
+        ahead = max(2, math.ceil(share / workers))  # pairs that each worker prepares: together one step
+    loader = forked_loader(data, workers, batch_size=None, sampler=local_rows(data, steps), prefetch_factor=ahead)
     pairs = iter(loader)
     for _ in steps:
         yield [next(pairs) for _ in range(share)]
 
 
 def local_rows(data, steps):
-    """Row numbers of this process's pairs, step after step."""
+    """The numbers of this process's rows, step after step."""
     for step in steps:
-        for i in data.order[step][data.rank :: data.world]:
-            yield int(i)
+        yield from data.order[step][data.rank :: data.world].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -915,43 +840,52 @@ def local_rows(data, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_annotate(commands)
-    add_rl_subset(commands)
-    add_check(commands)
-    add_toy(commands)
-    add_export(commands)
-    args = parser.parse_args()
+    args = command_parser().parse_args()
     check_bounds(vars(args), temperature=(0, True, 100))
-    refuse_to_overwrite(args)
-    args.run(args)
-
-
-def refuse_to_overwrite(args):
     inputs = [*getattr(args, "pairs", []), *getattr(args, "sft", [])]
-    for file in inputs:
-        if Path(file).resolve() == Path(args.out).resolve():
-            raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
+    if any(Path(file).resolve() == Path(args.out).resolve() for file in inputs):
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
+    run_command(args)
 
 
-def add_command(commands, name, run, help):
-    """A parser for the flags of one command; run: called with the arguments."""
-    p = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.set_defaults(run=run)
-    return p
-
-
-# The commands' code is imported when it runs: it imports this file.
-
-
-def add_annotate(commands):
-    def run(args):
+def run_command(args):
+    if args.command == "annotate":
         from support.annotate import annotate
 
         annotate(args)
+    elif args.command == "rl-subset":
+        from support.annotate import rl_subset
 
-    p = add_command(commands, "annotate", run, "bare pairs and a teacher -> SFT rows")
+        rl_subset(args)
+    elif args.command == "check":
+        from support.check import check
+
+        sys.exit(0 if check(args) else 1)
+    elif args.command == "toy":
+        from support.toy import write_toy
+
+        write_toy(args.out, args.seed)
+    else:
+        from support.check import export_checkpoint
+
+        export_checkpoint(args.checkpoint, args.out)
+
+
+def command_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, add_flags, help in (
+        ("annotate", annotate_flags, "bare pairs and a teacher -> SFT rows"),
+        ("rl-subset", rl_subset_flags, "a balanced RL file out of pairs that SFT does not see"),
+        ("check", check_flags, "an SFT or RL file before a run; exit code 1 where a row cannot be used"),
+        ("toy", toy_flags, "write the toy world"),
+        ("export", export_flags, "a checkpoint of sft.py or rl.py -> a model folder, for eval.py and others"),
+    ):
+        add_flags(commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    return parser
+
+
+def annotate_flags(p):
     p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, see read_pairs: .json, .jsonl, .parquet")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--teacher", required=True, help="folder or hub id of an image-text-to-text model")
@@ -964,32 +898,17 @@ def add_annotate(commands):
     p.add_argument("--max_repeat", type=float, default=0.3, help="filter: largest share of repeated 4-word sequences")
 
 
-def add_rl_subset(commands):
-    def run(args):
-        from support.annotate import rl_subset
-
-        rl_subset(args)
-
-    p = add_command(commands, "rl-subset", run, "a balanced RL file out of pairs that SFT does not see")
+def rl_subset_flags(p):
     p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, as for annotate")
     p.add_argument("--sft", nargs="*", default=[], help="SFT files whose pairs are left out")
     p.add_argument("--out", required=True, help="RL file")
     p.add_argument("--size", type=int, default=11_000, help="pairs (the paper has about 11,000)")
-    p.add_argument(
-        "--visdoc",
-        default=r"colpali|visrag|vidore|visdoc|\bdoc\b",
-        help="datasets of visual documents; nothing in a row tells them from pictures",
-    )
+    p.add_argument("--visdoc", default=r"colpali|visrag|vidore|visdoc|\bdoc\b",
+                   help="datasets of visual documents; nothing in a row tells them from pictures")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the draw")
 
 
-def add_check(commands):
-    def run(args):
-        from support.check import check
-
-        sys.exit(0 if check(args) else 1)
-
-    p = add_command(commands, "check", run, "an SFT or RL file before a run; exit code 1 where a row cannot be used")
+def check_flags(p):
     p.add_argument("file")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
@@ -998,25 +917,12 @@ def add_check(commands):
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
 
-def add_toy(commands):
-    def run(args):
-        from support.toy import write_toy
-
-        write_toy(args.out, args.seed)
-
-    p = add_command(commands, "toy", run, "write the toy world")
+def toy_flags(p):
     p.add_argument("--out", default="runs/toy/data", help="folder")
     p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
 
 
-def add_export(commands):
-    def run(args):
-        from support.check import export_checkpoint
-
-        export_checkpoint(args.checkpoint, args.out)
-
-    help = "a checkpoint of sft.py or rl.py -> a model folder, for eval.py and others"
-    p = add_command(commands, "export", run, help)
+def export_flags(p):
     p.add_argument("checkpoint", help="OUT/checkpoints/step-N")
     p.add_argument("--out", required=True, help="model folder")
 

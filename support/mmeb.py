@@ -21,11 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
 from huggingface_hub import metadata_load
 
 from data import NUM_FRAMES, Skip, check_text, open_picture, thinned
-from support.rows import one_or_more, read_rows
+from support.rows import check_columns, one_or_more, read_parquet, read_rows
 from support.run import BadInput, MissingFile, Progress, text_table, write_file
 
 ASSET = json.loads((Path(__file__).parent.parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
@@ -153,26 +152,11 @@ def files_by_name(folder, config, split):
 def read_table(path, columns):
     """Rows of a parquet, json or jsonl file as dicts."""
     if path.suffix == ".parquet":
-        return read_parquet(path, columns)
+        return list(read_parquet(path, columns))
     rows = read_rows(path)
     if rows:
         check_columns(path, columns, set.intersection(*map(set, rows)))
     return rows
-
-
-def read_parquet(path, columns):
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # what pyarrow raises of a torn file
-        raise BadInput(f"{path}: cannot be read as parquet ({error}); copy it again") from error
-    check_columns(path, columns, set(file.schema_arrow.names))
-    return file.read(columns).to_pylist()
-
-
-def check_columns(path, wanted, there):
-    lacking = set(wanted) - there
-    if lacking:
-        raise BadInput(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -450,11 +434,10 @@ def write_absent_pages(files, about, folder):
     if not absent:
         return
     for table in annotation_files(folder, "corpus", about["split"]):
-        for batch in pq.ParquetFile(table).iter_batches(16, columns=["corpus-id", "image"]):
-            for row in batch.to_pylist():
-                path = absent.pop(row["corpus-id"], None)
-                if path:
-                    write_page(path, row, table)
+        for row in read_parquet(table, ["corpus-id", "image"], batch_size=16):
+            path = absent.pop(row["corpus-id"], None)
+            if path:
+                write_page(path, row, table)
 
 
 def write_page(path, row, table):

@@ -17,11 +17,6 @@ import numpy as np
 
 from support.run import BadInput, MissingFile, Progress, cure_of_bytes, keys_once, write_file
 
-NO_PLAIN_TEXT = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how such files begin
-LIST_START = re.compile(r"\s*\[\s*(?P<end>\]?)")
-BETWEEN_ROWS = re.compile(r"\s*(?:,\s*|(?P<end>\]))")
-LONGEST_GAP = 4096  # characters: a comma and its white space up to here are not cut by the end of a block
-
 
 def read_rows(path):
     """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
@@ -38,31 +33,34 @@ def scan_rows(path, block=1 << 24):
         raise MissingFile(f"{path}: no such file; give --data the SFT or RL file")
     with open(path, "rb") as file:
         head = file.read(1024)
-        file.seek(0)
-        if head.startswith(NO_PLAIN_TEXT) or b"\0" in head:
+        if not_utf8(head):
             raise BadInput(f"{path}: {cure_of_bytes(path)}")
-        is_list = head.lstrip().startswith(b"[")
-        found = scan_list(file, path, block) if is_list else scan_lines(file, path)
+        file.seek(0)
+        is_list = head.lstrip()[:1] == b"["
         try:
-            for i, (start, end, row) in enumerate(found):
-                check_is_row(row, f"{path}, row {i}")
+            for i, (start, end, row) in enumerate(scan_list(file, path, block) if is_list else scan_lines(file, path)):
+                check_row(row, f"{path}, row {i}")
                 yield start, end, row
         except UnicodeDecodeError as error:
             raise BadInput(f"{path}: not valid UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def check_is_row(row, name):
-    """Raises BadInput for what is no row of any file."""
+def not_utf8(head):
+    """By the first bytes of a file: a byte order mark, UTF-16 or no text at all."""
+    return head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head
+
+
+def check_row(row, name):
     if not isinstance(row, dict):
         raise BadInput(f"{name}: expected an object, found {type(row).__name__}")
     if len(row) == 1:
-        [(key, value)] = row.items()
+        ((key, value),) = row.items()
         if isinstance(value, list):
             raise BadInput(f"{name}: the rows lie under {key!r}; save that list as a file of its own")
 
 
 def scan_lines(file, path):
-    """The rows of .jsonl lines, as scan_rows yields them; empty lines are passed over."""
+    """Yields (first byte, last byte + 1, row) of every line that is not empty."""
     start = 0
     for number, line in enumerate(file, 1):
         end = start + len(line)
@@ -75,91 +73,89 @@ def parse_line(line, name):
     try:
         return json.loads(line, object_pairs_hook=keys_once)
     except (json.JSONDecodeError, RecursionError) as error:
-        what = getattr(error, "msg", error)
-        raise BadInput(
-            f"{name}: not valid JSON ({what}); a file is one list of rows, or lines of one whole row each"
-        ) from error
-    except UnicodeDecodeError:  # a ValueError too; scan_rows has the sentence for it
+        raise BadInput(f"{name}: not valid JSON ({getattr(error, 'msg', error)}); a file is one list of rows, or lines "
+                       "of one whole row each") from error  # fmt: skip
+    except UnicodeDecodeError:
         raise
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
         raise BadInput(f"{name}: {error}") from error
 
 
 def scan_list(file, path, block):
-    """The rows of one .json list, as scan_rows yields them."""
+    """Yields (first byte, last byte + 1, row) of every element of a JSON list."""
     text = ListText(file, path, block)
-    is_last = text.skip(LIST_START)
-    while not is_last:
-        yield text.take_row()
-        is_last = text.skip(BETWEEN_ROWS)
-    text.check_end()
+    closing = text.pass_gap(OPENING)
+    while not closing:
+        start = text.byte
+        row = text.next_row()
+        yield start, text.byte, row
+        closing = text.pass_gap(BETWEEN)
+    text.refuse_more()
+
+
+OPENING = re.compile(r"\s*\[\s*(\]?)")  # group 1: the list's end
+BETWEEN = re.compile(r"\s*(?:,\s*|(\]))")
 
 
 class ListText:
-    """The text of a file that holds one list, parsed from the front: only a block and a row of it are in memory."""
+    """The text of a list, read block by block."""
 
     def __init__(self, file, path, block):
-        self.file = file  # binary
-        self.path = path  # for messages
+        self.file = file
+        self.path = path
         self.block = block  # bytes
-        self.utf8 = codecs.getincrementaldecoder("utf-8")()  # a character may be cut by the end of a block
-        self.decode = json.JSONDecoder(object_pairs_hook=keys_once).raw_decode
-        self.text = ""
-        self.place = 0  # in text: the next character to parse
-        self.byte = 0  # in the file: where that character begins
-        self.line = 1  # in the file: the line in which text begins
-        self.ended = False  # nothing of the file is left to read
+        self.utf8 = codecs.getincrementaldecoder("utf-8")()
+        self.json = json.JSONDecoder(object_pairs_hook=keys_once)
+        self.text = ""  # what is being parsed
+        self.place = 0  # the next character of it
+        self.byte = 0  # where this character stands in the file
+        self.line = 1  # number of the text's first line
+        self.is_last = False  # nothing is left to read
 
     def refill(self):
-        """Drops what is parsed and reads another block."""
         new = self.file.read(self.block)
-        self.ended = not new
+        self.is_last = not new
         self.line += self.text.count("\n", 0, self.place)
-        self.text = self.text[self.place :] + self.utf8.decode(new, final=self.ended)
+        self.text = self.text[self.place :] + self.utf8.decode(new, self.is_last)
         self.place = 0
 
-    def advance(self, end):
-        """Passes the text before the character `end` -> its first byte in the file and its last one + 1."""
-        start = self.byte
-        self.byte += len(self.text[self.place : end].encode())
-        self.place = end
-        return start, self.byte
-
-    def skip(self, pattern):
-        """Passes what stands before a row -> whether the list ends there instead."""
-        while not self.ended and len(self.text) - self.place < LONGEST_GAP:
-            self.refill()
-        found = pattern.match(self.text, self.place)
-        if not found:
-            what = "a row must be followed by a comma or the end of the list; is the file whole?"
-            raise self.broken(what, self.place)
-        self.advance(found.end())
-        return bool(found["end"])
-
-    def take_row(self):
-        """-> (first byte, last byte + 1, value)."""
-        while True:
-            try:
-                row, end = self.decode(self.text, self.place)
-            except json.JSONDecodeError as error:
-                if self.ended:
-                    raise self.broken(error.msg, error.pos) from error
-                self.refill()  # the row may go on in the next block
-            except (ValueError, RecursionError) as error:
-                raise self.broken(error, self.place) from error
-            else:
-                return *self.advance(end), row
-
-    def check_end(self):
-        """Raises BadInput where something follows the list."""
-        while not self.ended and not self.text[self.place :].strip():
-            self.refill()
-        if self.text[self.place :].strip():
-            raise self.broken("more text behind the list", self.place)
+    def move_to(self, place):
+        self.byte += len(self.text[self.place : place].encode())
+        self.place = place
 
     def broken(self, what, place):
         line = self.line + self.text.count("\n", 0, place)
         return BadInput(f"{self.path}, line {line}: not valid JSON ({what})")
+
+    def pass_gap(self, pattern):
+        """Moves to the next row -> whether the list ends here instead."""
+        while not self.is_last and len(self.text) - self.place < 4096:  # a comma and its white space are never cut
+            self.refill()
+        found = pattern.match(self.text, self.place)
+        if not found:
+            message = "a row must be followed by a comma or the end of the list; is the file whole?"
+            raise self.broken(message, self.place)
+        self.move_to(found.end())
+        return bool(found[1])
+
+    def next_row(self):
+        while True:
+            try:
+                row, end = self.json.raw_decode(self.text, self.place)
+                self.move_to(end)
+                return row
+            except json.JSONDecodeError as error:
+                if self.is_last:
+                    raise self.broken(error.msg, error.pos) from error
+                self.refill()  # the row may go on in the next block
+            except (ValueError, RecursionError) as error:
+                raise self.broken(error, self.place) from error
+
+    def refuse_more(self):
+        while not self.text[self.place :].strip() and not self.is_last:
+            self.refill()
+        if self.text[self.place :].strip():
+            raise self.broken("more text behind the list", self.place)
 
 
 def index_rows(path, check=None, cache=None):
@@ -168,12 +164,14 @@ def index_rows(path, check=None, cache=None):
 
     check: called with each row and its name for messages, raises BadInput; its repr says what it looks for.
     cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
-    ones take no time. A half written index cannot be met: it is renamed when it is complete.
+    ones take no time.
     """
     path = Path(path)
     if not cache or not path.is_file():
         return make_index(path, check)
-    kept = index_file(path, check, cache)
+    about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, repr(check))
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
+    kept = Path(cache) / f"{path.stem}-{digest}.npz"
     try:
         return dict(np.load(kept))
     except FileNotFoundError:
@@ -182,24 +180,16 @@ def index_rows(path, check=None, cache=None):
         print(f"{kept}: not readable ({error}), made again", file=sys.stderr)
     index = make_index(path, check)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_file(kept, lambda temporary: save_index(temporary, index))
+    write_file(kept, lambda temporary: save_arrays(temporary, index))
     return index
 
 
-def index_file(path, check, cache):
-    """Where the index of a file is kept: the name changes with all that the index depends on."""
-    state = path.stat()
-    about = (str(path.resolve()), state.st_size, state.st_mtime_ns, repr(check))
-    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
-    return Path(cache) / f"{path.stem}-{digest}.npz"
-
-
 def make_index(path, check):
-    spans = array("q")  # arrays: 8 and 4 bytes a number, a list has several times that
+    spans = array("q")
     dataset = array("i")
-    names = {}  # name of a dataset: its number, in the order of their first rows
+    names = {}  # name -> its index
     size = path.stat().st_size if path.is_file() else 0
-    is_small = size < 1 << 26  # bytes: it takes no time
+    is_small = size < 1 << 26  # bytes: read in a second
     with Progress(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=is_small) as bar:
         for i, (start, end, row) in enumerate(scan_rows(path)):
             if check:
@@ -217,10 +207,10 @@ def make_index(path, check):
     }
 
 
-def save_index(path, index):
-    with open(path, "wb") as file:  # a file: to a path np.savez adds .npz
-        np.savez(file, **index)
-        os.fsync(file.fileno())  # before the rename, or a crash of the machine leaves zeros under the final name
+def save_arrays(path, arrays):
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+        os.fsync(file.fileno())
 
 
 class Rows:
@@ -230,26 +220,52 @@ class Rows:
         self.files = files
         self.indexes = [index_rows(file, check, cache) for file in files]
         self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
-        self.starts = np.cumsum([0] + [len(index["spans"]) for index in self.indexes])
-        self.names = sorted({str(name) for index in self.indexes for name in index["names"]})
-        numbers = [self.numbers_of(index) for index in self.indexes]
-        self.dataset = np.concatenate(numbers) if len(self) else np.zeros(0, np.int32)  # [n] an index into names
-
-    def numbers_of(self, index):
-        """The datasets of one file's rows, as indices into the names of all files, int32 [rows]."""
-        numbers = [self.names.index(name) for name in index["names"]]
-        return np.array(numbers, np.int32)[index["dataset"]]
+        sizes = [len(index["spans"]) for index in self.indexes]
+        self.starts = np.cumsum([0, *sizes])
+        names = set()
+        for index in self.indexes:
+            names.update(index["names"].tolist())
+        self.names = sorted(names)
+        parts = [np.zeros(0, np.int32)]
+        for index in self.indexes:
+            places = [self.names.index(name) for name in index["names"]]
+            parts.append(np.array(places, np.int32)[index["dataset"]])
+        self.dataset = np.concatenate(parts)  # [n] an index into names
 
     def __len__(self):
         return int(self.starts[-1])
 
     def __getitem__(self, i):
-        f = int(np.searchsorted(self.starts, i, side="right")) - 1  # which file
-        j = int(i - self.starts[f])  # which row of it
+        f = int(np.searchsorted(self.starts, i, side="right")) - 1
+        j = int(i - self.starts[f])
         start, end = self.indexes[f]["spans"][j].tolist()
-        # pread takes the position as an argument: forked workers share the open file
-        text = os.pread(self.open[f].fileno(), end - start, start)
-        return f"{self.files[f]}, row {j}", json.loads(text)
+        # pread takes its place as an argument: forked workers share the open file
+        content = os.pread(self.open[f].fileno(), end - start, start)
+        return f"{self.files[f]}, row {j}", json.loads(content)
+
+
+def read_parquet(path, columns=None, batch_size=1024):
+    """Yields the rows of a parquet file as dicts, held batch_size at a time. columns: the names to read, None: all.
+    Raises BadInput where the file is torn or lacks one of them."""
+    import pyarrow.parquet  # here: most runs read none
+
+    if not Path(path).is_file():
+        raise MissingFile(f"{path}: no such file")
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        check_columns(path, columns or (), set(file.schema_arrow.names))
+        for batch in file.iter_batches(batch_size, columns=columns):
+            yield from batch.to_pylist()
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:  # what pyarrow raises of a torn file
+        raise BadInput(f"{path}: cannot be read as parquet ({error}); copy it again") from error
+
+
+def check_columns(path, wanted, there):
+    lacking = set(wanted) - there
+    if lacking:
+        raise BadInput(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
 
 
 def dataset_of(row):
@@ -278,7 +294,8 @@ def write_lines(path, rows):
 def write_list(path, rows):
     with open(path, "w", encoding="utf-8") as file:
         file.write("[")
-        for i, row in enumerate(rows):
-            file.write(",\n" if i else "\n")
-            file.write(json.dumps(row))
+        separator = "\n"
+        for row in rows:
+            file.write(separator + json.dumps(row))
+            separator = ",\n"
         file.write("\n]\n")

@@ -912,7 +912,11 @@ def open_log(out, start):
 def write_file(path, write):
     """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
     temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes have the same numbers
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:  # a full disk must not be kept full
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 

@@ -58,6 +58,10 @@ def tokenizer(embedder):
     return embedder.tokenizer
 
 
+def as_item(text, images=(), video=()):
+    return {"text": text, "images": list(images), "video": list(video)}
+
+
 def official(image, low, high):
     """Patches and grid of one picture from transformers."""
     out = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})([image], return_tensors="pt")
@@ -139,13 +143,14 @@ def test_blank_picture_is_one_token(tokenizer):
 def test_pixel_bounds_and_frames(tokenizer):
     """Pictures keep up to 2,359,296 pixels, frames are cut to 25,088; ten frames are thinned to eight, ends
     included."""
-    wide = encode(tokenizer, "<image>", [Image.new("RGB", (560, 280))], [], name="x")
+    wide = encode(tokenizer, as_item("<image>", [Image.new("RGB", (560, 280))]), name="x")
     assert wide.grids.tolist() == [[1, 20, 40]]
-    film = encode(tokenizer, "<video>", [], [Image.new("RGB", (560, 280), (k, 0, 0)) for k in range(10)], name="x")
+    frames = [Image.new("RGB", (560, 280), (k, 0, 0)) for k in range(10)]
+    film = encode(tokenizer, as_item("<video>", video=frames), name="x")
     assert film.grids[0, 0] == 4 and 3136 <= film.grids[0, 1:].prod() * 196 <= 25_088
     red = film.patches.reshape(4, -1, 3, 2, 196)[:, 0, 0, :, 0].flatten()  # bytes until they are on the GPU
     assert red.tolist() == [0, 1, 2, 3, 5, 6, 7, 9] and red.dtype == np.uint8
-    one = encode(tokenizer, "<video>", [], [picture(0)], name="x")
+    one = encode(tokenizer, as_item("<video>", video=[picture(0)]), name="x")
     assert one.grids[0, 0] == 1
 
 
@@ -185,9 +190,8 @@ def test_prompt_equals_the_chat_template(tokenizer, template):
 def test_the_form_of_the_files_is_kept(tokenizer):
     """An SFT row's human text stays as it stands (a newline behind the mark, media in the middle); eval and RL text
     is stripped and its marks go."""
-    row = encode(
-        tokenizer, f"<image>\nfirst <image> last {TAIL}", [picture(0, 28, 28), picture(1, 56, 28)], [], ANSWER, name="x"
-    )
+    pictures = [picture(0, 28, 28), picture(1, 56, 28)]
+    row = encode(tokenizer, as_item(f"<image>\nfirst <image> last {TAIL}", pictures), ANSWER, name="x")
     one = "<|vision_start|><|image_pad|><|vision_end|>"
     want = f"{one}\nfirst {one.replace('<|image_pad|>', '<|image_pad|>' * 2)} last {TAIL}"
     assert tokenizer.decode(row.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0] == want
@@ -203,16 +207,16 @@ def test_label_split(tokenizer):
     <gen_emb> is in the prompt; the places are those of the one <disc_emb> and of the last <gen_emb>."""
     t = tokenizer.convert_tokens_to_ids
     for answer, count in ((ANSWER, 1), (f"{GEN}<think>b{GEN}</think><answer>c{GEN} d", 3)):
-        row = encode(tokenizer, f"a red star{TAIL}", [], [], answer, name="x")
+        row = encode(tokenizer, as_item(f"a red star{TAIL}"), answer, name="x")
         prompt, labels = row.ids[: row.n_prompt].tolist(), row.ids[row.n_prompt :].tolist()
         assert tokenizer.decode(prompt[-3:]) == "<|im_start|>assistant\n"
         assert tokenizer.decode(labels) == answer + "<|im_end|>" and labels[-1] == t("<|im_end|>")
         assert labels.count(t(GEN)) == count and prompt.count(t(GEN)) == 1
         assert prompt.count(t(DISC)) == 1 and row.disc_at == prompt.index(t(DISC))
         assert row.gen_at == row.n_prompt + len(labels) - 1 - labels[::-1].index(t(GEN))
-    bare = encode(tokenizer, f"a{TAIL}", [], [], "no tag", name="x")
+    bare = encode(tokenizer, as_item(f"a{TAIL}"), "no tag", name="x")
     assert bare.gen_at == -1  # the prompt's <gen_emb> does not count
-    assert encode(tokenizer, "a", [], [], GEN, name="x").disc_at == -1
+    assert encode(tokenizer, as_item("a"), GEN, name="x").disc_at == -1
 
 
 @pytest.mark.parametrize(
@@ -222,13 +226,13 @@ def test_label_split(tokenizer):
 def test_marks_must_equal_media(tokenizer, human, images, video):
     """Text and media that do not fit together name the row and both counts."""
     with pytest.raises(ValueError, match="f.json, row 7, qry.*marks for") as error:
-        encode(tokenizer, human, [picture()] * images, [picture()] * video, name="f.json, row 7, qry")
+        encode(tokenizer, as_item(human, [picture()] * images, [picture()] * video), name="f.json, row 7, qry")
     assert not isinstance(error.value, Skip)
 
 
 def test_marks_in_a_text_without_media_are_text(tokenizer):
     """A row about HTML may say <image> when it has no media at all."""
-    row = encode(tokenizer, "the <image> element", [], [], name="x")
+    row = encode(tokenizer, as_item("the <image> element"), name="x")
     assert "the <image> element" in tokenizer.decode(row.ids) and len(row.grids) == 0
 
 
@@ -236,9 +240,9 @@ def test_marks_in_a_text_without_media_are_text(tokenizer):
 def test_control_tokens_in_the_text_are_refused(tokenizer, token):
     """A text that holds a control token would forge turns or pictures; the message names row and token."""
     with pytest.raises(ValueError, match="row 3.*im|row 3.*vision"):
-        encode(tokenizer, f"a{token}b", [], [], ANSWER, name="f.json, row 3")
+        encode(tokenizer, as_item(f"a{token}b"), ANSWER, name="f.json, row 3")
     with pytest.raises(ValueError, match="row 3"):
-        encode(tokenizer, "a", [], [], f"<think>{token}{GEN}", name="f.json, row 3")
+        encode(tokenizer, as_item("a"), f"<think>{token}{GEN}", name="f.json, row 3")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
