@@ -42,6 +42,7 @@ def start(stage, argv, patch="", processes=1, script=True, until=60, **more):
     script False: only main(), as in somebody's own program. One that does not end until `until` fails the test.
     """
     code = f"import sys, os, signal, time\nsys.argv = ['{stage}.py', *sys.argv[1:]]\nimport {stage} as s\n{patch}\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # these tests may themselves run under nohup
     code += "from support.run import run_script\nrun_script(s.main)" if script else "s.main()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
     if processes > 1:
