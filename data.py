@@ -172,7 +172,8 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
 
 
 def normalise(patches, family=QWEN2_VL):
-    """uint8 [n, 1176] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not 57."""
+    """uint8 [n, patch_values] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not
+    57."""
     table = byte_to_float(family.mean, family.std).to(patches.device)
     channels = []
     for c, values in enumerate(patches.int().chunk(3, dim=1)):

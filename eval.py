@@ -382,7 +382,7 @@ def hash_model(embedder):
 def generated(embedder, inputs, keys, settings, samples):
     """Yields (key, problem, disc [D], gen [S, D], valid [S], tokens [S], texts) as the generations end.
 
-    One stream of inputs: a finished generation leaves its place to the next input, whatever its task. The seed of an
+    One stream of inputs: a finished generation leaves its slot to the next input, whatever its task. The seed of an
     input is its own, so it does not matter what runs beside it.
     """
 

@@ -194,12 +194,18 @@ class Embedder(nn.Module):
 
     def encode_vision(self, patches, grids):
         """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
-        in RL) the merged tokens [n / 4, D]. patches uint8 [n, patch_values], grids [m, 3]; no pictures: empty."""
+        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids [m, 3]; no pictures: empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
         pixels = normalise(patches, self.family).to(tower.patch_embed.proj.weight.dtype)
         return self.family.vision_states(tower, pixels, grids, merged=self.vision_frozen)
+
+    def vision_states_of(self, batch):
+        """Those that the batch brings along, else those of its patches."""
+        if batch.vision_states is not None:
+            return batch.vision_states
+        return self.encode_vision(batch.patches, batch.grids)
 
     @torch.no_grad()
     def share_vision(self, rows, n):
@@ -235,6 +241,17 @@ class Embedder(nn.Module):
 
     # ---- one pass, with gradients -------------------------------------------------------------------------------
 
+    def run_language_model(self, x, positions, mask=None, cache=None):
+        """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. positions [3, B, L]; mask bool, None:
+        causal; cache: what holds the keys and values of earlier tokens, and takes these."""
+        return self.backbone.model.language_model(
+            inputs_embeds=x,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},  # a dict is taken as it is
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
         """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
 
@@ -244,17 +261,11 @@ class Embedder(nn.Module):
         if batch is None:
             return Output()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = batch.vision_states
-            if states is None:
-                states = self.encode_vision(batch.patches, batch.grids)
+            states = self.vision_states_of(batch)
             if read is None and labels is None:
                 return Output(vision_states=states)
-            hidden = self.backbone.model.language_model(
-                inputs_embeds=self.embed_tokens(batch.ids, states),  # [B, L, D]
-                position_ids=batch.positions,
-                attention_mask={"full_attention": batch.mask},  # a dict is taken as it is; None means causal
-                use_cache=False,
-            ).last_hidden_state.flatten(0, 1)  # [B * L, D]
+            x = self.embed_tokens(batch.ids, states)  # [B, L, D]
+            hidden = self.run_language_model(x, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
             embeddings = logp = entropy = None
             if read is not None:
                 embeddings = F.normalize(hidden[read].float(), dim=-1)
@@ -339,17 +350,9 @@ class Embedder(nn.Module):
         """Reads P prompts in one right-padded pass and copies their keys and values to G slots each.
         Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = pad_rows(rows, self.pad_id, self.device)
-        states = batch.vision_states
-        if states is None:
-            states = self.encode_vision(batch.patches, batch.grids)
         kv = DynamicCache(config=self.backbone.config.text_config)
-        hidden = self.backbone.model.language_model(
-            inputs_embeds=self.embed_tokens(batch.ids, states),
-            position_ids=batch.positions,
-            attention_mask={"full_attention": None},  # right padding and causal: no real token sees a pad
-            past_key_values=kv,
-            use_cache=True,
-        ).last_hidden_state  # [P, L, D]
+        x = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
+        hidden = self.run_language_model(x, batch.positions, cache=kv)  # [P, L, D]
         cache.fill(kv, first_slot, G)
         p = torch.arange(len(rows), device=self.device)
         last = hidden[p, torch.tensor([row.n_prompt - 1 for row in rows], device=self.device)]
@@ -369,13 +372,9 @@ class Embedder(nn.Module):
         longest = max(c.prompt.row.n_prompt + len(c.ids) for c in live)
         visible = torch.arange(longest, device=self.device) <= index[:, None]  # [A, longest]
         cache.set_write_positions(index, longest)
-        return self.backbone.model.language_model(
-            inputs_embeds=self.backbone.get_input_embeddings()(token)[:, None],  # [A, 1, D]
-            position_ids=position.expand(3, -1)[..., None],  # [3, A, 1]
-            attention_mask={"full_attention": visible[:, None, None]},
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        x = self.backbone.get_input_embeddings()(token)[:, None]  # [A, 1, D]
+        positions = position.expand(3, -1)[..., None]  # [3, A, 1]
+        return self.run_language_model(x, positions, visible[:, None, None], cache)[:, 0]
 
     def append_tokens(self, completions, hidden, temperature):
         """Samples the next token of each completion, given the states [A, D] at their last tokens."""
@@ -803,14 +802,18 @@ def load_tokenizer(name_or_path):
     return tokenizer
 
 
+def family_of(name_or_path):
+    """The Family of a model that load_tokenizer() has accepted."""
+    return FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
+
+
 def load_pretrained(name_or_path, dtype):
     """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
     another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
     token embeddings may be missing."""
     tokenizer = load_tokenizer(name_or_path)
     try:
-        family = FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
-        backbone, found = getattr(transformers, family.model_class).from_pretrained(
+        backbone, found = getattr(transformers, family_of(name_or_path).model_class).from_pretrained(
             name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip

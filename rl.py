@@ -488,7 +488,7 @@ def main():
         for step, pairs in loop.steps(loader):
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
-            usable(pairs)
+            usable(pairs)  # ends the run where none of the global batch is
             if not args.train_vision:
                 embedder.share_vision(rows, 2 * args.micro_batch)
 

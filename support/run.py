@@ -531,7 +531,7 @@ class Loop:
 
     def list_skipped(self, step, pairs):
         """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
-        ok = usable(pairs)
+        ok = gather(torch.tensor([pair.ok for pair in pairs]))
         self.seen += len(ok)
         self.unusable += int((~ok).sum())
         if ok.all():
