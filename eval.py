@@ -5,20 +5,25 @@ prompt, and gen, at the last <gen_emb> of its own reasoning. With --samples k it
 at --temperature. Modes (a task's value is the mean over its queries):
 
     disc, gen           query and candidates both in this mode
+    fused               the mean of both cosines: one dot product of [disc, gen] / sqrt(2); not in the paper
     oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
     mean                normalised mean of a query's k sampled gen embeddings; greedy gen candidates
+    mean@2              the same of two samples, averaged over the k / 2 pairs of them
+    mean_fused          fused with that mean of k in the place of gen
     pass@j              the chance that one of j sampled queries has a right candidate first; greedy gen candidates;
                         unbiased: 1 - C(k-c, j) / C(k, j) with c hits in k samples
 
-oracle has two tries where gen has one; its fair comparison is pass@2, the oracle of two gen samples.
+oracle has two tries where gen has one; its fair comparison is pass@2, the oracle of two gen samples. That of fused,
+which costs nothing as both embeddings come out of one pass, is mean@2, for which twice the tokens are generated. What
+they close of the gap between the better of disc and gen and their oracle is a table of its own.
 
 Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>; the official code reads the token after it.
 2. Greedy decoding; there the checkpoint's generation_config decides (Qwen2-VL's samples at low temperature).
 3. A generation without <gen_emb> is a miss: such a query has 0 in every metric and such a candidate is left out of
    the ranking; so is an input with a picture that cannot be read, in all modes. The official code reads another token
-   in its place, or drops the picture.
+   in its place, or drops the picture. In fused the half of a missing gen is zero: disc alone decides.
 4. Scores are float64 dot products in a stable order (float32 and an unstable sort there): candidates with equal
    embeddings keep the order of the list, so a model that sees no difference ranks the first one first.
 5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
@@ -26,6 +31,10 @@ Departures from the official evaluation:
 6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
 7. Frames of at most 25,088 pixels, as in training; the official evaluation sets no bound (--video_max_pixels).
    MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
+
+With --reasoner the answers (reasoning and summary) come from elsewhere and the model only reads and embeds them: from
+another model, which is run first, or from a file of lines {"key", "answer"} that anything else has filled in (--export
+writes it: support/answers.py). The results then go to OUT/<model name>-reads-<reasoner>.
 
 Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
 tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
@@ -37,6 +46,7 @@ Run (without arguments: the toy preset, on any device):
     python eval.py --check --root data/MMEB                                   # what is missing, and how to get it
     python eval.py --preset 2b --model runs/2b/rl --root data/MMEB            # 1 GPU
     torchrun --nproc_per_node 8 eval.py --preset 2b --model runs/2b/rl --root data/MMEB              # 8 GPUs
+    python eval.py --model runs/toy/sft --reasoner runs/toy/rl                # rl thinks, sft embeds
 The result does not depend on the number of processes (they share the disk). Writes OUT/args.json and, per model,
 OUT/<model name>/scores.json, per_query.json and leaderboard_<mode>.json; with several models it also prints the
 change from the first to the last.
@@ -70,11 +80,14 @@ from data import (
     Skip,
     check_input,
     check_keys,
+    check_text,
     encode_input,
     forked_loader,
 )
 from model import Embedder, Prompt, check_model
+from support.answers import export_inputs, read_answers
 from support.mmeb import MMEB, check_files, leaderboard, load_mmeb, paper_table
+from support.report import change_table, gap_table, score_table
 from support.rows import one_or_more
 from support.run import (
     BadInput,
@@ -90,7 +103,6 @@ from support.run import (
     setting,
     stable_hash,
     start_processes,
-    text_table,
     write_args,
     write_file,
     write_json,
@@ -99,7 +111,7 @@ from support.run import (
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 METRICS = [f"{name}@{k}" for name in NAMES for k in KS]
-MODES = ("disc", "gen", "oracle", "gen_disc", "disc_gen", "mean")
+MODES = ("disc", "gen", "fused", "oracle", "gen_disc", "disc_gen", "mean", "mean@2", "mean_fused")
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
@@ -122,6 +134,8 @@ class Settings:
         "help": "tasks, groups (I-QA) or modalities (image); none: ROOT/tasks/test and what is in ROOT/annotations"})
     root: str = setting("", "folder of the data: tasks/NAME.json or annotations/, and where media paths start")
     check: bool = setting(False, "only look whether the tasks' files are there, without a model")
+    export: str = setting("", "only write the tasks' inputs to this .jsonl file, for --reasoner, without a model")
+    reasoner: str = setting("", "whose answers the models read: a model, or a .jsonl file; none: each its own")
     out: str = setting("", "results go to OUT/<model name>/")
     samples: int = setting(0, "samples per query for mean and pass@k; 0 leaves them out")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
@@ -341,12 +355,16 @@ def input_key(item, digests):
 
 
 class DistinctInputs:
-    """Inputs of equal content once, in the order of their first use."""
+    """The inputs of all tasks, those of equal content once. The queries come first."""
 
-    def __init__(self, digests):
-        self.digests = digests
+    def __init__(self, tasks, digests):
         self.row_of = {}  # key of the content -> row of items
         self.items = []
+        self.digests = digests
+        self.query_rows = [self.add([query["input"] for query in task.queries]) for task in tasks]
+        self.num_queries = len(self.items)  # distinct ones
+        self.candidate_rows = [self.add(list(task.candidates.values())) for task in tasks]
+        self.keys = list(self.row_of)
 
     def add(self, items):
         """-> the row of each item, [len(items)]"""
@@ -358,9 +376,6 @@ class DistinctInputs:
                 self.items.append(item)
             rows.append(self.row_of[key])
         return np.array(rows)
-
-    def keys(self):
-        return list(self.row_of)
 
 
 def hash_model(embedder):
@@ -376,47 +391,46 @@ def hash_model(embedder):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The model reads: generated() by its own reasoning, reread() by a given one
+# The model reads, and generates or is given what follows
 
 
-def generated(embedder, inputs, keys, settings, samples):
-    """Yields (key, problem, disc [D], gen [S, D], valid [S], tokens [S], texts) as the generations end.
+def embedded(embedder, inputs, keys, settings, samples=0, answers=None):
+    """Yields (key, problem, disc [D], gen [S, D], valid [S], tokens [S], texts) as the inputs are done.
 
-    One stream of inputs: a finished generation leaves its slot to the next input, whatever its task. The seed of an
-    input is its own, so it does not matter what runs beside it.
+    samples 0: one greedy generation of each; answers: N assistant texts to read instead. One stream of inputs: a
+    finished generation leaves its slot to the next input, whatever its task. The seed of an input is its own, so it
+    does not matter what runs beside it.
     """
 
     def read(batch):  # in a background worker
-        key, item = batch[0]
+        key, item, answer = batch[0]
         name = f"the input {item['text'][:60]!r}"
         try:
-            row = encode_input(embedder.tokenizer, item, blank_image=settings.blank_image, name=name,
+            if answer is not None:
+                check_text(answer, f"the answer to {name}")
+            row = encode_input(embedder.tokenizer, item, answer, blank_image=settings.blank_image, name=name,
                                family=embedder.family)  # fmt: skip
             return Prompt(key, row, stable_hash(settings.seed, key))
-        except Skip as error:
+        except (Skip, BadInput) as error:
             return Prompt(key, None, problem=str(error))
 
-    workers = min(settings.workers, len(inputs))
-    prompts = forked_loader(list(zip(keys, inputs)), workers, batch_size=1, collate_fn=read)
-    S, D = max(1, samples), embedder.width
-    for prompt, r in embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
-                                       max_new_tokens=settings.max_new_tokens, slots=settings.batch_size):  # fmt: skip
+    answer_of = dict(zip(keys, answers or [None] * len(keys)))
+    rows = [(key, item, answer_of[key]) for key, item in zip(keys, inputs)]
+    prompts = forked_loader(rows, min(settings.workers, len(rows)), batch_size=1, collate_fn=read)
+    S = max(1, samples)
+    D = embedder.width
+    if answers is not None:
+        results = embedder.read(prompts, settings.batch_size)
+    else:
+        results = embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
+                                    max_new_tokens=settings.max_new_tokens, slots=settings.batch_size)  # fmt: skip
+    for prompt, r in results:
         if r is None:  # a miss
             yield prompt.key, prompt.problem, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S
             continue
+        texts = embedder.texts_of(r) if answers is None else [answer_of[prompt.key]]
         yield (prompt.key, "", r.disc.float().cpu().numpy(), r.gen.float().cpu().numpy(), r.valid.numpy(),
-               [len(ids) for ids in r.ids], embedder.texts_of(r))  # fmt: skip
-
-
-def reread(embedder, inputs, keys, settings, traces):
-    """The same for assistant texts that are given: read, not generated."""
-    for start in range(0, len(inputs), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        out = embedder.embed(inputs[part], mode="both", traces=traces[part], batch_size=settings.batch_size,
-                             blank_image=settings.blank_image)  # fmt: skip
-        problems = [out.skipped.get(n, "") for n in range(len(out.texts))]
-        rows = (out.disc.numpy(), out.gen.numpy(), out.valid.numpy(), out.num_tokens.tolist(), out.texts)
-        yield from zip(keys[part], problems, *rows)
+               [len(ids) for ids in r.ids], texts)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -437,38 +451,47 @@ class EmbeddingCache:
                     family.video_pixels]  # fmt: skip
         self.encoded = {}  # kind -> how many inputs this run has embedded
 
-    def embed(self, kind, keys, inputs, samples=0, traces=None):
-        """The results of all inputs as collect() gives them, after those that the folder lacks are embedded.
+    def embed(self, kind, keys, inputs, samples=0, answers=None, everywhere=False):
+        """The results of all inputs as collect() gives them; on the processes other than 0 None, unless `everywhere`.
 
-        samples 0: both embeddings, greedy; samples k: k gen embeddings of each. traces: assistant texts to read
-        instead of generating. On the processes other than 0 the result is None, but for --ablate, where all read it.
+        samples 0: both embeddings, greedy; samples k: k gen embeddings of each. answers: assistant texts to read
+        instead of generating.
         """
+        folder = self.fill(kind, keys, inputs, samples, answers)
+        if processes()[0] > 0 and not everywhere:
+            return None
+        return collect(folder, keys)
+
+    def texts(self, kind, keys, inputs, samples=0):
+        """What the model writes of all inputs, N lists of texts, on all processes."""
+        return collect_texts(self.fill(kind, keys, inputs, samples), keys)
+
+    def fill(self, kind, keys, inputs, samples, answers=None):
+        """Embeds the inputs that the folder lacks. Returns the folder."""
         folder = self.folder(kind, samples)
         rank, world = processes()
         todo = self.missing(folder, keys, inputs)
         local = todo[rank::world]
         local_inputs = [inputs[n] for n in local]
         local_keys = [keys[n] for n in local]
-        if traces:
-            local_traces = [traces[n] for n in local]
-            results = reread(self.embedder, local_inputs, local_keys, self.settings, local_traces)
-        else:
-            results = generated(self.embedder, local_inputs, local_keys, self.settings, samples)
+        local_answers = [answers[n] for n in local] if answers is not None else None
+        results = embedded(self.embedder, local_inputs, local_keys, self.settings, samples, local_answers)
         title = f"{self.name} {kind}"
         bar = Progress(results, total=len(local), desc=title, unit="input", disable=rank > 0 or not local)
         write_shards(bar, folder, self.settings)
         barrier(self.group)
-        self.encoded[kind] = len(todo)
+        self.encoded[kind] = self.encoded.get(kind, 0) + len(todo)
         if rank == 0:
             print(f"{title}: {len(todo):,} of {len(keys):,} inputs embedded, the others from {folder}", flush=True)
-        if rank > 0 and self.settings.ablate != "trace":
-            return None
-        return collect(folder, keys)
+        return folder
 
     def folder(self, kind, samples):
         draw = (samples, self.settings.temperature, self.settings.seed) if samples else ()
         digest = hashlib.blake2b(repr([self.how, draw]).encode(), digest_size=8).hexdigest()
-        return Path(self.settings.out) / self.name / "cache" / f"{kind}-{digest}"
+        out = Path(self.settings.out)
+        folder = out / self.name / "cache" / f"{kind}-{digest}"
+        under_other_names = sorted(out.glob(f"*/cache/{kind}-{digest}"))  # "sft" may be "seed0-sft" beside "seed1-sft"
+        return under_other_names[0] if under_other_names and not folder.exists() else folder
 
     def missing(self, folder, keys, inputs):
         """Which inputs the folder lacks, as indices; the same list in all processes."""
@@ -560,6 +583,14 @@ def collect(folder, keys):
     disc_not_finite = (arrays["problem"] == "") & ~usable_disc(arrays)
     gen_not_finite = (arrays["valid"] & ~valid).any(1)
     return arrays | {"valid": valid, "not_finite": disc_not_finite | gen_not_finite}
+
+
+def collect_texts(folder, keys):
+    """The cached texts in the order of keys: N lists."""
+    text_of = {}
+    for shard_rows, _ in shards(folder):
+        text_of.update((key, texts) for key, _, texts in shard_rows)
+    return [text_of[key] for key in keys]
 
 
 def usable_disc(arrays):
@@ -699,6 +730,7 @@ def mean_embedding(gen, valid):
 GREEDY_MODES = {  # mode -> embedding of the queries, embedding of the candidates; oracle is made of the first two
     "disc": ("disc", "disc"),
     "gen": ("gen", "gen"),
+    "fused": ("fused", "fused"),
     "gen_disc": ("gen", "disc"),
     "disc_gen": ("disc", "gen"),
 }
@@ -734,10 +766,14 @@ def score_task(task, queries, candidates, sampled=None):
     for mode, (query_kind, candidate_kind) in GREEDY_MODES.items():
         rankings[mode] = rank_task(task, query_sides[query_kind], candidate_sides[candidate_kind], lists)
     if sampled:
-        rankings["mean"] = rank_task(task, mean_side(sampled), candidate_sides["gen"], lists)
+        mean = mean_side(sampled)
+        rankings["mean"] = rank_task(task, mean, candidate_sides["gen"], lists)
+        rankings["mean_fused"] = rank_task(task, fuse(query_sides["disc"], mean), candidate_sides["fused"], lists)
 
     measured = {mode: measure(task, ranking) for mode, ranking in rankings.items()}
     measured["oracle"] = oracle(measured["disc"], measured["gen"])
+    if sampled and len(sampled["valid"][0]) > 1:
+        measured["mean@2"] = measure_pairs(task, sampled, candidate_sides["gen"], lists)
 
     entry = {}
     columns = {}
@@ -764,15 +800,22 @@ def candidate_lists(task):
 
 
 def greedy_sides(arrays):
-    return {
-        "disc": Side(arrays["disc"], usable_disc(arrays)),
-        "gen": Side(arrays["gen"][:, 0], usable_gen(arrays)[:, 0]),
-    }
+    disc = Side(arrays["disc"], usable_disc(arrays))
+    gen = Side(arrays["gen"][:, 0], usable_gen(arrays)[:, 0])
+    return {"disc": disc, "gen": gen, "fused": fuse(disc, gen)}
 
 
-def mean_side(sampled):
-    valid = usable_gen(sampled)
-    return Side(mean_embedding(sampled["gen"], valid), valid.any(1))
+def fuse(disc, gen):
+    """[disc, gen] / sqrt(2), [N, 2D]: its dot product is the mean of both cosines. Without a gen embedding that half is
+    zero; without a disc embedding there is none."""
+    gen_or_zero = np.where(gen.ok[:, None], gen.embeddings, 0)
+    return Side(np.concatenate([disc.embeddings, gen_or_zero], axis=1) / math.sqrt(2), disc.ok)
+
+
+def mean_side(sampled, samples=slice(None)):
+    """samples: which of the S."""
+    valid = usable_gen(sampled)[:, samples]
+    return Side(mean_embedding(sampled["gen"][:, samples], valid), valid.any(1))
 
 
 def rank_task(task, queries, candidates, lists):
@@ -807,6 +850,15 @@ def measure(task, ranking):
         else:
             measured.append(dict.fromkeys(METRICS, 0.0))
     return measured
+
+
+def measure_pairs(task, sampled, candidates, lists):
+    """Per query {metric: x} of the mean of two samples: of samples 0 and 1, of 2 and 3, ..., and their average."""
+    measured = []
+    for first in range(0, len(sampled["valid"][0]) - 1, 2):
+        ranking = rank_task(task, mean_side(sampled, slice(first, first + 2)), candidates, lists)
+        measured.append(measure(task, ranking))
+    return [means(of_query) for of_query in zip(*measured)]
 
 
 def oracle(disc, gen):
@@ -845,7 +897,7 @@ def means(measured):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Means and report
+# Means
 
 
 def summary(entry):
@@ -886,129 +938,77 @@ def means_by(field, tasks):
     return {value: mean_summary(entries) for value, entries in members.items()}
 
 
-def paired_change(first, last):
-    """Mean over tasks of last - first and its standard error, from {task: [x of each query]} of two models.
+def oracle_gap(row):
+    """How far the oracle lies above the better of disc and gen, and the share of this gap that other modes close.
 
-    Queries are the random part, tasks are fixed: the variance is sum over tasks of s^2 / n, divided by the squared
-    number of tasks; s^2 is the unbiased variance of a task's paired differences (nan for a single query).
+    row: of summary(). Returns {"better": mode, "gap": x, "closed": {mode: share, None where there is no gap}}; pass@2
+    looks at the labels as the oracle does, fused and mean@2 do not.
     """
-    differences = [np.subtract(last[task], first[task]) for task in first]
-    change = float(np.mean([d.mean() for d in differences]))
-    variance = sum(d.var(ddof=1) / len(d) if len(d) > 1 else math.nan for d in differences)
-    return change, math.sqrt(variance) / len(differences)
+    better = max(("gen", "disc"), key=row.get)
+    gap = row["oracle"] - row[better]
+    others = [mode for mode in ("fused", "mean@2", "pass@2") if mode in row]
+    closed = {mode: (row[mode] - row[better]) / gap if gap > 0 else None for mode in others}
+    return {"better": better, "gap": gap, "closed": closed}
 
 
-def score_table(scores):
-    """What is printed of a model: a row per task, group and modality, their mean, and remarks."""
-    tasks = scores["tasks"]
-    mean = mean_summary(tasks.values())
-    rows = {}
-    for name, entry in tasks.items():
-        rows[name] = summary(entry)
-        if entry["modality"] == "visdoc":
-            rows[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in MODES if mode in entry}
-    for kind in ("groups", "modalities"):
-        if len(scores[kind]) > 1:
-            rows |= {f"= {name}": row for name, row in scores[kind].items()}
-    rows["= mean" if scores["overall"] else "= mean of these"] = mean
-
-    lines = [f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, seconds of "
-             "one process"]  # fmt: skip
-    cells = [[name, *(cell(row, column) for column in mean)] for name, row in rows.items()]
-    lines.append(text_table([["task", *mean], *cells]))
-    for name, entry in tasks.items():
-        lines += remarks(name, entry)
-    if "pass@2" in mean:
-        lines.append(f"oracle of disc and gen {100 * mean['oracle']:.1f}, "
-                     f"oracle of two gen samples (pass@2) {100 * mean['pass@2']:.1f}")  # fmt: skip
-    if "ablate" in next(iter(tasks.values())):
-        lines += [ablation_line(kind, tasks, mean["gen"]) for kind in ("removed", "swapped")]
-    return "\n".join(lines)
+# --------------------------------------------------------------------------------------------------------------
+# Another reasoner: --reasoner
 
 
-def cell(row, column):
-    if column not in row:
-        return ""
-    scale = 1 if column in ("tokens", "seconds", "inputs/s") else 100  # the others are shares
-    return f"{row[column] * scale:.1f}"
+class Answers(NamedTuple):
+    """What a reasoner has written, for the models to read."""
+
+    reasoner: str
+    greedy: list[list[str]]  # of each distinct input, one text
+    sampled: list[list[str]] | None  # of each distinct query, --samples of them
 
 
-def remarks(name, entry):
-    """Sentences about a task where the list's order decides, or where the published metric has another value."""
-    sentences = []
-    counts = [f"{n} in {mode}" for mode, n in entry["tied"].items() if n]
-    if counts:
-        sentences.append(f"{name}: candidates tie for the first place, so that the order of the list decides, for "
-                         f"{', '.join(counts)} of {entry['num_queries']} queries")  # fmt: skip
-    if "published_ndcg" in entry:
-        metric = entry["main_metric"]
-        ours = entry["gen"][metric]
-        published = entry["published_ndcg"]["gen"][metric]
-        sentences.append(f"{name}, {metric} of gen: {100 * ours:.1f}, as in published tables {100 * published:.1f}")
-    return sentences
+def reasoner_is_file(settings):
+    return settings.reasoner.endswith(".jsonl")
 
 
-def ablation_line(kind, tasks, mean_gen):
-    changed = []
-    cosines = []
-    for entry in tasks.values():
-        ablated = entry["ablate"][kind]
-        changed.append(ablated["gen"][entry["main_metric"]])
-        if ablated["cosine"] is not None:
-            cosines.append(ablated["cosine"])
-    return (f"reasoning {kind}: gen {100 * (fmean(changed) - mean_gen):+.1f}, "
-            f"cosine to the original {fmean(cosines or [math.nan]):.3f}")  # fmt: skip
+def answers_of_reasoner(settings, inputs, name, device, group=None):
+    """Those of the file; or of the model, which writes what its cache lacks. On all processes."""
+    if reasoner_is_file(settings):
+        answers = read_answers(settings.reasoner, inputs.keys, inputs.items)
+        return Answers(settings.reasoner, [[answer] for answer in answers], None)
+    cache = EmbeddingCache(load_embedder(settings.reasoner, settings, device), settings, name, group)
+    greedy = cache.texts("greedy", inputs.keys, inputs.items)
+    sampled = None
+    if settings.samples:
+        n = inputs.num_queries
+        sampled = cache.texts("samples", inputs.keys[:n], inputs.items[:n], settings.samples)
+    return Answers(name, greedy, sampled)
 
 
-def published_comparison(scores):
-    """Our scores of the 78 tasks, or of a part of them, in the paper's main table."""
-    tasks = {name: scores["tasks"][name] for name in sorted(scores["tasks"].keys() & MMEB.keys())}
-    ours = aggregate(tasks)
-    columns = ours["groups"] | ours["modalities"] | {"All": ours["overall"]}
-    some_mean = next(iter(columns.values()))
-    return paper_table(scores["model"], tasks, columns, [mode for mode in MODES if mode in some_mean])
-
-
-def about_model(name, backbone):
-    """What the leaderboard file says of the model."""
+def embed_answers(cache, keys, items, texts, everywhere=False):
+    """The results of N inputs with S given answers each, as EmbeddingCache.embed() has them. Equal answers to an input
+    are read once."""
+    row_of = {}
+    answered = []  # (input, answer) of each row
+    rows = np.zeros((len(texts), len(texts[0])), int)  # [N, S]
+    for n, answers in enumerate(texts):
+        for s, answer in enumerate(answers):
+            key = f"{keys[n]}-{stable_hash(answer):x}"
+            if key not in row_of:
+                row_of[key] = len(answered)
+                answered.append((items[n], answer))
+            rows[n, s] = row_of[key]
+    answered_items, answers = zip(*answered)
+    results = cache.embed("answers", list(row_of), answered_items, answers=answers, everywhere=everywhere)
+    if results is None:
+        return None
+    first = rows[:, 0]
     return {
-        "model_name": name,
-        "model_backbone": backbone.config.model_type,
-        "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
-        "embedding_dimension": backbone.config.text_config.hidden_size,
+        "disc": results["disc"][first],
+        "gen": results["gen"][rows, 0],
+        "valid": results["valid"][rows, 0],
+        "tokens": results["tokens"][rows, 0],
+        "seconds": results["seconds"][rows].sum(1),
+        "texts": texts,
+        "problem": results["problem"][first],
+        "not_finite": results["not_finite"][rows].any(1),
     }
-
-
-def change_table(names, first, last):
-    """first, last: {task: {column: [x of each query]}} of two models."""
-    columns = list(next(iter(first.values())))
-    rows = [["task", *columns]]
-    for task in first:
-        rows.append([task, *change_cells(first, last, [task], columns)])
-    rows.append(["= mean", *change_cells(first, last, list(first), columns)])
-    return (f"\n{names[0]} -> {names[-1]}: change in points ± standard error of the paired difference "
-            f"(noise of the queries only, not of training)\n{text_table(rows)}")  # fmt: skip
-
-
-def change_cells(first, last, tasks, columns):
-    cells = []
-    for column in columns:
-        before = {task: first[task][column] for task in tasks}
-        after = {task: last[task][column] for task in tasks}
-        change, error = paired_change(before, after)
-        cells.append(f"{100 * change:+.1f}±{100 * error:.1f}")
-    return cells
-
-
-def model_names(models):
-    """The folders' names, with as many of their parents as it takes to tell them apart."""
-    parts = [Path(os.path.abspath(model)).parts for model in models]
-    if len(set(parts)) < len(parts):
-        raise SystemExit(f"--model names a folder twice: {' '.join(models)}")
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(parts):
-        depth += 1
-    return ["-".join(p[-depth:]) for p in parts]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -1033,7 +1033,7 @@ def ablate_trace(texts):
     return ablated
 
 
-def embed_ablated(cache, inputs, greedy):
+def embed_ablated(cache, keys, items, greedy):
     """{kind: the greedy results with the gen embeddings of the ablated texts}. A text that has lost its <gen_emb> is
     a miss."""
     some = np.flatnonzero(greedy["valid"][:, 0])
@@ -1041,15 +1041,14 @@ def embed_ablated(cache, inputs, greedy):
         if processes()[0] == 0:
             print(f"{cache.name}: --ablate trace: no input has a valid answer, so there is no reasoning to take out")
         return {}
-    keys = inputs.keys()
-    items = [inputs.items[n] for n in some]
+    some_keys = [keys[n] for n in some]
+    some_items = [items[n] for n in some]
     results = {}
-    for kind, traces in ablate_trace([greedy["texts"][n][0] for n in some]).items():
-        traced_keys = [f"{keys[n]}-{stable_hash(trace):x}" for n, trace in zip(some, traces)]
-        reread_results = cache.embed(kind, traced_keys, items, traces=traces)
+    for kind, texts in ablate_trace([greedy["texts"][n][0] for n in some]).items():
+        ablated = embed_answers(cache, some_keys, some_items, [[text] for text in texts], everywhere=True)
         results[kind] = greedy | {"gen": greedy["gen"].copy(), "valid": greedy["valid"].copy()}
-        results[kind]["gen"][some] = reread_results["gen"]
-        results[kind]["valid"][some] = reread_results["valid"]
+        results[kind]["gen"][some] = ablated["gen"]
+        results[kind]["valid"][some] = ablated["valid"]
     return results
 
 
@@ -1082,36 +1081,44 @@ def check_tasks(names, settings):
     return check_files(names, load, settings.root)
 
 
-def evaluate(embedder, tasks, digests, settings, name, group=None):
-    """(content of scores.json, content of per_query.json) on process 0, None on the others."""
-    inputs = DistinctInputs(digests)
-    query_rows = [inputs.add([query["input"] for query in task.queries]) for task in tasks]
-    num_query_inputs = len(inputs.items)  # the queries come first
-    candidate_rows = [inputs.add(list(task.candidates.values())) for task in tasks]
-    keys = inputs.keys()
+def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
+    """(content of scores.json, content of per_query.json) on process 0, None on the others.
 
+    inputs: the DistinctInputs of the tasks; answers: of another reasoner.
+    """
     cache = EmbeddingCache(embedder, settings, name, group)
-    greedy = cache.embed("greedy", keys, inputs.items)
+    keys = inputs.keys
+    items = inputs.items
+    query_keys = keys[: inputs.num_queries]
+    query_items = items[: inputs.num_queries]
+    everywhere = settings.ablate == "trace"  # all processes look for what is to be ablated
     sampled = None
-    if settings.samples:
-        sampled = cache.embed("samples", keys[:num_query_inputs], inputs.items[:num_query_inputs], settings.samples)
+    if answers:
+        greedy = embed_answers(cache, keys, items, answers.greedy, everywhere)
+        if settings.samples:
+            sampled = embed_answers(cache, query_keys, query_items, answers.sampled)
+    else:
+        greedy = cache.embed("greedy", keys, items, everywhere=everywhere)
+        if settings.samples:
+            sampled = cache.embed("samples", query_keys, query_items, settings.samples)
     ablated = {}
     if settings.ablate == "trace":
-        ablated = embed_ablated(cache, inputs, greedy)
+        ablated = embed_ablated(cache, keys, items, greedy)
     if processes()[0] > 0:
         return None
 
     scores = {}
     per_query = {}
-    for task, q, c in zip(tasks, query_rows, candidate_rows):
+    for task, q, c in zip(tasks, inputs.query_rows, inputs.candidate_rows):
         entry, columns = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q))
         scores[task.name] = describe_task(task) | entry | generation_figures(greedy, np.concatenate([q, c]))
+        scores[task.name]["oracle_gap"] = oracle_gap(summary(scores[task.name]))
         if ablated:
             scores[task.name]["ablate"] = {kind: ablation_entry(task, greedy, changed, q, c)
                                            for kind, changed in ablated.items()}  # fmt: skip
         per_query[task.name] = columns | {"texts": [greedy["texts"][n][0] for n in q]}
     print_misses(name, greedy)
-    about = {"model": name, "args": asdict(settings)}
+    about = {"model": name, "reasoner": answers.reasoner if answers else None, "args": asdict(settings)}
     return about | {"tasks": scores, **aggregate(scores), "encoded": cache.encoded}, per_query
 
 
@@ -1171,58 +1178,144 @@ def load_tasks(names, settings, group=None):
     return tasks
 
 
+# --------------------------------------------------------------------------------------------------------------
+# Report
+
+
 def report(folder, scores, per_query, backbone):
     """Writes the files of a model and prints its tables."""
+    tasks = scores["tasks"]
+    rows = {name: summary(entry) for name, entry in tasks.items()}
+    mean = mean_summary(tasks.values())
+    gaps = {name: entry["oracle_gap"] for name, entry in tasks.items()}
     write_json(folder / "scores.json", scores)
     write_json(folder / "per_query.json", per_query)
-    print(score_table(scores), flush=True)
-    if scores["tasks"].keys() & MMEB.keys():
-        about = about_model(scores["model"], backbone)
+    print(score_table(scores, rows, mean), flush=True)
+    print(gap_table(gaps | {"= mean": oracle_gap(mean)}), flush=True)
+    if tasks.keys() & MMEB.keys():
+        about = about_model(result_name(scores["model"], scores["reasoner"]), backbone)
         for mode in MODES:
-            if mode != "mean" or scores["args"]["samples"]:
-                write_json(folder / f"leaderboard_{mode}.json", leaderboard(scores["tasks"], mode, about))
+            if mode in mean:
+                write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
         print(published_comparison(scores), flush=True)
+
+
+def published_comparison(scores):
+    """Our scores of the 78 tasks, or of a part of them, in the paper's main table."""
+    tasks = {name: scores["tasks"][name] for name in sorted(scores["tasks"].keys() & MMEB.keys())}
+    ours = aggregate(tasks)
+    columns = ours["groups"] | ours["modalities"] | {"All": ours["overall"]}
+    some_mean = next(iter(columns.values()))
+    name = result_name(scores["model"], scores["reasoner"])
+    return paper_table(name, tasks, columns, [mode for mode in MODES if mode in some_mean])
+
+
+def about_model(name, backbone):
+    """What the leaderboard file says of the model."""
+    return {
+        "model_name": name,
+        "model_backbone": backbone.config.model_type,
+        "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+        "embedding_dimension": backbone.config.text_config.hidden_size,
+    }
+
+
+def models_of(settings):
+    """--model and the reasoner, if that is a model and not among them."""
+    folders = [os.path.abspath(model) for model in settings.model]
+    is_model = settings.reasoner and not reasoner_is_file(settings)
+    if is_model and os.path.abspath(settings.reasoner) not in folders:
+        return [*settings.model, settings.reasoner]
+    return settings.model
+
+
+def model_names(models):
+    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    parts = [Path(os.path.abspath(model)).parts for model in models]
+    if len(set(parts)) < len(parts):
+        raise SystemExit(f"--model names a folder twice: {' '.join(models)}")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["-".join(p[-depth:]) for p in parts]
+
+
+def result_name(model, reasoner):
+    """Of the model's results, and of their folder. reasoner: name or file, None: the model itself."""
+    return f"{model}-reads-{Path(reasoner).stem}" if reasoner else model
 
 
 def main(argv=None):
     settings = parse_args(Settings, PRESETS, argv)
-    if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
-        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
+    check_settings(settings)
     names = choose_tasks(settings)
     if not names:
         raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "
                          "world is made by: python data.py toy; MMEB: python eval.py --check --root ROOT")  # fmt: skip
     if settings.check:
         raise SystemExit(0 if check_tasks(names, settings) else 1)
-    for model in settings.model:  # all of them before the first one is embedded
+    if settings.export:
+        export(names, settings)
+        return
+    models = models_of(settings)
+    name_of = {os.path.abspath(model): name for model, name in zip(models, model_names(models))}
+    for model in models:  # all of them before the first one is embedded
         check_model(model)
-    model_dirs = model_names(settings.model)
 
     rank, world, device = start_processes()
     hold(settings.out)
     # A process that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     tasks = load_tasks(names, settings, group)
-    digests = hash_media(tasks, group)
+    inputs = DistinctInputs(tasks, hash_media(tasks, group))
+    reasoner = name_of.get(os.path.abspath(settings.reasoner), settings.reasoner)
+    model_of = {result_name(name_of[os.path.abspath(model)], reasoner): model for model in settings.model}
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
-        for name in model_dirs:
+        for name in model_of:
             (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
         write_args(settings.out, settings)
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    answers = None
+    if settings.reasoner:
+        answers = answers_of_reasoner(settings, inputs, reasoner, device, group)
     columns_of_models = []  # per model {task: {column: [x of each query]}}
-    for model, name in zip(settings.model, model_dirs):
-        embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
-        least, _ = embedder.family.video_pixels
-        embedder.family = replace(embedder.family, video_pixels=(least, settings.video_max_pixels))
-        result = evaluate(embedder, tasks, digests, settings, name, group)
+    for name, model in model_of.items():
+        embedder = load_embedder(model, settings, device)
+        result = evaluate(embedder, tasks, inputs, settings, name_of[os.path.abspath(model)], answers, group)
         if rank == 0:
             scores, per_query = result
             report(Path(settings.out) / name, scores, per_query, embedder.backbone)
             columns_of_models.append({task: without_texts(columns) for task, columns in per_query.items()})
     if len(columns_of_models) > 1:
-        print(change_table(model_dirs, columns_of_models[0], columns_of_models[-1]), flush=True)
+        print(change_table(list(model_of), columns_of_models[0], columns_of_models[-1]), flush=True)
     end_processes()
+
+
+def check_settings(settings):
+    if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
+        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
+    if reasoner_is_file(settings):
+        if not os.path.isfile(settings.reasoner):
+            raise MissingFile(f"--reasoner {settings.reasoner}: no such file; python eval.py --export FILE writes one")
+        if settings.samples:
+            raise BadInput(f"--samples {settings.samples}: a file of answers has one of each input; give --samples 0")
+
+
+def export(names, settings):
+    """--export: the distinct inputs of the tasks, to be answered by anything else."""
+    tasks = load_tasks(names, settings)
+    inputs = DistinctInputs(tasks, hash_media(tasks))
+    export_inputs(settings.export, inputs.keys, inputs.items)
+    print(f"{settings.export}: {len(inputs.keys):,} inputs of {len(tasks)} tasks; fill in the answers, then: "
+          f"python eval.py --reasoner {settings.export} --samples 0")  # fmt: skip
+
+
+def load_embedder(model, settings, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
+    least, _ = embedder.family.video_pixels
+    embedder.family = replace(embedder.family, video_pixels=(least, settings.video_max_pixels))
+    return embedder
 
 
 def without_texts(columns):

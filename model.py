@@ -65,6 +65,15 @@ class Embeddings:
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
     skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs without embeddings: zeros, not valid
 
+    @property
+    def fused(self):
+        """float32 [N, samples, 2D]: [disc, gen] / sqrt(2), whose dot product is the mean of both cosines; None after
+        another mode than "both". Where an answer has no <gen_emb>, the gen half is zeros and disc alone decides."""
+        if self.disc is None or self.gen is None:
+            return None
+        disc = self.disc[:, None].expand_as(self.gen)
+        return torch.cat([disc, self.gen], dim=-1) / 2**0.5
+
 
 @dataclass(eq=False)  # compared and hashed by identity
 class Prompt:

@@ -148,7 +148,7 @@ def toy(seeds, out, split, jobs, data, recipes):
             )
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    from eval import paired_change
+    from support.report import paired_change
 
     def change(first, last, column_first, column_last):
         """Paired over the same queries and averaged over seeds: the error holds the queries' noise only."""

@@ -46,7 +46,7 @@ def data(run, world, out, sft, split, cross, seed):
 
 
 def score_lines(names, read):
-    from eval import paired_change
+    from support.report import paired_change
 
     columns = ["disc", "gen", "oracle", "gen_disc", "disc_gen"]
     lines = [f"| hit@1, % | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

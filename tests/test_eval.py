@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import picture
+from safetensors.torch import load_file, save_file
 
 import eval as ev
 from model import Rollouts
+from support.report import paired_change
 
 DATA = Path(__file__).parent / "data"
 
@@ -165,6 +167,72 @@ def test_samples_by_hand():
     assert (ev.mean_embedding(sampled["gen"], np.zeros((2, 4), bool)) == 0).all()
 
 
+def test_fused_ranks_by_the_mean_of_both_cosines():
+    """One dot product of the concatenated halves orders the candidates as (cos_disc + cos_gen) / 2 does."""
+    rng = np.random.default_rng(0)
+    queries, candidates = (
+        arrays(unit(rng.standard_normal((n, 1, 9))), disc=unit(rng.standard_normal((n, 9)))) for n in (5, 40)
+    )
+    fused = [ev.greedy_sides(side)["fused"] for side in (queries, candidates)]
+    assert np.allclose(np.linalg.norm(fused[0].embeddings, axis=1), 1)
+    want = (queries["disc"] @ candidates["disc"].T + queries["gen"][:, 0] @ candidates["gen"][:, 0].T) / 2
+    assert np.allclose(fused[0].embeddings @ fused[1].embeddings.T, want, atol=1e-6)
+    ranked = ev.rank_candidates(fused[0].embeddings, fused[1].embeddings, fused[0].ok, fused[1].ok, depth=40)
+    assert ranked == np.argsort(-want, axis=1).tolist()
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_fused_without_a_gen_embedding_is_disc_alone():
+    """Query 1 and candidate a have no <gen_emb>, its state is NaN besides: fused is no miss, disc decides. Without a
+    disc embedding it is one."""
+    x, y, nan = [1.0, 0.0], [0.0, 1.0], [math.nan] * 2
+    queries = arrays([[x], [nan]], disc=[x, y], valid=[[True], [False]])
+    candidates = arrays([[nan], [y]], disc=[x, y], valid=[[False], [True]])
+    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
+    assert entry["tied"]["fused"] == 0
+    queries["disc"][1] = math.nan
+    assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
+
+
+def test_fused_takes_the_surer_of_both():
+    """disc prefers a by far, gen prefers b by little: the sum says a, and so does the oracle's better half."""
+    queries = arrays([[[0.6, 0.8]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
+    candidates = arrays([[[1.0, 0.0]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
+    columns = ev.score_task(two_query_task(), queries, candidates)[1]
+    assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
+
+
+def test_two_samples_and_fused_mean_by_hand():
+    """mean@2 is the average over the pairs of samples (0, 1) and (2, 3); mean_fused adds disc to the mean of all."""
+    x, y, z = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
+    queries, candidates = arrays([[x], [y]], disc=[x, y]), arrays([[x], [y]], disc=[x, y])
+    sampled = arrays([[x, x, y, y], [y, z, z, z]], valid=[[True] * 4, [True, False, False, False]])
+    entry, columns = ev.score_task(two_query_task(), queries, candidates, sampled)
+    assert columns["mean@2"] == [0.5, 0.5]  # query 1: its second pair has no embedding at all
+    assert entry["mean@2"]["recall@10"] == pytest.approx((1 + 0.5) / 2)
+    assert columns["mean"] == [1, 1]  # query 0: a and b tie, a stands first
+    sampled = arrays([[y, y, y, x], [z, z, z, z]], valid=[[True] * 4, [False] * 4])
+    columns = ev.score_task(two_query_task(), queries, candidates, sampled)[1]
+    assert columns["mean"] == [0, 0]
+    assert columns["mean_fused"] == [1, 1]  # 0.5 (1 + 1 / sqrt 10) > 0.5 (0 + 3 / sqrt 10); query 1 by disc alone
+    one = arrays([[x], [y]])
+    assert "mean@2" not in ev.score_task(two_query_task(), queries, candidates, one)[0]
+
+
+def test_the_oracles_gap():
+    """Shares of the way from the better of disc and gen to the oracle; none where the oracle is no better."""
+    row = {"disc": 0.5, "gen": 0.7, "oracle": 0.8, "fused": 0.76, "mean@2": 0.69, "pass@2": 0.8}
+    gap = ev.oracle_gap(row)
+    assert gap["better"] == "gen" and gap["gap"] == pytest.approx(0.1)
+    assert gap["closed"] == pytest.approx({"fused": 0.6, "mean@2": -0.1, "pass@2": 1.0})
+    gap = ev.oracle_gap({"disc": 0.8, "gen": 0.7, "oracle": 0.8, "fused": 0.7})
+    assert gap == {"better": "disc", "gap": 0.0, "closed": {"fused": None}}
+
+
 def test_invalid_query_and_candidate_in_a_task():
     """No gen embedding of query 1 and candidate a: gen misses both, disc does not care, the oracle takes disc."""
     x, y = [1.0, 0.0], [0.0, 1.0]
@@ -198,7 +266,7 @@ def test_graded_task_has_the_published_value_beside_ours():
     assert entry["gen"]["ndcg_linear@5"] == pytest.approx((1 + low) / 2)  # query 0 ranks 9, 8; query 1 ranks 8, 9
     assert entry["published_ndcg"]["gen"]["ndcg_linear@5"] == pytest.approx((low + 1) / 2)
     assert entry["gen"]["ndcg_linear@1"] == pytest.approx((1 + 1 / 3) / 2)
-    assert list(entry["published_ndcg"]) == ["disc", "gen", "gen_disc", "disc_gen"]
+    assert list(entry["published_ndcg"]) == ["disc", "gen", "fused", "gen_disc", "disc_gen"]
 
 
 def test_local_task_ranks_its_own_list():
@@ -214,10 +282,10 @@ def test_paired_change():
     """Two tasks by hand: mean of the tasks' means, standard error from the spread of the paired differences."""
     first = {"a": [0, 0, 1, 1], "b": [0, 1]}
     last = {"a": [1, 0, 1, 1], "b": [1, 1]}
-    change, error = ev.paired_change(first, last)
+    change, error = paired_change(first, last)
     assert change == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert error == pytest.approx(math.sqrt((1 / 4) / 4 + (1 / 2) / 2) / 2)
-    assert math.isnan(ev.paired_change({"a": [0]}, {"a": [1]})[1])
+    assert math.isnan(paired_change({"a": [0]}, {"a": [1]})[1])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -312,6 +380,9 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     write_tasks(tmp_path)
     for model in ("sft", "rl"):
         shutil.copytree(tiny_dir, tmp_path / model)
+    weights = load_file(tmp_path / "rl/model.safetensors")
+    norm = next(name for name in weights if name.endswith("norm.weight"))
+    save_file(weights | {norm: 2 * weights[norm]}, tmp_path / "rl/model.safetensors", {"format": "pt"})
     out, READ[:] = tmp_path / "out", []
     (tmp_path / "images").mkdir()
     picture(0).save(tmp_path / "images/x.png")
@@ -321,12 +392,13 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     assert len([text for G, text in READ if G == 1]) == 2 * 8  # two models, 4 + 4 distinct inputs
     assert len([text for G, text in READ if G == 4]) == 2 * 4
     scores = json.loads((out / "rl" / "scores.json").read_text())
-    assert list(scores) == ["model", "args", "tasks", "groups", "modalities", "overall", "encoded"]
+    assert list(scores) == ["model", "reasoner", "args", "tasks", "groups", "modalities", "overall", "encoded"]
     assert scores["model"] == "rl" and scores["args"]["samples"] == 4
     assert scores["encoded"] == {"greedy": 8, "samples": 4}
     cls = scores["tasks"]["test/cls"]
     assert set(cls) == {"modality", "group", "main_metric", "num_queries", "num_candidates", *ev.MODES, "pass@k",
-                        "invalid", "unreadable", "not_finite", "tied", "tokens_per_input", "seconds"}  # fmt: skip
+                        "invalid", "unreadable", "not_finite", "tied", "tokens_per_input", "seconds",
+                        "oracle_gap"}  # fmt: skip
     assert list(cls["gen"]) == ev.METRICS and list(cls["pass@k"]) == ["1", "2", "4"]
     assert (cls["num_queries"], cls["num_candidates"], cls["invalid"], cls["unreadable"]) == (4, 5, 2, 0)
     assert cls["disc"]["hit@1"] == 1 and cls["gen"]["hit@1"] == 0.75 and cls["oracle"]["hit@1"] == 1
@@ -336,7 +408,7 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     per_query = json.loads((out / "sft" / "per_query.json").read_text())
     assert per_query["test/cls"]["gen"] == [1, 1, 0, 1] and len(per_query["test/cls"]["texts"]) == 4
     printed = capsys.readouterr().out
-    assert "test/local_t" in printed and "sft -> rl: change" in printed and "two gen samples" in printed
+    assert "test/local_t" in printed and "sft -> rl: change" in printed and "points to the oracle" in printed
     assert "beside published" not in printed  # own tasks are not MMEB
     assert not list(out.rglob("*.tmp"))
     READ[:] = []

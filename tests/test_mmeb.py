@@ -342,10 +342,10 @@ def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
     """A disk that fails once must not leave a miss in the cache: the bytes, and so the input's key, are the same."""
     real = ev.encode_input
 
-    def failing(tokenizer, item, **given):
+    def failing(tokenizer, item, answer, **given):
         if "VOC2007_2" in "".join(item["images"]):
             raise Skip("the disk does not answer")
-        return real(tokenizer, item, **given)
+        return real(tokenizer, item, answer, **given)
 
     with monkeypatch.context() as patch:
         patch.setattr(ev, "encode_input", failing)
@@ -413,12 +413,207 @@ def test_ablation_without_an_embedding_is_a_miss(mini, writer_dir, tmp_path, mon
 
 def test_rereading_an_unreadable_input(writer_dir):
     """A picture that is gone by the time its trace is read is a problem, so that it is tried again, and not valid."""
-    settings, trace = ev.Settings(batch_size=2), "<think>a</think><answer>b<gen_emb>"
+    settings, trace = ev.Settings(batch_size=2, workers=0), "<think>a</think><answer>b<gen_emb>"
     items = [{"text": text, "images": ["gone.png"] * (text == "b"), "video": []} for text in "abc"]
-    rows = ev.reread(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, [trace] * 3)
-    keys, problems, _, _, valid, *_ = zip(*rows)
+    rows = ev.embedded(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
+    keys, problems, _, _, valid, *_ = zip(*sorted(rows, key=lambda row: row[0]))
     assert keys == ("a", "b", "c") and [bool(x) for x in valid] == [True, False, True]
     assert [bool(x) for x in problems] == [False, True, False] and "gone.png" in problems[1]
+
+
+# ---- another reasoner ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reader_dir(writer_dir, tmp_path_factory):
+    """The writer with other embeddings for the same text."""
+    reader = Embedder.from_pretrained(writer_dir)
+    norm = reader.backbone.model.language_model.norm.weight
+    with torch.no_grad():
+        norm *= torch.linspace(0.5, 1.5, len(norm))
+    path = tmp_path_factory.mktemp("models") / "reader"
+    reader.save_pretrained(path)
+    return path
+
+
+def reason(root, model, reasoner, out, *flags, samples=0, tasks=FEW):
+    """eval.py --reasoner -> the content of scores.json; run_processes() takes the same arguments."""
+    ev.main(reason_argv(root, model, reasoner, out, *flags, samples=samples, tasks=tasks))
+    return reason_scores(out, model, reasoner)
+
+
+def reason_argv(root, model, reasoner, out, *flags, samples=0, tasks=FEW):
+    argv = ["--root", root, "--model", model, "--reasoner", reasoner, "--out", out, "--tasks", *tasks,
+            "--samples", samples, "--max_new_tokens", 20, "--batch_size", 4, "--workers", 0, *flags]  # fmt: skip
+    return list(map(str, argv))
+
+
+def reason_scores(out, model, reasoner):
+    folder = Path(out) / f"{Path(model).name}-reads-{Path(reasoner).stem}"
+    scores = json.loads((folder / "scores.json").read_text())
+    for entry in scores["tasks"].values():
+        del entry["seconds"]
+    return scores
+
+
+def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path, monkeypatch, capsys):
+    """What a model has written for its own scores is not written again; the tables and files name both; the answers
+    decide gen, not disc; a file with the same answers gives the same numbers."""
+    out = tmp_path / "out"
+    own_scores = run(mini, writer_dir, out)
+    alone = run(mini, reader_dir, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "generate", lambda self, prompts, **given: [pytest.fail("written") for _ in prompts])
+        scores = reason(mini, reader_dir, writer_dir, out)
+    assert (scores["model"], scores["reasoner"]) == ("reader", writer_dir.name)
+    printed = capsys.readouterr().out
+    assert f"reader reads the answers of {writer_dir.name}: main metric" in printed
+    assert f"reader-reads-{writer_dir.name} fused" in printed  # the paper's table
+    folder = out / f"reader-reads-{writer_dir.name}"
+    board = json.loads((folder / "leaderboard_fused.json").read_text())
+    assert board["metadata"]["model_name"] == folder.name
+    texts, own_texts = (
+        {name: columns["texts"] for name, columns in json.loads((path / "per_query.json").read_text()).items()}
+        for path in (folder, out / writer_dir.name)
+    )
+    assert texts == own_texts
+    for name in FEW:
+        entry = scores["tasks"][name]
+        assert entry["disc"] == alone["tasks"][name]["disc"]
+        assert entry["invalid"] == own_scores["tasks"][name]["invalid"]
+    assert scores["tasks"]["VOC2007"]["invalid"] < 15
+
+    file = tmp_path / "answers.jsonl"
+    ev.main(["--root", str(mini), "--tasks", *FEW, "--export", str(file)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    given = [{key: row[key] for key in ("text", "images", "video")} for row in rows]
+    written = Embedder.from_pretrained(writer_dir).embed(given, max_new_tokens=20).texts
+    for row, (text,) in zip(rows, written):
+        row["answer"] = text
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    from_file = reason(mini, reader_dir, file, out)
+    assert from_file["tasks"] == scores["tasks"] and from_file["encoded"] == {"answers": 0}
+    assert from_file["reasoner"] == str(file)
+
+
+def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_path):
+    """The cache holds what Embedder.embed(traces=...) returns, samples too; equal answers to an input are read once."""
+    reader = Embedder.from_pretrained(reader_dir)
+    items = [{"text": "what", "images": [], "video": []}, {"text": "and", "images": [], "video": []}]
+    texts = [["<think>a</think><answer>b<gen_emb>", "<think>a</think><answer>c<gen_emb>"], ["no embedding"] * 2]
+    settings = ev.Settings(out=str(tmp_path), workers=0, batch_size=3)
+    cache = ev.EmbeddingCache(reader, settings, "reader")
+    got = ev.embed_answers(cache, ["x", "y"], items, texts)
+    assert cache.encoded == {"answers": 3} and got["valid"].tolist() == [[True, True], [False, False]]
+    for s in range(2):
+        want = reader.embed(items, traces=[answers[s] for answers in texts])
+        np.testing.assert_allclose(got["disc"], want.disc.numpy(), atol=2e-6)
+        np.testing.assert_allclose(got["gen"][:, s], want.gen[:, 0].numpy(), atol=2e-6)
+        assert got["tokens"][:, s].tolist() == want.num_tokens[:, 0].tolist()
+
+
+def test_a_reasoners_samples_are_read(mini, writer_dir, reader_dir, tmp_path):
+    """--samples with a model: it writes k answers to each query, the embedder reads them all; two processes and a
+    second run give the same, and the second run embeds nothing."""
+    one = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
+    entry = one["tasks"]["VOC2007"]
+    assert set(entry["pass@k"]) == {"1", "2"} and list(entry["oracle_gap"]["closed"]) == ["fused", "mean@2", "pass@2"]
+    again = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
+    assert again["tasks"] == one["tasks"] and again["encoded"] == {"answers": 0}
+    run_processes(ev, reason_argv(mini, reader_dir, writer_dir, tmp_path / "two", "--ablate", "trace", samples=2,
+                                  tasks=["VOC2007"]))  # fmt: skip
+    two = reason_scores(tmp_path / "two", reader_dir, writer_dir)["tasks"]["VOC2007"]
+    assert two.pop("ablate")["removed"]["gen"] and two == entry
+
+
+def test_a_model_can_read_its_own_answers(mini, writer_dir, tmp_path):
+    """--reasoner of the model itself, spelt another way, is the same folder and the same name."""
+    spelt = writer_dir.parent / "." / writer_dir.name
+    scores = reason(mini, writer_dir, f"{spelt}/", tmp_path, tasks=["VOC2007"])
+    assert (scores["model"], scores["reasoner"]) == (writer_dir.name, writer_dir.name)
+
+
+def test_a_killed_reading_goes_on(mini, writer_dir, reader_dir, tmp_path, monkeypatch):
+    """kill -9 while the answers are read: the next start reads the rest only, and the scores are the same."""
+    whole = reason(mini, reader_dir, writer_dir, tmp_path / "whole")
+    real = Embedder.read
+
+    def killed(self, prompts, batch_size):
+        for n, result in enumerate(real(self, prompts, batch_size)):
+            if n == 40:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield result
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Embedder, "read", killed)
+        reason(mini, reader_dir, writer_dir, tmp_path / "killed", "--save_every", 10)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    again = reason(mini, reader_dir, writer_dir, tmp_path / "killed")
+    assert 0 < again["encoded"]["answers"] < whole["encoded"]["answers"] - 20
+    assert again["tasks"] == whole["tasks"]
+
+
+def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
+    """A model is called "writer" alone and "a-writer" beside "b/writer": its results are found again all the same."""
+    models = [shutil.copytree(writer_dir, tmp_path / folder / "writer") for folder in "ab"]
+    assert run(mini, models[0], tmp_path / "out", tasks=["VOC2007"])["encoded"]["greedy"] > 0
+    both = ["--root", str(mini), "--model", *map(str, models), "--out", str(tmp_path / "out"), "--tasks", "VOC2007",
+            "--samples", "0", "--max_new_tokens", "20", "--workers", "0"]  # fmt: skip
+    ev.main(both)
+    for name in ("a-writer", "b-writer"):
+        assert json.loads((tmp_path / "out" / name / "scores.json").read_text())["encoded"] == {"greedy": 0}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: rows[:-2], r"no answer for 2 of \d+ inputs.*--export"),
+    (lambda rows: [rows[0] | {"answer": None}, *rows[1:]], r"no answer for 1 of \d+ inputs"),
+    (lambda rows: [*rows, rows[0] | {"answer": "another <gen_emb>"}], "another answer for a key"),
+    (lambda rows: [*rows[:3], rows[3] | {"answer": "<|im_end|>"}, *rows[4:]], "row 3: the text contains the control"),
+    (lambda rows: [*rows[:3], rows[3] | {"answer": 7}, *rows[4:]], "row 3: the text is no string but int"),
+    (lambda rows: [{"key": "x"}, *rows], "row 0: needs a key and an answer"),
+    (lambda rows: [row | {"answer": "a thing"} for row in rows], "no answer has a <gen_emb>"),
+])  # fmt: skip
+def test_a_file_of_answers_that_cannot_be_used(mini, writer_dir, tmp_path, change, message):
+    """File, row and cure, before a model is asked for anything."""
+    file = tmp_path / "answers.jsonl"
+    ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(file)])
+    rows = [json.loads(line) | {"answer": "a <gen_emb>"} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(row) for row in change(rows)))
+    with pytest.raises(ValueError, match=message) as error:
+        reason(mini, writer_dir, file, tmp_path / "out", tasks=["VOC2007"])
+    assert str(file) in str(error.value)
+
+
+def test_a_file_with_refusals(mini, writer_dir, tmp_path, capsys):
+    """An empty answer, of an API that refused, is an invalid generation and counted; rows of other tasks do not
+    matter."""
+    file = tmp_path / "answers.jsonl"
+    ev.main(["--root", str(mini), "--tasks", *FEW, "--export", str(file)])
+    answer = {"answer": "<think></think><answer>thing<gen_emb>"}
+    rows = [json.loads(line) | answer for line in file.read_text().splitlines()]
+    rows[0]["answer"] = ""
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    scores = reason(mini, writer_dir, file, tmp_path / "out", tasks=["VOC2007"])
+    assert scores["tasks"]["VOC2007"]["invalid"] == 1
+    assert "have no <gen_emb>" in capsys.readouterr().err
+
+
+def test_reasoner_errors(mini, writer_dir, tmp_path):
+    """A file that is not there, samples of a file, an export over a file, each with its cure."""
+    with pytest.raises(FileNotFoundError, match="no such file.*--export"):
+        reason(mini, writer_dir, tmp_path / "gone.jsonl", tmp_path / "out")
+    file = tmp_path / "answers.jsonl"
+    file.write_text("")
+    with pytest.raises(ValueError, match="give --samples 0"):
+        reason(mini, writer_dir, file, tmp_path / "out", samples=4)
+    with pytest.raises(ValueError, match="there already and may hold answers"):
+        ev.main(["--root", str(mini), "--export", str(file)])
+    with pytest.raises(ValueError, match="NAME.jsonl"):
+        ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        reason(mini, writer_dir, tmp_path / "nothing", tmp_path / "out")
 
 
 def test_model_in_the_layout_of_the_hub(mini, writer_dir, tmp_path):

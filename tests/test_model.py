@@ -414,6 +414,26 @@ def test_texts_can_be_read_back_as_traces(writer):
     torch.testing.assert_close((first.disc, first.gen), (again.disc, again.gen), **CLOSE)
 
 
+def test_fused_is_one_dot_product_for_both_cosines(writer):
+    """[disc, gen] / sqrt(2) of every sample: the dot product is the mean of the cosines; without <gen_emb> the gen half
+    is zeros, and what is left orders the others as disc does. Other modes have no fused."""
+    items = [{"text": text} for text in ("what", "a star", "a ring", "a moon")]
+    traces = [ANSWERS[0], ANSWERS[1], "no embedding", ANSWERS[0]]
+    got = writer.embed(items, traces=traces)
+    fused = got.fused[:, 0]
+    cosines = (got.disc @ got.disc.T + got.gen[:, 0] @ got.gen[:, 0].T) / 2
+    torch.testing.assert_close(fused @ fused.T, cosines)
+    assert fused.shape == (4, 2 * writer.width) and fused.dtype == torch.float32
+    width = writer.width
+    assert not fused[2, width:].any() and fused[2, :width].norm() == pytest.approx(0.5**0.5, abs=1e-6)
+    assert (fused @ fused[2]).argsort().tolist() == (got.disc @ got.disc[2]).argsort().tolist()
+    sampled = writer.embed(items, samples=3, temperature=1.0, max_new_tokens=12)
+    assert sampled.fused.shape == (4, 3, 2 * width)
+    torch.testing.assert_close(sampled.fused[:, 1, width:] * 2**0.5, sampled.gen[:, 1])
+    assert writer.embed(items, mode="disc").fused is None
+    assert writer.embed(items, mode="gen", max_new_tokens=4).fused is None
+
+
 def test_embed_edges(embedder):
     """No inputs give empty tensors; absent, None and empty keys are the same; a wrong mode is refused by name."""
     none = embedder.embed([])
