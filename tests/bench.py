@@ -131,7 +131,8 @@ def toy(seeds, out, split, jobs, data, recipes):
     def mean(s, name, column):
         return results[s, name][0]["overall"][column]
 
-    columns = ["disc", "gen", "oracle", "pass@1", "pass@2", "pass@8", "pass@16", "mean", "gen_disc", "disc_gen"]
+    columns = ["disc", "gen", "fused", "oracle", "pass@1", "pass@2", "pass@8", "pass@16"]
+    columns += ["mean", "mean@2", "mean_fused", "gen_disc", "disc_gen"]
     lines = [f"| {split} scenes, seeds 0..{seeds - 1} | {' | '.join(columns)} | reward | share | gap |"]
     lines.append("|" + "---|" * (len(columns) + 4))
     for name in ["dume", *names]:
@@ -148,6 +149,7 @@ def toy(seeds, out, split, jobs, data, recipes):
             )
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
+    from eval import oracle_gap, summary
     from support.report import paired_change
 
     def change(first, last, column_first, column_last):
@@ -173,8 +175,12 @@ def toy(seeds, out, split, jobs, data, recipes):
         f"| oracle of disc and gen - oracle of two gen samples (pass@2) | {change(rl, rl, 'pass@2', 'oracle')} |"
     )
     lines.append(f"| pass@16 - pass@1 after SFT | {change('sft', 'sft', 'pass@1', 'pass@16')} |")
+    for name in ("sft", rl):
+        lines.append(f"| fused - gen, {name} | {change(name, name, 'gen', 'fused')} |")
+        lines.append(f"| fused - mean of two samples, {name} | {change(name, name, 'mean@2', 'fused')} |")
     for name in recipes:
         lines.append(f"| {name}: gen, change from SFT | {change('sft', name, 'gen', 'gen')} |")
+        lines.append(f"| {name}: fused, change from SFT | {change('sft', name, 'fused', 'fused')} |")
         before = [np.array(results[s, "sft"][2]["reward"]) for s in range(seeds)]
         d = [np.array(results[s, name][2]["reward"]) - before[s] for s in range(seeds)]
         error = math.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / seeds
@@ -194,10 +200,27 @@ def toy(seeds, out, split, jobs, data, recipes):
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
 
+    def seed_mean(name, task):
+        """Main metrics of a task, None: of their mean; averaged over the seeds."""
+        rows = []
+        for s in range(seeds):
+            scores = results[s, name][0]
+            rows.append(summary(scores["tasks"][task]) if task else scores["overall"])
+        return {column: float(np.mean([row[column] for row in rows])) for column in rows[0]}
+
+    for name in ("sft", rl):
+        lines += ["", f"| {name}: of the gap to the oracle | better of the two | points | closed by fused, % | "
+                  "by mean@2 | by pass@2 |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for task in [*tasks, None]:
+            gap = oracle_gap(seed_mean(name, task))
+            shares = ["" if share is None else f"{100 * share:.0f}" for share in gap["closed"].values()]
+            cells = [gap["better"], f"{100 * gap['gap']:.1f}", *shares]
+            lines.append(f"| {task or 'mean'} | {' | '.join(cells)} |")
+
     import bench_data
 
     mixed = {f"sft, seed {s}": place(s, "sft") for s in range(min(2, seeds))} | {f"{rl}, seed 0": place(0, rl)}
-    lines += ["", *bench_data.reasoner_lines(mixed, tasks, data)]
+    lines += ["", *bench_data.reasoner_lines(run, mixed, tasks, data, out / "reasoners")]
     text = "\n".join(lines)
     print(text)
     (out / "table.md").write_text(text + "\n")

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data import DISC, GEN, INSTRUCTION
 
@@ -40,7 +39,9 @@ def data(run, world, out, sft, split, cross, seed):
     names = ["sft", *(folder.name for folder in list(jobs)[1:])]
     read = {name: [json.loads((out / "eval" / folder.name / f"{file}.json").read_text())
                    for file in ("scores", "per_query")] for name, folder in zip(names, jobs)}  # fmt: skip
-    text = "\n".join([*score_lines(names, read), "", *reasoner_lines({"sft": sft, "self": out / "self"}, tasks, world)])
+    models = {"sft": sft, "self": out / "self"}
+    reasoners = reasoner_lines(run, models, tasks, world, out / "reasoners")
+    text = "\n".join([*score_lines(names, read), "", *reasoners])
     (out / "table.md").write_text(text + "\n")
     print(text)
 
@@ -48,7 +49,7 @@ def data(run, world, out, sft, split, cross, seed):
 def score_lines(names, read):
     from support.report import paired_change
 
-    columns = ["disc", "gen", "oracle", "gen_disc", "disc_gen"]
+    columns = ["disc", "gen", "fused", "oracle", "gen_disc", "disc_gen"]
     lines = [f"| hit@1, % | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         overall = read[name][0]["overall"]
@@ -63,33 +64,32 @@ def score_lines(names, read):
     return lines
 
 
-def reasoner_lines(models, tasks, world):
-    """gen hit@1 where one model reasons (rows) and another one reads its text and embeds (columns)."""
-    from eval import load_task
-    from model import Embedder
+def reasoner_lines(run, models, tasks, world, out):
+    """gen and fused hit@1 where one model reasons (rows) and another one reads its text and embeds (columns).
 
-    torch.set_num_threads(1)
-    tasks = [load_task(name, world) for name in tasks]
-    embedders = {name: Embedder.from_pretrained(path) for name, path in models.items()}
-    inputs = [[query["input"] for query in task.queries] + list(task.candidates.values()) for task in tasks]
-    traces = {name: [[x[0] for x in embedder.embed(some, max_new_tokens=128, batch_size=64).texts] for some in inputs]
-              for name, embedder in embedders.items()}  # fmt: skip
-    traces["nobody"] = [[EMPTY] * len(some) for some in inputs]
-    lines = [f"| reasoner, gen hit@1 in % | {' | '.join(f'embedder {name}' for name in embedders)} |"]
-    lines.append("|---" * (len(embedders) + 1) + "|")
-    for reasoner, texts in traces.items():
+    run: bench.run; models: {label: folder}. The last row is a file in which every answer says nothing.
+    """
+    from eval import model_names
+
+    out = Path(out)
+    common = ["--root", world, "--tasks", *tasks, "--out", out]
+    nobody = out / "nobody.jsonl"
+    nobody.unlink(missing_ok=True)
+    run("eval.py", *common, "--export", nobody)
+    rows = [json.loads(line) | {"answer": EMPTY} for line in nobody.read_text().splitlines()]
+    nobody.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    folders = list(models.values())
+    name_of = dict(zip(models, model_names(folders))) | {"nobody": "nobody"}
+    lines = [f"| reasoner; gen / fused hit@1 in % | {' | '.join(f'embedder {label}' for label in models)} |"]
+    lines.append("|---" * (len(models) + 1) + "|")
+    for reasoner, answers in (models | {"nobody": nobody}).items():
+        run("eval.py", *common, "--samples", 0, "--model", *folders, "--reasoner", answers)
         cells = []
-        for embedder in embedders.values():
-            hits = []
-            for task, some, trace in zip(tasks, inputs, texts):
-                found = embedder.embed(some, traces=trace, batch_size=64)
-                n, keys = len(task.queries), list(task.candidates)
-                gen, valid = found.gen[:, 0], found.valid[:, 0]
-                scores = (gen[:n] @ gen[n:].T).masked_fill(~valid[n:], -2)  # no <gen_emb>: never found, finds nothing
-                first = [keys[c] for c in scores.argmax(1)]
-                right = [key in query["labels"] for key, query in zip(first, task.queries)]
-                hits.append(float((torch.tensor(right) & valid[:n]).double().mean()))
-            cells.append(f"{100 * np.mean(hits):.1f}")
+        for embedder in models:
+            folder = out / f"{name_of[embedder]}-reads-{name_of[reasoner]}"
+            overall = json.loads((folder / "scores.json").read_text())["overall"]
+            cells.append(f"{100 * overall['gen']:.1f} / {100 * overall['fused']:.1f}")
         lines.append(f"| {reasoner} | {' | '.join(cells)} |")
     return lines
 

@@ -139,6 +139,9 @@ COMMANDS = {
     "torchrun --nproc_per_node 8 eval.py --preset 2b --model zhi": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks image": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks I-QA": EVAL,
+    "python eval.py --preset 2b --model runs/2b/sft --reasoner runs/2b/rl": f"{EVAL} --samples 1",
+    "python eval.py --preset 2b --root data/MMEB --export": "{} --tasks VOC2007 HMDB51",
+    "python eval.py --preset 2b --model runs/2b/rl --reasoner answers": f"{EVAL} --tasks VOC2007 HMDB51 --samples 0",
     "mkdir -p /tmp/mini": "{}",
     "python eval.py --model assets/toy_base": "{} --workers 0",
 }
@@ -147,6 +150,19 @@ ELSEWHERE = (  # CI runs its own two commands, test_annotate.py the chain on rea
     "python data.py check $", "python sft.py --data $", "hf ", "python - <<", "D=", "$D", "F=", "tar ", "cat ",
     "mkdir -p ROOT",
 )  # fmt: skip
+
+
+# what the README's client of a server sees here, where there is none
+STAND_IN_FOR_OPENAI = """
+from types import SimpleNamespace as Name
+def create(model, messages, temperature):
+    content = messages[0]["content"]
+    assert content[-1]["text"].endswith("represent the entire input.")
+    assert all(part["image_url"]["url"].startswith("data:image") for part in content[:-1])
+    message = Name(content=f"<think>{len(content)} parts</think><answer>a thing<gen_emb>")
+    return Name(choices=[Name(message=message)])
+OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create)))
+"""
 
 
 @pytest.mark.slow
@@ -158,8 +174,9 @@ def test_every_command_of_the_readme(toy_data, tiny_dir, tmp_path):
     (tmp_path / "tiny").symlink_to(tiny_dir)
     shutil.unpack_archive(ROOT / "tests/data/mini_mmeb_root.tar.gz", tmp_path)
     picture(0).save(tmp_path / "star.png")
+    (tmp_path / "openai.py").write_text(STAND_IN_FOR_OPENAI)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-           "PYTHONPATH": str(ROOT)}  # fmt: skip
+           "PYTHONPATH": f"{ROOT}:{tmp_path}"}  # fmt: skip
     waiting = dict(COMMANDS)
 
     def small(text):
