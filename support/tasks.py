@@ -1,0 +1,116 @@
+"""A task of your own, ROOT/tasks/NAME.json: read and checked before anything is embedded."""
+
+import sys
+from pathlib import Path
+
+from data import check_input, check_keys
+from support.run import BadInput, read_json
+
+TASK_KEYS = ("name", "modality", "group", "eval_type", "main_metric", "queries", "candidates")  # of its file
+QUERY_KEYS = ("input", "labels", "grades", "candidates")
+
+
+def load_own_task(name, path, root, metrics):
+    """The fields of eval.py's Task. metrics: the names that main_metric may have."""
+    raw = read_json(path)
+    check_task(raw, path, metrics)
+    queries = [read_query(raw, i, path, root) for i in range(len(raw["queries"]))]
+    check_labels(queries, raw["candidates"], path)
+    candidates = {}
+    for key, item in raw["candidates"].items():
+        candidates[key] = located(item, f"{path}, candidate {key!r}", root)
+    fields = {key: raw[key] for key in ("modality", "group", "eval_type", "main_metric")}
+    return fields | {"name": name, "queries": queries, "candidates": candidates}
+
+
+def require(right, message):
+    if not right:
+        raise BadInput(message)
+
+
+def check_task(raw, path, metrics):
+    """All but the content of its queries and candidates."""
+    check_keys(raw, "a task", path, TASK_KEYS)
+    lacking = [key for key in TASK_KEYS[1:] if key not in raw]  # the name is that of the file
+    require(not lacking, f"{path}: lacks {lacking}")
+    strings = isinstance(raw["modality"], str) and isinstance(raw["group"], str)
+    require(strings, f"{path}: modality and group must be strings")
+    eval_type = raw["eval_type"]
+    require(eval_type in ("global", "local"), f"{path}: eval_type is {eval_type!r}, not global or local")
+    metric = raw["main_metric"]
+    require(metric in metrics, f"{path}: main_metric {metric!r} is none of {', '.join(metrics)}")
+    containers = isinstance(raw["queries"], list) and isinstance(raw["candidates"], dict)
+    require(containers, f"{path}: queries must be a list, candidates an object of key: input")
+    require(raw["queries"] and raw["candidates"], f"{path}: has no queries or no candidates")
+
+
+def read_query(raw, i, path, root):
+    """Query i of an own task, checked."""
+    query = raw["queries"][i]
+    where = f"{path}: query {i}"
+    check_keys(query, "a query", f"{path}, query {i}", QUERY_KEYS)
+    require("input" in query and "labels" in query, f"{where} needs input and labels")
+    labels = keys_of(query["labels"])
+    require(labels, f"{where}: labels must be a key or a list of keys, not {query['labels']!r}")
+    grades = query.get("grades")
+    if grades is not None:
+        right = isinstance(grades, list) and len(grades) == len(labels) and all(map(is_grade, grades))
+        require(right, f"{where} has not one grade, above 0 and up to 100, per label: {grades!r}")
+    listed = listed_candidates(query, raw, where)
+    item = located(query["input"], f"{path}, query {i}", root)
+    return {"input": item, "labels": labels, "grades": grades, "candidates": listed}
+
+
+def listed_candidates(query, raw, where):
+    """The keys that a query of a local task ranks, None in a global one."""
+    given = query.get("candidates")
+    if raw["eval_type"] == "global":
+        require(given is None, f"{where} has candidates, but a global task ranks all; make it local or take them out")
+        return None
+    listed = keys_of(given)
+    require(listed, f"{where} of a local task has no candidates (a list of keys)")
+    unknown = [key for key in listed if key not in raw["candidates"]]
+    require(not unknown, f"{where} ranks keys that are no candidates of the task: {unknown[:3]}")
+    return listed
+
+
+def check_labels(queries, pool, path):
+    """A warning where some labels are no candidates, an error where all are."""
+    outside = []
+    num_labels = 0
+    for i, query in enumerate(queries):
+        rankable = query["candidates"] or pool
+        num_labels += len(query["labels"])
+        outside += [(i, label) for label in query["labels"] if label not in rankable]
+    if not outside:
+        return
+    i, label = outside[0]
+    message = (f"{path}: {len(outside)} of {num_labels} labels are no candidates and cannot be hit, e.g. {label!r} "
+               f"of query {i}")  # fmt: skip
+    require(len(outside) < num_labels, f"{message}; labels are keys of candidates")
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def located(item, name, root):
+    """An input, checked, with its media paths joined to the root."""
+    item = check_input(item, name)
+    for kind in ("images", "video"):
+        item[kind] = [str(Path(root) / path) for path in item[kind]]
+    return item
+
+
+def keys_of(given):
+    """A key or a list of keys, numbers written as strings, as JSON has them -> list; None where it is neither."""
+    keys = [given] if isinstance(given, (str, int)) else given
+    if not isinstance(keys, list) or not all(map(is_key, keys)):
+        return None
+    return [str(key) for key in keys]
+
+
+def is_key(x):
+    return isinstance(x, (str, int)) and x is not True
+
+
+def is_grade(x):
+    """A key of grade 0 is no right one, and must not be listed as a label; 2 to the power of 1,024 is no float."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x <= 100
