@@ -1082,9 +1082,10 @@ def report(folder, scores, per_query, backbone):
     print(score_table(scores, rows, mean), flush=True)
     print(gap_table(gaps | {"= mean": oracle_gap(mean)}), flush=True)
     if tasks.keys() & MMEB.keys():
-        about = about_model(result_name(scores["model"], scores["reasoner"]), backbone)
+        name = result_name(scores["model"], scores["reasoner"])
         for mode in MODES:
             if mode in mean:
+                about = about_model(name, backbone, mode)
                 write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
         print(published_comparison(scores), flush=True)
 
@@ -1099,13 +1100,14 @@ def published_comparison(scores):
     return paper_table(name, tasks, columns, [mode for mode in MODES if mode in some_mean])
 
 
-def about_model(name, backbone):
+def about_model(name, backbone, mode):
     """What the leaderboard file says of the model."""
+    width = backbone.config.text_config.hidden_size
     return {
         "model_name": name,
         "model_backbone": backbone.config.model_type,
         "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
-        "embedding_dimension": backbone.config.text_config.hidden_size,
+        "embedding_dimension": 2 * width if mode.endswith("fused") else width,
     }
 
 

@@ -472,6 +472,7 @@ def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path
     folder = out / f"reader-reads-{writer_dir.name}"
     board = json.loads((folder / "leaderboard_fused.json").read_text())
     assert board["metadata"]["model_name"] == folder.name
+    assert board["metadata"]["embedding_dimension"] == 2 * 128
     texts, own_texts = (
         {name: columns["texts"] for name, columns in json.loads((path / "per_query.json").read_text()).items()}
         for path in (folder, out / writer_dir.name)
