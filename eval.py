@@ -9,21 +9,23 @@ at --temperature. Modes (a task's value is the mean over its queries):
     oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
     mean                normalised mean of a query's k sampled gen embeddings; greedy gen candidates
-    mean@2              the same of two samples, averaged over the k / 2 pairs of them
-    mean_fused          fused with that mean of k in the place of gen
+    mean@2              the same of two samples, averaged over the pairs (0, 1), (2, 3), ... of the k
+    mean_fused          fused, with the mean of k in the place of gen
     pass@j              the chance that one of j sampled queries has a right candidate first; greedy gen candidates;
                         unbiased: 1 - C(k-c, j) / C(k, j) with c hits in k samples
 
-oracle has two tries where gen has one; its fair comparison is pass@2, the oracle of two gen samples. That of fused,
-which costs nothing as both embeddings come out of one pass, is mean@2, for which twice the tokens are generated. What
-they close of the gap between the better of disc and gen and their oracle is a table of its own.
+oracle has two tries where gen has one: compare it with pass@2, the oracle of two gen samples. fused adds two cosines
+where gen has one: compare it with mean@2, which generates twice as many tokens; disc and gen come out of one pass.
+(Both comparisons draw their samples at --temperature, gen is greedy: pass@1 shows what that costs.) A second table
+shows how much of the distance from the better of disc and gen to their oracle each of them covers.
 
 Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>; the official code reads the token after it.
 2. Greedy decoding; there the checkpoint's generation_config decides (Qwen2-VL's samples at low temperature).
 3. A generation without <gen_emb> is a miss: such a query has 0 in every metric and such a candidate is left out of
    the ranking; so is an input with a picture that cannot be read, in all modes. The official code reads another token
-   in its place, or drops the picture. In fused the half of a missing gen is zero: disc alone decides.
+   in its place, or drops the picture. In fused the half of a missing gen is zero: such a query is ranked by disc
+   alone, such a candidate keeps half of its disc cosine and ranks low.
 4. Scores are float64 dot products in a stable order (float32 and an unstable sort there): candidates with equal
    embeddings keep the order of the list, so a model that sees no difference ranks the first one first.
 5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
@@ -76,6 +78,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data import (
+    GEN,
     QWEN2_VL,
     Skip,
     check_text,
@@ -83,7 +86,7 @@ from data import (
     forked_loader,
 )
 from model import Embedder, Prompt, check_model
-from support.answers import export_inputs, read_answers
+from support.answers import check_export, export_inputs, read_answers
 from support.mmeb import MMEB, check_files, leaderboard, load_mmeb, paper_table
 from support.report import change_table, gap_table, score_table
 from support.rows import one_or_more
@@ -104,7 +107,7 @@ from support.run import (
     write_file,
     write_json,
 )
-from support.tasks import load_own_task
+from support.tasks import load_own_task, require
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -134,8 +137,8 @@ class Settings:
     check: bool = setting(False, "only look whether the tasks' files are there, without a model")
     export: str = setting("", "only write the tasks' inputs to this .jsonl file, for --reasoner, without a model")
     reasoner: str = setting("", "whose answers the models read: a model, or a .jsonl file; none: each its own")
-    out: str = setting("", "results go to OUT/<model name>/")
-    samples: int = setting(0, "samples per query for mean and pass@k; 0 leaves them out")
+    out: str = setting("", "results go to OUT/<model name>/, with --reasoner to OUT/<model name>-reads-<reasoner>/")
+    samples: int = setting(0, "samples per query for mean, mean@2, mean_fused and pass@k; 0 leaves them out")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
     max_new_tokens: int = setting(512, "longest reasoning; one cut off here counts as invalid")
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
@@ -283,7 +286,7 @@ def hash_model(embedder):
 # The model reads, and generates or is given what follows
 
 
-def embedded(embedder, inputs, keys, settings, samples=0, answers=None):
+def embed_inputs(embedder, inputs, keys, settings, samples=0, answers=None):
     """Yields (key, problem, disc [D], gen [S, D], valid [S], tokens [S], texts) as the inputs are done.
 
     samples 0: one greedy generation of each; answers: N assistant texts to read instead. One stream of inputs: a
@@ -364,7 +367,7 @@ class EmbeddingCache:
         local_inputs = [inputs[n] for n in local]
         local_keys = [keys[n] for n in local]
         local_answers = [answers[n] for n in local] if answers is not None else None
-        results = embedded(self.embedder, local_inputs, local_keys, self.settings, samples, local_answers)
+        results = embed_inputs(self.embedder, local_inputs, local_keys, self.settings, samples, local_answers)
         title = f"{self.name} {kind}"
         bar = Progress(results, total=len(local), desc=title, unit="input", disable=rank > 0 or not local)
         write_shards(bar, folder, self.settings)
@@ -852,21 +855,29 @@ class Answers(NamedTuple):
     sampled: list[list[str]] | None  # of each distinct query, --samples of them
 
 
-def reasoner_is_file(settings):
-    return settings.reasoner.endswith(".jsonl")
+def is_file_of_answers(reasoner):
+    return reasoner.endswith(".jsonl") and not os.path.isdir(reasoner)
 
 
 def answers_of_reasoner(settings, inputs, name, device, group=None):
     """Those of the file; or of the model, which writes what its cache lacks. On all processes."""
-    if reasoner_is_file(settings):
-        answers = read_answers(settings.reasoner, inputs.keys, inputs.items)
-        return Answers(settings.reasoner, [[answer] for answer in answers], None)
-    cache = EmbeddingCache(load_embedder(settings.reasoner, settings, device), settings, name, group)
-    greedy = cache.texts("greedy", inputs.keys, inputs.items)
     sampled = None
-    if settings.samples:
-        n = inputs.num_queries
-        sampled = cache.texts("samples", inputs.keys[:n], inputs.items[:n], settings.samples)
+    if is_file_of_answers(settings.reasoner):
+        greedy = [[answer] for answer in read_answers(settings.reasoner, inputs.keys, inputs.items)]
+    else:
+        cache = EmbeddingCache(load_embedder(settings.reasoner, settings, device), settings, name, group)
+        greedy = cache.texts("greedy", inputs.keys, inputs.items)
+        if settings.samples:
+            n = inputs.num_queries
+            sampled = cache.texts("samples", inputs.keys[:n], inputs.items[:n], settings.samples)
+    without = sum(GEN not in answer for (answer,) in greedy)
+    if without == len(greedy):
+        raise BadInput(f"--reasoner {settings.reasoner}: none of its {without:,} answers has a {GEN}, where the "
+                       "embedding is read; a model must have learned to write it, in a file end each answer with "
+                       "it")  # fmt: skip
+    if without and processes()[0] == 0:
+        print(f"{name}: {without:,} of {len(greedy):,} answers have no {GEN}; they count as generations without an "
+              "embedding", flush=True)  # fmt: skip
     return Answers(name, greedy, sampled)
 
 
@@ -1031,10 +1042,10 @@ def describe_task(task):
 def generation_figures(greedy, rows):
     """rows: of all queries and candidates of a task."""
     return {
-        "invalid": int((~greedy["valid"][rows]).sum()),  # greedy generations without <gen_emb>, or not finite
+        "invalid": int((~greedy["valid"][rows]).sum()),  # greedy (or given) answers without <gen_emb>, or not finite
         "not_finite": int(greedy["not_finite"][rows].sum()),  # an embedding of NaN or infinity: a miss
         "unreadable": int((greedy["problem"][rows] != "").sum()),  # pictures: misses in every mode
-        "tokens_per_input": float(greedy["tokens"][rows].mean()),  # generated, greedy
+        "tokens_per_input": float(greedy["tokens"][rows].mean()),  # of the answers
         "seconds": float(greedy["seconds"][np.unique(rows)].sum()),  # of one process, greedy, each input once
     }
 
@@ -1054,7 +1065,8 @@ def print_misses(name, greedy):
               "infinite) and count as misses; are the weights broken?", flush=True)  # fmt: skip
     problems = [problem for problem in greedy["problem"] if problem]
     if problems:
-        print(f"{len(problems)} inputs cannot be read and count as misses; the first: {problems[0]}", flush=True)
+        print(f"{len(problems)} inputs (or answers) cannot be read and count as misses; the first: {problems[0]}",
+              flush=True)  # fmt: skip
 
 
 def load_tasks(names, settings, group=None):
@@ -1111,13 +1123,14 @@ def about_model(name, backbone, mode):
     }
 
 
-def models_of(settings):
-    """--model and the reasoner, if that is a model and not among them."""
-    folders = [os.path.abspath(model) for model in settings.model]
-    is_model = settings.reasoner and not reasoner_is_file(settings)
-    if is_model and os.path.abspath(settings.reasoner) not in folders:
-        return [*settings.model, settings.reasoner]
-    return settings.model
+def name_models(models, reasoner):
+    """{model: its name}, for the reasoner too. A file of answers is named by its stem."""
+    others = {}
+    if is_file_of_answers(reasoner):
+        others[reasoner] = Path(reasoner).stem
+    elif reasoner and reasoner not in models:
+        models = [*models, reasoner]
+    return dict(zip(models, model_names(models))) | others
 
 
 def model_names(models):
@@ -1132,8 +1145,8 @@ def model_names(models):
 
 
 def result_name(model, reasoner):
-    """Of the model's results, and of their folder. reasoner: name or file, None: the model itself."""
-    return f"{model}-reads-{Path(reasoner).stem}" if reasoner else model
+    """Of the model's results, and of their folder. Both are names; reasoner None: the model itself."""
+    return f"{model}-reads-{reasoner}" if reasoner else model
 
 
 def main(argv=None):
@@ -1145,22 +1158,27 @@ def main(argv=None):
                          "world is made by: python data.py toy; MMEB: python eval.py --check --root ROOT")  # fmt: skip
     if settings.check:
         raise SystemExit(0 if check_tasks(names, settings) else 1)
-    if settings.export:
-        export(names, settings)
-        return
-    models = models_of(settings)
-    name_of = {os.path.abspath(model): name for model, name in zip(models, model_names(models))}
-    for model in models:  # all of them before the first one is embedded
-        check_model(model)
+    name_of = name_models(settings.model, settings.reasoner)
+    if not settings.export:
+        for model in name_of:  # all of them before the first one is embedded
+            if not is_file_of_answers(model):
+                check_model(model)
 
     rank, world, device = start_processes()
-    hold(settings.out)
+    if not settings.export:
+        hold(settings.out)
     # A process that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     tasks = load_tasks(names, settings, group)
     inputs = DistinctInputs(tasks, hash_media(tasks, group))
-    reasoner = name_of.get(os.path.abspath(settings.reasoner), settings.reasoner)
-    model_of = {result_name(name_of[os.path.abspath(model)], reasoner): model for model in settings.model}
+    if settings.export:
+        if rank == 0:
+            export_inputs(settings.export, inputs.keys, inputs.items)
+        end_processes()
+        return
+
+    reasoner = name_of.get(settings.reasoner)
+    model_of = {result_name(name_of[model], reasoner): model for model in settings.model}
     if rank == 0:  # now, not after hours: a folder that cannot be written shows at once
         for name in model_of:
             (Path(settings.out) / name).mkdir(parents=True, exist_ok=True)
@@ -1172,7 +1190,7 @@ def main(argv=None):
     columns_of_models = []  # per model {task: {column: [x of each query]}}
     for name, model in model_of.items():
         embedder = load_embedder(model, settings, device)
-        result = evaluate(embedder, tasks, inputs, settings, name_of[os.path.abspath(model)], answers, group)
+        result = evaluate(embedder, tasks, inputs, settings, name_of[model], answers, group)
         if rank == 0:
             scores, per_query = result
             report(Path(settings.out) / name, scores, per_query, embedder.backbone)
@@ -1185,20 +1203,18 @@ def main(argv=None):
 def check_settings(settings):
     if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
         raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
-    if reasoner_is_file(settings):
+    if settings.export:
+        require(not settings.check, "--check and --export: give one of them")
+        check_export(settings.export)
+    for model in settings.model:
+        if settings.reasoner and os.path.abspath(model) == os.path.abspath(settings.reasoner):
+            settings.reasoner = model  # spelt another way
+    if is_file_of_answers(settings.reasoner):
         if not os.path.isfile(settings.reasoner):
-            raise MissingFile(f"--reasoner {settings.reasoner}: no such file; python eval.py --export FILE writes one")
-        if settings.samples:
-            raise BadInput(f"--samples {settings.samples}: a file of answers has one of each input; give --samples 0")
-
-
-def export(names, settings):
-    """--export: the distinct inputs of the tasks, to be answered by anything else."""
-    tasks = load_tasks(names, settings)
-    inputs = DistinctInputs(tasks, hash_media(tasks))
-    export_inputs(settings.export, inputs.keys, inputs.items)
-    print(f"{settings.export}: {len(inputs.keys):,} inputs of {len(tasks)} tasks; fill in the answers, then: "
-          f"python eval.py --reasoner {settings.export} --samples 0")  # fmt: skip
+            raise MissingFile(f"--reasoner {settings.reasoner}: no such file; its keys: python eval.py --export FILE")
+        require(not settings.samples, "--samples: a file of answers has one of each input; give --samples 0")
+    elif os.path.isfile(settings.reasoner):
+        raise BadInput(f"--reasoner {settings.reasoner}: neither a model's folder nor a file of lines, NAME.jsonl")
 
 
 def load_embedder(model, settings, device):

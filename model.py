@@ -68,7 +68,8 @@ class Embeddings:
     @property
     def fused(self):
         """float32 [N, samples, 2D]: [disc, gen] / sqrt(2), whose dot product is the mean of both cosines; None after
-        another mode than "both". Where an answer has no <gen_emb>, the gen half is zeros and disc alone decides."""
+        another mode than "both". Without a <gen_emb> the gen half is zeros: as a query it ranks by disc alone, as a
+        candidate it keeps half of its disc cosine."""
         if self.disc is None or self.gen is None:
             return None
         disc = self.disc[:, None].expand_as(self.gen)

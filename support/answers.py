@@ -10,49 +10,48 @@ read at its last <gen_emb>, and one that has none counts as a generation without
 read back. Rows with other keys are left alone, so that one file can hold the answers for all tasks.
 """
 
-import sys
 from pathlib import Path
 
-from data import DISC, GEN, INSTRUCTION, check_text, without_marks
+from data import DISC, INSTRUCTION, check_text, without_marks
 from support.rows import scan_rows, write_rows
 from support.run import BadInput
 
 
-def export_inputs(path, keys, items):
-    """Writes the file with empty answers."""
-    if Path(path).exists():
-        raise BadInput(f"--export {path}: the file is there already and may hold answers; delete it or name another")
+def check_export(path):
     if Path(path).suffix != ".jsonl":
         raise BadInput(f"--export {path}: the file is one of lines, NAME.jsonl")
+    if Path(path).exists():
+        raise BadInput(f"--export {path}: the file is there already and may hold answers; delete it or name another")
+
+
+def export_inputs(path, keys, items):
+    """Writes the file with empty answers."""
+    check_export(path)
     rows = []
     for key, item in zip(keys, items):
         prompt = f"{without_marks(item).strip()}\n{DISC}\n{INSTRUCTION}"
         rows.append({"key": key} | item | {"prompt": prompt, "answer": None})
     write_rows(path, rows)
+    print(f"{path}: {len(keys):,} inputs; fill in the answers, then give it as --reasoner in place of --export, with "
+          "--samples 0")  # fmt: skip
 
 
 def read_answers(path, keys, items):
     """-> the answers of the inputs, in their order. Raises BadInput where one is missing or cannot be read."""
+    wanted = set(keys)
     answer_of = {}
     for i, (_, _, row) in enumerate(scan_rows(path)):
         name = f"{path}, row {i}"
         if not isinstance(row.get("key"), str) or "answer" not in row:
             raise BadInput(f"{name}: needs a key and an answer; python eval.py --export FILE writes the keys")
         key, answer = row["key"], row["answer"]
-        if answer is None:
+        if key not in wanted or answer is None:
             continue
         check_text(answer, name)
         if answer_of.setdefault(key, answer) != answer:
             raise BadInput(f"{name}: another answer for a key that was there before, {key}; leave one of them out")
     refuse_missing(path, keys, items, answer_of)
-    answers = [answer_of[key] for key in keys]
-    without = sum(GEN not in answer for answer in answers)
-    if without == len(answers):
-        raise BadInput(f"{path}: no answer has a {GEN}, where the embedding is read; end each answer with it")
-    if without:
-        print(f"{path}: {without:,} of {len(answers):,} answers have no {GEN} and count as generations without an "
-              "embedding", file=sys.stderr)  # fmt: skip
-    return answers
+    return [answer_of[key] for key in keys]
 
 
 def refuse_missing(path, keys, items, answer_of):
@@ -60,5 +59,5 @@ def refuse_missing(path, keys, items, answer_of):
     if missing:
         text = items[missing[0]]["text"][:60]
         raise BadInput(f"{path}: has no answer for {len(missing):,} of {len(keys):,} inputs, e.g. key "
-                       f"{keys[missing[0]]} ({text!r}); their rows: python eval.py --export NEW_FILE; where there is "
-                       'none to be had, give "": such an input counts as one without an embedding')  # fmt: skip
+                       f"{keys[missing[0]]} ({text!r}); --export with the same tasks writes the rows; where no answer "
+                       'is to be had, give "": it counts as one without an embedding')  # fmt: skip

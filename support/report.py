@@ -87,8 +87,9 @@ def gap_table(gaps):
         shares = [gap["closed"][column] for column in columns]
         cells = ["" if share is None else f"{100 * share:.0f}" for share in shares]
         rows.append([name, gap["better"], f"{100 * gap['gap']:.1f}", *cells])
-    return ("\nfrom the better of disc and gen to their oracle, which looks at the labels: points, and what share of "
-            "them others close, in %\n" + text_table(rows))  # fmt: skip
+    heading = ("distance from the better of disc and gen to their oracle, which looks at the labels, in points, and "
+               "the share of it that other modes cover, in % (negative: below the better one)")  # fmt: skip
+    return f"\n{heading}\n{text_table(rows)}"
 
 
 # --------------------------------------------------------------------------------------------------------------

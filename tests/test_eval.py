@@ -186,14 +186,16 @@ def unit(x):
 
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
-    """Query 1 and candidate a have no <gen_emb>, its state is NaN besides: fused is no miss, disc decides. Without a
-    disc embedding it is one."""
+    """Query 1 and candidate a have no <gen_emb>, its state is NaN besides: fused is no miss, disc decides; such a
+    candidate has half of its disc cosine only. Without a disc embedding it is a miss."""
     x, y, nan = [1.0, 0.0], [0.0, 1.0], [math.nan] * 2
     queries = arrays([[x], [nan]], disc=[x, y], valid=[[True], [False]])
     candidates = arrays([[nan], [y]], disc=[x, y], valid=[[False], [True]])
     entry, columns = ev.score_task(two_query_task(), queries, candidates)
     assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
     assert entry["tied"]["fused"] == 0
+    near = arrays([[nan], [[0.8, 0.6]]], disc=[x, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
+    assert ev.score_task(two_query_task(), arrays([[x], [y]], disc=[x, y]), near)[1]["fused"] == [0, 1]
     queries["disc"][1] = math.nan
     assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
 

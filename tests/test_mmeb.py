@@ -415,7 +415,7 @@ def test_rereading_an_unreadable_input(writer_dir):
     """A picture that is gone by the time its trace is read is a problem, so that it is tried again, and not valid."""
     settings, trace = ev.Settings(batch_size=2, workers=0), "<think>a</think><answer>b<gen_emb>"
     items = [{"text": text, "images": ["gone.png"] * (text == "b"), "video": []} for text in "abc"]
-    rows = ev.embedded(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
+    rows = ev.embed_inputs(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
     keys, problems, _, _, valid, *_ = zip(*sorted(rows, key=lambda row: row[0]))
     assert keys == ("a", "b", "c") and [bool(x) for x in valid] == [True, False, True]
     assert [bool(x) for x in problems] == [False, True, False] and "gone.png" in problems[1]
@@ -494,7 +494,7 @@ def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     from_file = reason(mini, reader_dir, file, out)
     assert from_file["tasks"] == scores["tasks"] and from_file["encoded"] == {"answers": 0}
-    assert from_file["reasoner"] == str(file)
+    assert from_file["reasoner"] == "answers"
 
 
 def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_path):
@@ -574,7 +574,7 @@ def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
     (lambda rows: [*rows[:3], rows[3] | {"answer": "<|im_end|>"}, *rows[4:]], "row 3: the text contains the control"),
     (lambda rows: [*rows[:3], rows[3] | {"answer": 7}, *rows[4:]], "row 3: the text is no string but int"),
     (lambda rows: [{"key": "x"}, *rows], "row 0: needs a key and an answer"),
-    (lambda rows: [row | {"answer": "a thing"} for row in rows], "no answer has a <gen_emb>"),
+    (lambda rows: [row | {"answer": "a thing"} for row in rows], r"none of its \d+ answers has a <gen_emb>"),
 ])  # fmt: skip
 def test_a_file_of_answers_that_cannot_be_used(mini, writer_dir, tmp_path, change, message):
     """File, row and cure, before a model is asked for anything."""
@@ -588,20 +588,53 @@ def test_a_file_of_answers_that_cannot_be_used(mini, writer_dir, tmp_path, chang
 
 
 def test_a_file_with_refusals(mini, writer_dir, tmp_path, capsys):
-    """An empty answer, of an API that refused, is an invalid generation and counted; rows of other tasks do not
-    matter."""
+    """An empty answer, of an API that refused, is an invalid generation and counted; rows of other tasks do not matter,
+    whatever they hold."""
     file = tmp_path / "answers.jsonl"
     ev.main(["--root", str(mini), "--tasks", *FEW, "--export", str(file)])
     answer = {"answer": "<think></think><answer>thing<gen_emb>"}
     rows = [json.loads(line) | answer for line in file.read_text().splitlines()]
     rows[0]["answer"] = ""
+    rows.append({"key": "of another task", "answer": "<|im_end|>"})
     file.write_text("\n".join(json.dumps(row) for row in rows))
     scores = reason(mini, writer_dir, file, tmp_path / "out", tasks=["VOC2007"])
     assert scores["tasks"]["VOC2007"]["invalid"] == 1
-    assert "have no <gen_emb>" in capsys.readouterr().err
+    assert "answers: 1 of 15 answers have no <gen_emb>" in capsys.readouterr().out
 
 
-def test_reasoner_errors(mini, writer_dir, tmp_path):
+def test_names_with_dots_stay_apart(mini, writer_dir, reader_dir, tmp_path):
+    """Bug story: the reasoner's name was cut at its last dot, so that the results of Qwen2.5-VL-3B and -7B lay in one
+    folder, the second over the first."""
+    for name in ("Q2.5-3B", "Q2.5-7B"):
+        shutil.copytree(writer_dir, tmp_path / name)
+        ev.main(reason_argv(mini, reader_dir, tmp_path / name, tmp_path / "out", tasks=["VOC2007"]))
+        assert (tmp_path / "out" / f"reader-reads-{name}" / "scores.json").exists()
+
+
+def test_no_reasoner_is_not_the_current_folder(mini, writer_dir, tmp_path, monkeypatch):
+    """Bug story: an empty --reasoner, made absolute, was the working directory; with --model . the model seemed to be
+    its own reasoner."""
+    monkeypatch.chdir(writer_dir)
+    ev.main(["--root", str(mini), "--model", ".", "--out", str(tmp_path), "--tasks", "VOC2007", "--samples", "0",
+             "--max_new_tokens", "2", "--workers", "0"])  # fmt: skip
+    assert (tmp_path / writer_dir.name / "scores.json").exists()
+
+
+def test_a_reasoner_that_never_writes_an_embedding_token(mini, tiny_dir, writer_dir, tmp_path):
+    """A plain Qwen2-VL as --reasoner gave scores of 0 without a word; its answers cannot be read."""
+    with pytest.raises(ValueError, match="none of its 15 answers has a <gen_emb>"):
+        reason(mini, writer_dir, tiny_dir, tmp_path / "out", "--max_new_tokens", 2, tasks=["VOC2007"])
+
+
+def test_two_processes_export_one_file(mini, tmp_path):
+    """Bug story: under torchrun every process wrote the file, and the second found that it was there already."""
+    argv = ["--root", mini, "--tasks", "VOC2007", "--export"]
+    run_processes(ev, [*argv, tmp_path / "two.jsonl"])
+    ev.main([*map(str, argv), str(tmp_path / "one.jsonl")])
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
     """A file that is not there, samples of a file, an export over a file, each with its cure."""
     with pytest.raises(FileNotFoundError, match="no such file.*--export"):
         reason(mini, writer_dir, tmp_path / "gone.jsonl", tmp_path / "out")
@@ -611,8 +644,13 @@ def test_reasoner_errors(mini, writer_dir, tmp_path):
         reason(mini, writer_dir, file, tmp_path / "out", samples=4)
     with pytest.raises(ValueError, match="there already and may hold answers"):
         ev.main(["--root", str(mini), "--export", str(file)])
+    monkeypatch.setattr(ev, "hash_media", None)  # before all media are read
     with pytest.raises(ValueError, match="NAME.jsonl"):
         ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
+    wrong = tmp_path / "answers.json"
+    wrong.write_text("[]")
+    with pytest.raises(ValueError, match="neither a model's folder nor a file of lines"):
+        reason(mini, writer_dir, wrong, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no model folder"):
         reason(mini, writer_dir, tmp_path / "nothing", tmp_path / "out")
 
