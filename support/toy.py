@@ -141,6 +141,16 @@ def listed(cells):
     return "".join(f" {place} {content}" for place, content in zip(PLACES, cells) if content)
 
 
+def compared(before, after):
+    """ " xa red star none xc blue ring blue ring yb none red star": what is at each place in two scenes, empty places
+    left out."""
+    text = ""
+    for place, was, now in zip(PLACES, before, after):
+        if was or now:
+            text += f" {place} {was or 'none'} {now or 'none'}"
+    return text
+
+
 def row_text(cells, r):
     """ " ya red star yb none yc none": row r with its places."""
     indices = range(3 * r, 3 * r + 3)
@@ -262,29 +272,31 @@ def caption(cells):
 
 
 def video_example(rng, split):
-    """One of three objects moves one cell; hard: all other moves of the three."""
+    """One of three objects moves one cell: which, and where to? Hard: the others, and the other empty cells."""
     cells = draw(rng, split, 3, 3)
     moves = free_moves(cells)
-    start, step, end = moves[rng.integers(len(moves))]
+    start, end = moves[rng.integers(len(moves))]
     mover = cells[start]
     after = list(cells)
     after[start] = ""
     after[end] = mover
-    think = f"{listed(cells)} then{listed(after)} so {PLACES[start]} {PLACES[end]}"
-    query = Side("what moves", think, f" {mover} {step}", (cells, after))
-    everything = [f"move: {content} {other}" for content in cells if content for other in STEPS]
-    target = f"move: {mover} {step}"
-    return query, said(target), [said(move) for move in everything if move != target]
+    answer = f" {mover} {PLACES[end]}"
+    think = f"{compared(cells, after)} so{answer}"
+    query = Side("what moves where", think, answer, (cells, after))
+    objects = [content for content in cells if content]
+    empty = [place for place, content in zip(PLACES, cells) if not content]
+    everything = [f" {content} {place}" for content in objects for place in empty]
+    return query, said(f"move:{answer}"), [said(f"move:{move}") for move in everything if move != answer]
 
 
 def free_moves(cells):
-    """All (index of an object, step, index of the empty cell that it leads to)."""
+    """All (index of an object, index of an empty cell beside it)."""
     moves = []
     for start, content in enumerate(cells):
         for step in STEPS:
             end = beside(start, step)
             if content and end >= 0 and not cells[end]:
-                moves.append((start, step, end))
+                moves.append((start, end))
     return moves
 
 

@@ -32,6 +32,7 @@ from data import (
     patchify,
     step_loader,
 )
+from support import toy
 from support.rows import Rows, read_rows
 
 REAL = ROOT.parent / "shared" / "real_data"
@@ -585,3 +586,25 @@ def test_missing_and_empty_files(tokenizer, tmp_path):
     for files in (empty, Rows(empty)):  # bug story: data.py check gives Rows, and its message named no file
         with pytest.raises(ValueError, match="empty.json.*no rows"):
             PairData(files, tokenizer, kind="sft", batch_size=1, seed=0)
+
+
+# ---- the toy world ---------------------------------------------------------------------------------------------
+
+
+def test_the_toys_video_is_one_move():
+    """The two scenes differ by one object that moves to the empty cell beside it; the reasoning names every place that
+    is taken in one of them and ends with the answer; no negative is right, and each names an object and an empty
+    cell."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        query, target, negatives = toy.video_example(rng, "train")
+        before, after = query.media
+        (start,) = [i for i in range(9) if before[i] and not after[i]]
+        (end,) = [i for i in range(9) if after[i] and not before[i]]
+        assert before[start] == after[end] and end in [toy.beside(start, step) for step in toy.STEPS]
+        assert query.answer == target.answer == f" {before[start]} {toy.PLACES[end]}"
+        assert query.think.endswith(f" so{query.answer}") and query.think.count(" none") == 2
+        words = query.think.split()
+        assert sum(place in words for place in toy.PLACES) == 4
+        texts = {negative.text for negative in negatives}
+        assert len(texts) == 17 and target.text not in texts

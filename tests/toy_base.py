@@ -27,6 +27,7 @@ from support.toy import (  # noqa: E402
     STEPS,
     Side,
     beside,
+    compared,
     draw,
     in_parallel,
     listed,
@@ -36,8 +37,8 @@ from support.toy import (  # noqa: E402
     stored,
 )
 
-BASE = {"list": (0.55, 0.45, 0.22), "copy": (0.25, 0.25, 0.25), "page": (0.2, 0.05, 0.08),
-        "at": (0, 0.25, 0.15), "go": (0, 0, 0.15), "row": (0, 0, 0.08), "frames": (0, 0, 0.07)}  # shares per level
+BASE = {"list": (0.55, 0.4, 0.17), "copy": (0.25, 0.25, 0.24), "page": (0.2, 0.1, 0.11),
+        "at": (0, 0.25, 0.12), "go": (0, 0, 0.16), "row": (0, 0, 0.07), "frames": (0, 0, 0.13)}  # shares per level
 
 
 def base_example(rng, level, split="train"):
@@ -55,10 +56,10 @@ def base_example(rng, level, split="train"):
         text = texts[rng.integers(4)] or " none"
         return Side(f"copy:{text}", "", text)
     if kind == "frames":
+        empty = [i for i in range(9) if not cells[i]]
         after = list(cells)
-        j = cells.index("")
-        after[full[0]], after[j] = "", cells[full[0]]
-        return Side("list both", "", f"{listed(cells)} then{listed(after)}", (cells, after))
+        after[full[0]], after[rng.choice(empty)] = "", cells[full[0]]
+        return Side("compare the scenes", "", compared(cells, after), (cells, after))
     if kind == "at":
         some = [int(k) for k in rng.permutation(len(cells))[:4]]
         return Side("what is at" + "".join(f" {PLACES[k]}" for k in some), "",
@@ -141,7 +142,7 @@ def base_rows(out, seed, level, part, count):
     return rows
 
 
-def write_base(out, seed=0, pairs=(3200, 3200, 16000, 5600), parts=4):
+def write_base(out, seed=0, pairs=(3200, 3200, 24000, 5600), parts=4):
     """The pretraining of the stand-in for Qwen2-VL, easy to hard: base_0.json .. base_3.json."""
     out = Path(out)
     jobs = [(base_rows, seed, level, part, n // parts) for level, n in enumerate(pairs) for part in range(parts)]
@@ -158,7 +159,7 @@ def train(out, seed):
     toy_model(out / "random", seed)
     flags = "--w_disc 0 --w_gen 0 --train_vision true --micro_batch 16 --batch_size 16 --warmup 0.1 --seed"
     before = out / "random"
-    for level, steps in enumerate((400, 400, 1600, 350)):
+    for level, steps in enumerate((400, 400, 2600, 350)):
         command = f"{sys.executable} sft.py {flags} {seed} --steps {steps} --model {before} --out {out}/level{level} "
         command += f"--data {out}/base_{level}.json --media_root {out} --lr {1e-3 if level == 3 else 2e-3}"
         subprocess.run(command.split(), cwd=ROOT, check=True)
