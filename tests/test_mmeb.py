@@ -332,7 +332,7 @@ def test_unreadable_pictures_are_counted(own, writer_dir, tmp_path, capsys):
     assert scores["tasks"]["VOC2007"]["unreadable"] == 2
     per_query = json.loads((tmp_path / "out" / writer_dir.name / "per_query.json").read_text())["VOC2007"]
     assert per_query["disc"][:2] == per_query["oracle"][:2] == [0, 0] and per_query["texts"][0] == ""
-    assert "2 inputs cannot be read" in capsys.readouterr().out
+    assert "2 inputs (or answers) cannot be read" in capsys.readouterr().out
     shutil.rmtree(own / "image-tasks/VOC2007")
     with pytest.raises(SystemExit, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
         run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])

@@ -53,7 +53,7 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     printed = start(
         "eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24
     )
-    assert "change in points" in printed and "oracle of two gen samples" in printed
+    assert "change in points" in printed and "distance from the better of disc and gen" in printed
 
     for folder, steps in ((sft, 3), (rl, 2)):
         log = read_log(folder)

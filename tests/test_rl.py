@@ -465,7 +465,7 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
     assert one[0]["reward"] > 0 and one[0]["grad_norm"] > 0 and 0 < one[0]["invalid_share"] < 1
     assert two[0] == pytest.approx(one[0], abs=1e-5, rel=1e-5)
     assert one[0]["kl"] == 0 and one[1]["kl"] > 0 and one[0]["logp_mismatch"] < 1e-5
-    assert one[0]["share_query"] > 0 and one[0]["format_target"] > 0
+    assert one[0]["share_query"] > 0 and one[0]["format_query"] > 0
     names = sorted(json.loads(line)["row"] for line in (tmp_path / "two/skipped.jsonl").read_text().splitlines())
     assert [name.rpartition(" ")[2] for name in names] == ["1", "8"]
 
