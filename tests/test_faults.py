@@ -77,11 +77,11 @@ def failing(*given, **more):
 s.encode_input = failing
 """
 EVAL_INTERRUPT = """
-real = s.generated
+real = s.embed_inputs
 def once(*given):
     yield from real(*given)
     os.kill(os.getpid(), signal.SIGINT)
-s.generated = once
+s.embed_inputs = once
 """
 
 
