@@ -139,7 +139,8 @@ COMMANDS = {
     "torchrun --nproc_per_node 8 eval.py --preset 2b --model zhi": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks image": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks I-QA": EVAL,
-    "python eval.py --preset 2b --model runs/2b/sft --reasoner runs/2b/rl": f"{EVAL} --samples 1",
+    "python eval.py --preset 2b --model runs/2b/sft --reasoner runs/2b/rl":  # one that has learned to write <gen_emb>
+        "rm -rf runs/2b/rl && cp -r writer runs/2b/rl && {} --max_new_tokens 24 --workers 0 --samples 1",
     "python eval.py --preset 2b --root data/MMEB --export": "{} --tasks VOC2007 HMDB51",
     "python eval.py --preset 2b --model runs/2b/rl --reasoner answers": f"{EVAL} --tasks VOC2007 HMDB51 --samples 0",
     "mkdir -p /tmp/mini": "{}",
@@ -166,12 +167,13 @@ OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme(toy_data, tiny_dir, tmp_path):
+def test_every_command_of_the_readme(toy_data, tiny_dir, writer_dir, tmp_path):
     """Bug story: the README's command for the miniature of MMEB, typed in as it stands, ended in a KeyError after all
     its work. Every line that starts a program runs here, one after the other as a reader would, at a small size, and
     the Python too; a new line fails the test until it runs."""
     (tmp_path / "toy").symlink_to(toy_data)
     (tmp_path / "tiny").symlink_to(tiny_dir)
+    shutil.copytree(writer_dir, tmp_path / "writer")
     shutil.unpack_archive(ROOT / "tests/data/mini_mmeb_root.tar.gz", tmp_path)
     picture(0).save(tmp_path / "star.png")
     (tmp_path / "openai.py").write_text(STAND_IN_FOR_OPENAI)
