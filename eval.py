@@ -107,7 +107,7 @@ from support.run import (
     write_file,
     write_json,
 )
-from support.tasks import load_own_task, require
+from support.tasks import load_own_task
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -833,8 +833,9 @@ def means_by(field, tasks):
 def oracle_gap(row):
     """How far the oracle lies above the better of disc and gen, and the share of this gap that other modes close.
 
-    row: of summary(). Returns {"better": mode, "gap": x, "closed": {mode: share, None where there is no gap}}; pass@2
-    looks at the labels as the oracle does, fused and mean@2 do not.
+    row: of summary(), metrics from 0 to 1. Returns {"better": mode, "gap": x, "closed": {mode: share, None where there
+    is no gap}}, gap from 0 to 1, shares below 0 where a mode is worse than the better one. pass@2 looks at the labels,
+    as the oracle does; fused and mean@2 do not.
     """
     better = max(("gen", "disc"), key=row.get)
     gap = row["oracle"] - row[better]
@@ -900,14 +901,14 @@ def embed_answers(cache, keys, items, texts, everywhere=False):
         return None
     first = rows[:, 0]
     return {
-        "disc": results["disc"][first],
-        "gen": results["gen"][rows, 0],
-        "valid": results["valid"][rows, 0],
-        "tokens": results["tokens"][rows, 0],
-        "seconds": results["seconds"][rows].sum(1),
+        "disc": results["disc"][first],  # [N, D], the same for all answers to an input
+        "gen": results["gen"][rows, 0],  # [N, S, D]
+        "valid": results["valid"][rows, 0],  # [N, S]
+        "tokens": results["tokens"][rows, 0],  # [N, S]
+        "seconds": results["seconds"][rows].sum(1),  # [N]
         "texts": texts,
-        "problem": results["problem"][first],
-        "not_finite": results["not_finite"][rows].any(1),
+        "problem": results["problem"][first],  # [N]
+        "not_finite": results["not_finite"][rows].any(1),  # [N]
     }
 
 
@@ -1204,7 +1205,8 @@ def check_settings(settings):
     if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
         raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
     if settings.export:
-        require(not settings.check, "--check and --export: give one of them")
+        if settings.check:
+            raise BadInput("--check and --export: give one of them")
         check_export(settings.export)
     for model in settings.model:
         if settings.reasoner and os.path.abspath(model) == os.path.abspath(settings.reasoner):
@@ -1212,12 +1214,14 @@ def check_settings(settings):
     if is_file_of_answers(settings.reasoner):
         if not os.path.isfile(settings.reasoner):
             raise MissingFile(f"--reasoner {settings.reasoner}: no such file; its keys: python eval.py --export FILE")
-        require(not settings.samples, "--samples: a file of answers has one of each input; give --samples 0")
+        if settings.samples:
+            raise BadInput("--samples: a file of answers has one of each input; give --samples 0")
     elif os.path.isfile(settings.reasoner):
         raise BadInput(f"--reasoner {settings.reasoner}: neither a model's folder nor a file of lines, NAME.jsonl")
 
 
 def load_embedder(model, settings, device):
+    """In bf16 on a GPU, fp32 on the CPU, with the frame size of --video_max_pixels."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
     least, _ = embedder.family.video_pixels

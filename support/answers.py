@@ -37,7 +37,8 @@ def export_inputs(path, keys, items):
 
 
 def read_answers(path, keys, items):
-    """-> the answers of the inputs, in their order. Raises BadInput where one is missing or cannot be read."""
+    """-> N texts, the answers to the inputs in their order. Raises BadInput where one is missing or cannot be read.
+    keys, items: of the N distinct inputs."""
     wanted = set(keys)
     answer_of = {}
     for i, (_, _, row) in enumerate(scan_rows(path)):
