@@ -14,13 +14,12 @@ Where this departs from the official code
  3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
     state at <gen_emb> is stored in the decode step that reads it (no stack of all layers' states), a completion that
     ends gives its slot to a waiting prompt. Vision tokens, pad, <|im_start|> and <disc_emb> can never be sampled, and
-    the same ban holds in the log-probabilities of RL.
+    the same ban holds in the log-probabilities of RL. The decode step itself is ours too (support/decode.py).
  4. A completion without <gen_emb> has no generative embedding; the official code then reads the prompt's own one.
  5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
 """
 
 import contextlib
-import itertools
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -34,9 +33,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoTokenizer
 
 from data import DISC, FAMILIES, FORMS, GEN, Row, Skip, check_input, check_text, encode_input, normalise
+from support.decode import Decoder
 from support.run import (
     BadInput,
     MissingFile,
@@ -50,6 +50,7 @@ from support.run import (
 )
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
+PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels; about 4 GB for the 2B
 REFILL = 16  # waiting prompts are prefilled when one in 16 of the slots is free; rarer leaves more slots idle
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
@@ -292,60 +293,58 @@ class Embedder(nn.Module):
     # ---- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64):
+    def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64,
+                 prefill_tokens=PREFILL_TOKENS):  # fmt: skip
         """Reads each prompt once and decodes G completions of it. Yields (prompt, Rollouts) as they finish.
 
         prompts: iterable of Prompt; one that cannot be read comes back at once, as (prompt, None). Rollout g of a
-        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it. slots: completions
-        decoded at once. temperature 0 is greedy.
+        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it: on a GPU up to
+        rounding, which can turn a close choice. slots: completions decoded at once. prefill_tokens: most tokens of one
+        pass over prompts, which bounds its memory; a longer prompt has a pass of its own. temperature 0 is greedy.
 
         The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
         of them moves into the slot of one that ends; when enough slots are free, waiting prompts are prefilled.
         """
         slots = max(slots, G)
-        cache = SlotCache(self.backbone.config.text_config, slots, self.device, self.compute_dtype)
-        waiting = iter(prompts)
+        decoder = Decoder(self.backbone, slots, self.compute_dtype)
+        waiting = Waiting(prompts)
         live = []  # completions, by slot
         ended_of = {}  # prompt -> those of its completions that have ended, until all have
 
-        # One autocast around the whole loop: it keeps its bf16 copies of trained fp32 weights until it is left. For the
-        # 2B on 80 GB (35 GB of training state) these 4 GB are well spent: to cast anew would make every decode step,
-        # which reads them once, read 9 GB and write 4 GB more. Whoever takes a result runs outside of it.
-        with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with evaluating(self):
             while True:
                 # 1. admit waiting prompts, several in one prefill, when enough slots are free (why so many: REFILL)
                 room = (slots - len(live)) // G
                 admitted = []
                 if room * G >= slots // REFILL or not live:
-                    admitted = list(itertools.islice(waiting, room))
+                    admitted = waiting.take(room, prefill_tokens)
                 if not live and not admitted:
                     return
                 results = [(prompt, None) for prompt in admitted if prompt.row is None]
                 readable = [prompt for prompt in admitted if prompt.row is not None]
                 if readable:
-                    last, disc = self.prefill([prompt.row for prompt in readable], cache, len(live), G)  # [P, D] both
+                    last, disc = self.prefill([prompt.row for prompt in readable], decoder, len(live), G)  # [P, D] both
                     new = []
                     for prompt, d in zip(readable, disc):
                         ended_of[prompt] = []
                         new += [Completion.begin(prompt, g, d, temperature, max_new_tokens) for g in range(G)]
-                    self.append_tokens(new, last.repeat_interleave(G, 0), temperature)
+                    self.append_tokens(new, last.repeat_interleave(G, 0), decoder, temperature)
                     live += new
 
                 # 2. hand out the prompts whose G completions have all ended
-                for completion in remove_ended(live, cache):
+                for completion in remove_ended(live, decoder.cache):
                     siblings = ended_of[completion.prompt]
                     siblings.append(completion)
                     if len(siblings) == G:
                         del ended_of[completion.prompt]
                         siblings.sort(key=lambda c: c.g)
                         results.append((completion.prompt, Rollouts.collect(siblings)))
-                with torch.autocast(self.device.type, enabled=False):
-                    yield from results
+                yield from results
                 if not live:
                     continue
 
                 # 3. one decode step: every live completion's last token is read
-                hidden = self.decode_step(live, cache)  # [A, D]
+                hidden = self.decode_step(live, decoder)  # [A, D]
 
                 # 4. the state at <gen_emb> is the generative embedding; the last one wins
                 for slot, completion in enumerate(live):
@@ -354,41 +353,32 @@ class Embedder(nn.Module):
                         completion.gen_at = len(completion.ids) - 1
 
                 # 5. append the next token
-                self.append_tokens(live, hidden, temperature)
+                self.append_tokens(live, hidden, decoder, temperature)
 
-    def prefill(self, rows, cache, first_slot, G):
-        """Reads P prompts in one right-padded pass and copies their keys and values to G slots each.
+    def prefill(self, rows, decoder, first_slot, G):
+        """Reads P prompts in one right-padded pass and puts their keys and values into G slots each.
         Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = pad_rows(rows, self.pad_id, self.device)
-        kv = DynamicCache(config=self.backbone.config.text_config)
-        x = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
-        hidden = self.run_language_model(x, batch.positions, cache=kv)  # [P, L, D]
-        cache.fill(kv, first_slot, G)
+        cache = decoder.prompt_cache(first_slot, G, length=batch.ids.shape[1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
+            hidden = self.run_language_model(x, batch.positions, cache=cache)  # [P, L, D]
         p = torch.arange(len(rows), device=self.device)
         last = hidden[p, torch.tensor([row.n_prompt - 1 for row in rows], device=self.device)]
         disc = hidden[p, torch.tensor([row.disc_at for row in rows], device=self.device)]
         return last, F.normalize(disc.float(), dim=-1)
 
-    def decode_step(self, live, cache):
+    def decode_step(self, live, decoder):
         """Reads the last token of every live completion: its state, [A, D]."""
-        n_read = [len(c.ids) - 1 for c in live]  # tokens of each that are in the cache already
-        token, index, position = torch.tensor(
-            [
-                [c.ids[-1], c.prompt.row.n_prompt + n, c.prompt.row.next_position + n]  # one position on all three axes
-                for c, n in zip(live, n_read)
-            ],
-            device=self.device,
-        ).T  # [A] each: the token, its index in the row, its rotary position
-        longest = max(c.prompt.row.n_prompt + len(c.ids) for c in live)
-        visible = torch.arange(longest, device=self.device) <= index[:, None]  # [A, longest]
-        cache.set_write_positions(index, longest)
-        x = self.backbone.get_input_embeddings()(token)[:, None]  # [A, 1, D]
-        positions = position.expand(3, -1)[..., None]  # [3, A, 1]
-        return self.run_language_model(x, positions, visible[:, None, None], cache)[:, 0]
+        tokens = [c.ids[-1] for c in live]
+        n_read = [len(c.ids) - 1 for c in live]  # generated tokens of each that were read before
+        index = [c.prompt.row.n_prompt + n for c, n in zip(live, n_read)]
+        positions = [c.prompt.row.next_position + n for c, n in zip(live, n_read)]
+        return decoder.step(tokens, index, positions)
 
-    def append_tokens(self, completions, hidden, temperature):
+    def append_tokens(self, completions, hidden, decoder, temperature):
         """Samples the next token of each completion, given the states [A, D] at their last tokens."""
-        logits = head(hidden, self.backbone.lm_head.weight, self.banned, temperature or 1.0)
+        logits = head(hidden.to(decoder.dtype), decoder.head, self.banned, temperature or 1.0)
         uniforms = forced = None
         if temperature:
             uniforms = [c.uniforms[len(c.ids)] for c in completions]
@@ -494,11 +484,11 @@ class Embedder(nn.Module):
                 yield Prompt(n, None, problem=str(error))
 
     @torch.no_grad()
-    def read(self, prompts, batch_size):
+    def read(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
         """The same as generate() for prompts whose answers stand in their rows already (or that need none): one pass,
         one rollout each. Yields (prompt, Rollouts)."""
-        waiting = iter(prompts)
-        while part := list(itertools.islice(waiting, batch_size)):
+        waiting = Waiting(prompts)
+        while part := waiting.take(batch_size, prefill_tokens):
             results = [(prompt, None) for prompt in part if prompt.row is None]
             readable = [prompt for prompt in part if prompt.row is not None]
             if readable:
@@ -621,58 +611,25 @@ class Completion:
         return script[len(self.ids)] if len(self.ids) < len(script) else end_id
 
 
-class SlotCache:
-    """Keys and values of S left-aligned rows of different lengths, [layers][S, H_kv, capacity, D_head].
+class Waiting:
+    """Prompts in their order; the next one is looked at before it is taken."""
 
-    Has the one method that transformers' attention calls, update(). Slots start as zeros, not as empty memory: what
-    the mask hides is multiplied by 0, and 0 * NaN is NaN.
-    """
+    def __init__(self, prompts):
+        self.prompts = iter(prompts)
+        self.next = next(self.prompts, None)
 
-    def __init__(self, config, slots, device, dtype):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, config.num_key_value_heads, 0, head_dim)
-        self.kv = [[torch.zeros(shape, device=device, dtype=dtype)] * 2 for _ in range(config.num_hidden_layers)]
-
-    def grow(self, length):
-        """Room for `length` tokens, in steps of 256: a copy as rare as that costs nothing. Layer by layer, so that only
-        one layer is there twice."""
-        capacity = self.kv[0][0].shape[2]
-        if length > capacity:
-            extra = -(-length // 256) * 256 - capacity
-            for layer in self.kv:
-                layer[:] = [F.pad(x, (0, 0, 0, extra)) for x in layer]
-
-    def fill(self, kv, first, G):
-        """Copies P prompts' keys and values, each to G slots from `first` on."""
-        P, _, L, _ = kv.layers[0].keys.shape
-        self.grow(L)
-        slots = slice(first, first + P * G)
-        for (keys, values), prompts in zip(self.kv, kv.layers):
-            keys[slots, :, :L] = prompts.keys.repeat_interleave(G, 0)
-            values[slots, :, :L] = prompts.values.repeat_interleave(G, 0)
-
-    def move(self, source, target):
-        for keys, values in self.kv:
-            keys[target] = keys[source]
-            values[target] = values[source]
-
-    def set_write_positions(self, index, longest):
-        """The next update writes row s's token at index[s] and shows the first `longest` ones."""
-        self.grow(longest)
-        self.index = index
-        self.longest = longest
-
-    def update(self, k, v, layer, *_args, **_kwargs):
-        """k, v [A, H_kv, 1, D_head] of the new token -> those of all tokens, [A, H_kv, longest, D_head]."""
-        rows = torch.arange(len(k), device=k.device)
-        out = []
-        for stored, new in zip(self.kv[layer], (k, v)):
-            stored[rows, :, self.index] = new[:, :, 0].to(stored.dtype)
-            out.append(stored[: len(k), :, : self.longest])
-        return out
-
-    def get_seq_length(self, _layer=0):
-        return self.longest - 1
+    def take(self, most, tokens):
+        """Up to `most` prompts, which make at most `tokens` tokens as padded rows, but for a single one -> list, empty
+        where none is left."""
+        taken, longest = [], 0
+        while self.next is not None and len(taken) < most:
+            row = self.next.row
+            longest = max(longest, len(row.ids) if row is not None else 0)
+            if taken and longest * (len(taken) + 1) > tokens:
+                break
+            taken.append(self.next)
+            self.next = next(self.prompts, None)
+        return taken
 
 
 def remove_ended(live, cache):

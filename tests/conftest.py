@@ -89,6 +89,14 @@ def writer(writer_dir):
     return Embedder.from_pretrained(writer_dir)
 
 
+def encoded(model, items, answered=True):
+    from data import encode_input
+
+    answers = [ANSWERS[n % 2] if answered else None for n in range(len(items))]
+    return [encode_input(model.tokenizer, x, answer, blank_image=False, family=model.family)
+            for x, answer in zip(items, answers)]  # fmt: skip
+
+
 def answer_places(rows, L):
     """Flat places in [B, L] that predict the tokens behind the prompts."""
     return torch.tensor([b * L + t for b, r in enumerate(rows) for t in range(r.n_prompt - 1, len(r.ids) - 1)])
@@ -291,3 +299,46 @@ def read_log(out):
     timing = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+# ---- transformers' own decode step, for comparison -------------------------------------------------------------
+
+
+class StepCache:
+    """What transformers' attention calls in a decode step on our slots: the new keys and values are written, those of
+    the first K places come back."""
+
+    def __init__(self, slot_cache, index, K):
+        self.slot_cache, self.index, self.K = slot_cache, index, K
+
+    def update(self, k, v, layer, *_args, **_kwargs):
+        kv, rows = self.slot_cache.kv[layer], torch.arange(len(k), device=k.device)
+        kv[0][rows, :, self.index] = k[:, :, 0].to(kv.dtype)
+        kv[1][rows, :, self.index] = v[:, :, 0].to(kv.dtype)
+        return kv[:, : len(k), :, : self.K]
+
+    def get_seq_length(self, _layer=0):
+        return self.K - 1
+
+
+def mask_of(backbone, mask):
+    """A finished mask in the form that the family's language model takes as it is."""
+    return mask if backbone.config.model_type == "qwen3_vl" else {"full_attention": mask}
+
+
+def transformers_read(backbone, bf16=False):
+    """-> what can stand in the place of support.decode.Decoder.read."""
+
+    def read(decoder, inputs, K):
+        tokens, index, positions = inputs
+        visible = torch.arange(K, device=index.device) <= index[:, None]
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=bf16):
+            return backbone.model.language_model(
+                inputs_embeds=backbone.get_input_embeddings()(tokens)[:, None],
+                position_ids=positions.expand(3, -1)[..., None],
+                attention_mask=mask_of(backbone, visible[:, None, None]),
+                past_key_values=StepCache(decoder.cache, index, K),
+                use_cache=True,
+            ).last_hidden_state[:, 0]
+
+    return read

@@ -11,6 +11,7 @@ from conftest import (
     ANSWERS,
     answer_places,
     assert_same_gradients,
+    encoded,
     generate_all,
     gradients,
     inputs,
@@ -24,17 +25,11 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2
 
 import model as model_file
 from data import DISC, GEN, QWEN2_VL, encode_input
-from model import Embedder, Prompt, pad_rows, sample
+from model import Embedder, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
 CLOSE = dict(rtol=0, atol=1e-5)
-
-
-def encoded(model, items, answered=True):
-    answers = [ANSWERS[n % 2] if answered else None for n in range(len(items))]
-    return [encode_input(model.tokenizer, x, answer, blank_image=False, family=model.family)
-            for x, answer in zip(items, answers)]  # fmt: skip
 
 
 def everything(model, rows):
@@ -463,34 +458,6 @@ def test_bf16_is_close(writer, writer_dir, kind):
     both = decoded.valid[:, 0]
     assert F.cosine_similarity(decoded.disc, want.disc).min() > 0.99
     assert F.cosine_similarity(decoded.gen[both, 0], again.gen[both, 0]).min() > 0.99
-
-
-def test_decode_loop_casts_the_weights_once(writer_dir, monkeypatch):
-    """Under bf16 autocast a decode step casts no trained weight (a frozen one it does: the cache takes none), and who
-    takes a result from the loop is not in autocast. Bug story: the loop's autocast leaked into the code between two
-    results."""
-    model, counts = Embedder.from_pretrained(writer_dir), []
-    model.bf16 = True
-    rows = encoded(model, inputs()[:2], answered=False)
-    real = model.decode_step
-
-    def counted(live, cache):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            out = real(live, cache)
-        counts[-1].append(sum(e.count for e in profile.key_averages() if e.key == "aten::_to_copy"))
-        return out
-
-    monkeypatch.setattr(model, "decode_step", counted)
-    for trained in (True, False):
-        model.requires_grad_(trained)
-        counts.append([])
-        prompts = [Prompt(n, row, script=[[5] * (n + 2)]) for n, row in enumerate(rows)]
-        for _, r in model.generate(prompts, slots=2):
-            assert F.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == r.disc.dtype == torch.float32
-    weights = 7 * len(model.backbone.model.language_model.layers)  # q, k, v, o, gate, up, down
-    assert len(counts[0]) == len(counts[1]) == 3
-    assert all(frozen >= trained + weights for trained, frozen in zip(*counts))
-    assert not torch.is_autocast_enabled("cpu")
 
 
 # ---- tokens, loading and saving --------------------------------------------------------------------------------

@@ -1,0 +1,210 @@
+"""The decode step: one new token of each live completion through the language model, on their keys and values.
+
+Why not transformers' own: under autocast it is 1,400 small operations at 28 layers, and where few rows are decoded the
+time goes into starting them. The same arithmetic on the same weights is a third of that, takes no decision on the host,
+and so can be recorded once and replayed by a GPU as one CUDA graph. The passes over whole prompts, and all passes with
+gradients, stay transformers'.
+
+Shapes: S slots, A of them live, R rows of a step (A, on a GPU rounded up), K keys that a step looks at, D hidden size,
+H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G completions of each, L tokens, V
+vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+SMALL = 2**20  # numbers in a matrix whose copy costs no memory to speak of
+KEY_STEP = 256  # room for keys grows by this many; on a GPU a step looks at a multiple of it
+
+
+class SlotCache:
+    """Keys and values of S left-aligned rows of different lengths: for each layer [2, S, H_kv, capacity, N].
+
+    Slots start as zeros, not as empty memory: what the mask hides is multiplied by 0, and 0 * NaN is NaN.
+    """
+
+    def __init__(self, config, slots, device, dtype):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (2, slots, config.num_key_value_heads, 0, head_dim)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def capacity(self):
+        return self.kv[0].shape[3]
+
+    def grow(self, length):
+        """Room for `length` tokens, in steps of 256: a copy as rare as that costs nothing. Layer by layer, so that only
+        one layer is there twice."""
+        extra = -(-length // KEY_STEP) * KEY_STEP - self.capacity
+        for i, layer in enumerate(self.kv):
+            self.kv[i] = F.pad(layer, (0, 0, 0, extra))
+
+    def move(self, source, target):
+        for layer in self.kv:
+            layer[:, target] = layer[:, source]
+
+
+class PromptCache:
+    """For a pass of transformers over P prompts: puts their keys and values into G slots each, from `first` on.
+
+    Has the two methods that transformers' attention calls. It gives back what it gets: the prompts are new, their
+    tokens see nothing that was there before.
+    """
+
+    def __init__(self, slot_cache, first, G):
+        self.slot_cache, self.first, self.G = slot_cache, first, G
+
+    def update(self, k, v, layer, *_args, **_kwargs):
+        """k, v [P, H_kv, L, N] -> the same"""
+        P, _, L, _ = k.shape
+        slots = slice(self.first, self.first + P * self.G)
+        part = self.slot_cache.kv[layer][:, slots, :, :L].unflatten(1, (P, self.G))  # [2, P, G, H_kv, L, N]
+        part[0] = k[:, None]
+        part[1] = v[:, None]
+        return k, v
+
+    def get_seq_length(self, _layer=0):
+        return 0
+
+
+class Decoder:
+    """The weights of the language model as the decode step wants them, and the step.
+
+    dtype: of the matrix products. The residual stream keeps the dtype of the token embeddings, as under autocast. Made
+    anew for every generate(): the weights change between two of them.
+    """
+
+    def __init__(self, backbone, slots, dtype):
+        model = backbone.model.language_model
+        config = backbone.config.text_config
+        self.embeddings = model.embed_tokens.weight  # [V, D]
+        self.head = backbone.lm_head.weight.to(dtype)  # [V, D]
+        self.device, self.dtype = self.embeddings.device, dtype
+        self.cache = SlotCache(config, slots, self.device, dtype)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.layers = [LayerWeights(layer, self.heads, self.kv_heads, dtype) for layer in model.layers]
+        self.norm, self.eps = model.norm.weight, config.rms_norm_eps
+        self.rotary = model.rotary_emb
+        self.slots = slots
+        self.graphs = {}  # (R, K) -> StepGraph
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # memory of all graphs
+
+    def make_room(self, length):
+        if length > self.cache.capacity:
+            self.cache.grow(length)
+            self.graphs.clear()  # they write to the old memory
+
+    def prompt_cache(self, first_slot, G, length):
+        self.make_room(length)
+        return PromptCache(self.cache, first_slot, G)
+
+    def step(self, tokens, index, positions):
+        """Reads one token of each of the A rows in slots 0..A-1 -> their states after the final norm, [A, D], which the
+        next step overwrites.
+
+        tokens, index, positions: lists of A: the token's id, its index in its row, its rotary position (that of text:
+        the same on all axes).
+        """
+        A, K = len(tokens), max(index) + 1
+        self.make_room(K)
+        inputs = torch.tensor([tokens, index, positions])  # [3, A]
+        if self.device.type != "cuda":
+            return self.read(inputs.to(self.device), K)
+        # rows and keys in few sizes, so that few graphs serve; the added rows write token 0 into free slots
+        R = min(self.slots, 1 << (A - 1).bit_length())
+        K = -(-K // KEY_STEP) * KEY_STEP
+        inputs = F.pad(inputs, (0, R - A))
+        if (R, K) not in self.graphs:
+            self.graphs[R, K] = StepGraph(self, inputs, K)
+        return self.graphs[R, K].replay(inputs)[:A]
+
+    def read(self, inputs, K):
+        """The step itself. inputs int [3, R] as above; K: keys that all rows look at, at least -> [R, D]"""
+        tokens, index, positions = inputs
+        rows = torch.arange(len(tokens), device=self.device)
+        angles = positions[:, None, None] * self.rotary.inv_freq.float()  # [R, 1, N/2]
+        cos = torch.cat([angles.cos()] * 2, -1) * self.rotary.attention_scaling  # [R, 1, N]
+        sin = torch.cat([-angles.sin(), angles.sin()], -1) * self.rotary.attention_scaling
+        hidden = torch.arange(K, device=self.device) > index[:, None]  # [R, K]
+        mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [R, 1, 1, K]
+        x = F.embedding(tokens, self.embeddings)  # [R, D]
+        for w, kv in zip(self.layers, self.cache.kv):
+            # attention: the heads of queries and keys are rotated together
+            h = self.rms_norm(x, w.attention_norm).to(self.dtype)
+            qkv = project(h, w.qkv).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))  # [R, H + 2 H_kv, N]
+            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            if w.qk_norm is not None:
+                qk = F.rms_norm(qk, qk.shape[-1:], None, self.eps) * w.qk_norm
+            qk = (qk * cos + qk.roll(qk.shape[-1] // 2, -1) * sin).to(self.dtype)
+            q, k = qk.split([self.heads, self.kv_heads], 1)
+            kv[0][rows, :, index] = k
+            kv[1][rows, :, index] = v
+            keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
+            q = q.unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: heads that share keys, as rows of one
+            out = F.scaled_dot_product_attention(q, keys, values, mask)
+            x = x + project(out.flatten(1), w.o)
+            # feed-forward
+            h = self.rms_norm(x, w.mlp_norm).to(self.dtype)
+            gate, up = project(h, w.gate_up).chunk(2, -1)
+            x = x + project(F.silu(gate) * up, w.down)
+        return self.rms_norm(x, self.norm)
+
+    def rms_norm(self, x, weight):
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class LayerWeights:
+    """What the step needs of one of transformers' decoder layers."""
+
+    def __init__(self, layer, heads, kv_heads, dtype):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention_norm = layer.input_layernorm.weight  # [D]
+        self.qkv = matrices([attention.q_proj, attention.k_proj, attention.v_proj], dtype)  # [(H + 2 H_kv) N, D]
+        self.o = matrices([attention.o_proj], dtype)
+        self.mlp_norm = layer.post_attention_layernorm.weight
+        self.gate_up = matrices([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = matrices([mlp.down_proj], dtype)
+        self.qk_norm = None
+        if hasattr(attention, "q_norm"):  # Qwen3 normalises every head of queries and keys
+            q, k = attention.q_norm.weight, attention.k_norm.weight  # [N] each
+            self.qk_norm = torch.cat([q.expand(heads, -1), k.expand(kv_heads, -1)])  # [H + H_kv, N]
+
+
+def matrices(linears, dtype):
+    """Linear layers that read the same input -> [(weight, bias or None)]: as one where a copy is made anyway (they are
+    rounded) or is small. Large ones of this dtype are used as they are: a GPU that holds a 7B may not hold two."""
+    weights = [linear.weight.to(dtype) for linear in linears]
+    biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
+    if linears[0].weight.dtype == dtype and max(map(torch.numel, weights)) > SMALL:
+        return list(zip(weights, biases))
+    return [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
+
+
+def project(h, matrices):
+    """The outputs of linear layers that read h [R, n], side by side."""
+    parts = [F.linear(h, weight, bias) for weight, bias in matrices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class StepGraph:
+    """Decoder.read for R rows and K keys as one CUDA graph: 500 kernels for the price of one launch."""
+
+    def __init__(self, decoder, inputs, K):
+        """inputs [3, R] of the first step. A graph wants a run beforehand; it writes the keys and values that the
+        replay writes again, so nothing has to be undone."""
+        self.inputs = inputs.to(decoder.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decoder.read(self.inputs, K)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: nccl's watchdog thread asks the GPU things that a global recording would forbid
+        with torch.cuda.graph(self.graph, pool=decoder.pool, capture_error_mode="thread_local"):
+            self.states = decoder.read(self.inputs, K)  # [R, D]
+
+    def replay(self, inputs):
+        self.inputs.copy_(inputs)
+        self.graph.replay()
+        return self.states

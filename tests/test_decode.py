@@ -1,0 +1,194 @@
+"""The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills."""
+
+import pytest
+import torch
+import transformers
+from conftest import encoded, generate_all, inputs, mask_of, transformers_read
+
+from model import Embedder, Prompt, Waiting
+from support import decode
+from support.decode import Decoder, PromptCache
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=300, max_position_embeddings=512)  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+VISION = dict(depth=1, num_heads=2)
+MODELS = {  # model type -> configuration of a small random one; sections of the rotary positions: half a head's width
+    "qwen2_vl": ("Qwen2VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [2, 3, 3]}),
+                 dict(VISION, embed_dim=32, hidden_size=64)),
+    "qwen2_5_vl": ("Qwen2_5_VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [2, 3, 3]}),
+                   dict(VISION, hidden_size=32, intermediate_size=48, out_hidden_size=64)),
+    "qwen3_vl": ("Qwen3VL", dict(TEXT, head_dim=24, rope_parameters={**ROPE, "mrope_section": [4, 4, 4]}),
+                 dict(VISION, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=16,
+                      deepstack_visual_indexes=[0])),
+}  # fmt: skip
+
+
+def random_backbone(model_type):
+    """Norms and biases random too: ones and zeros would hide a step that leaves them out."""
+    name, text, vision = MODELS[model_type]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    backbone = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for name, p in backbone.named_parameters():
+            if p.dim() == 1:
+                p += 0.3 * torch.randn_like(p)
+            elif "language_model.layers" in name:
+                p *= 5  # 0.02 is so small that attention would be the same for all keys
+    return backbone
+
+
+@torch.no_grad()
+def run_steps(backbone, dtype, read=None, seed=0):
+    """Two prompts of 5 and 3 tokens in 2 slots each, then 6 steps that the fourth row leaves after 3 -> all states."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Decoder(backbone, 4, dtype)
+    if read:
+        decoder.read = lambda *given: read(decoder, *given)
+    ids = torch.randint(10, 300, (2, 5), generator=generator)
+    backbone.model.language_model(
+        inputs_embeds=backbone.get_input_embeddings()(ids),
+        position_ids=torch.arange(5).expand(3, 2, -1),
+        attention_mask=mask_of(backbone, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()),
+        past_key_values=decoder.prompt_cache(0, 2, length=5),
+        use_cache=True,
+    )
+    states, lengths, positions = [], [5, 5, 3, 3], [9, 9, 3, 3]
+    for step in range(6):
+        A = 4 if step < 3 else 3
+        tokens = torch.randint(10, 300, (A,), generator=generator).tolist()
+        index = [n + step for n in lengths[:A]]
+        states.append(decoder.step(tokens, index, [n + step for n in positions[:A]]))
+    return torch.cat(states)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_step_equals_transformers(model_type):
+    """Rows of different lengths, positions and numbers: the states of every step are transformers', for all families
+    of Qwen (Qwen3 has no biases, another head width and norms of queries and keys)."""
+    backbone = random_backbone(model_type)
+    want = run_steps(backbone, torch.float32, transformers_read(backbone))
+    got = run_steps(backbone, torch.float32)
+    assert want.std(0).min() > 0.1, "the case needs rows that differ"
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_large_weights_are_not_copied(monkeypatch):
+    """Weights that need no rounding are used where they are, and the states are the same."""
+    backbone = random_backbone("qwen2_vl")
+    want = run_steps(backbone, torch.float32)
+    monkeypatch.setattr(decode, "SMALL", 0)
+    decoder = Decoder(backbone, 1, torch.float32)
+    theirs = {p.data_ptr() for p in backbone.parameters()}
+    for layer in decoder.layers:
+        for weight, _ in layer.qkv + layer.o + layer.gate_up + layer.down:
+            assert weight.data_ptr() in theirs
+    torch.testing.assert_close(run_steps(backbone, torch.float32), want, **CLOSE)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_bf16_step_rounds_no_more_than_autocast(model_type):
+    """In bf16 over fp32 weights the step is as close to fp32 as transformers' under autocast: the residual stream and
+    the rotation stay in fp32."""
+    backbone = random_backbone(model_type)
+    exact = run_steps(backbone, torch.float32)
+    theirs = run_steps(backbone, torch.bfloat16, transformers_read(backbone, bf16=True))
+    ours = run_steps(backbone, torch.bfloat16)
+    assert (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.1 * exact.norm()
+
+
+def test_rollouts_equal_those_of_transformers_step(writer, monkeypatch):
+    """All sampled tokens of a seeded rollout are the same, with prompts of all kinds that enter and leave the slots."""
+    rows = encoded(writer, inputs(), answered=False)
+    settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=6)
+    ours = generate_all(writer, rows, **settings)
+    monkeypatch.setattr(Decoder, "read", transformers_read(writer.backbone))
+    theirs = generate_all(writer, rows, **settings)
+    assert len({tuple(ids) for r in ours.values() for ids in r.ids}) > 6
+    for n in ours:
+        assert ours[n].ids == theirs[n].ids
+        torch.testing.assert_close(ours[n].gen, theirs[n].gen, **CLOSE)
+
+
+def test_added_rows_and_keys_change_nothing(writer, monkeypatch):
+    """What a GPU does for its graphs: a step of more rows (token 0 into free slots) and of more keys than there are."""
+    rows = encoded(writer, inputs(), answered=False)
+    settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=8)
+    plain = generate_all(writer, rows, **settings)
+    real, sizes = Decoder.read, set()
+
+    def padded(self, given, K):
+        A = given.shape[1]
+        R = min(self.slots, 1 << (A - 1).bit_length())
+        sizes.add((A, R))
+        return real(self, torch.nn.functional.pad(given, (0, R - A)), self.cache.capacity)[:A]
+
+    monkeypatch.setattr(Decoder, "read", padded)
+    again = generate_all(writer, rows, **settings)
+    assert any(R > A for A, R in sizes)
+    for n in plain:
+        assert again[n].ids == plain[n].ids
+        torch.testing.assert_close(again[n].gen, plain[n].gen, **CLOSE)
+
+
+def test_prefill_in_parts_changes_nothing(writer, monkeypatch):
+    """--prefill_tokens bounds a pass over prompts; a longer prompt goes alone. The results stay the same."""
+    rows = encoded(writer, inputs(), answered=False)
+    whole = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10)
+    passes, real = [], PromptCache.__init__
+
+    def counted(self, *given):
+        real(self, *given)
+        passes.append(0)
+
+    monkeypatch.setattr(PromptCache, "__init__", counted)
+    parts = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10, prefill_tokens=60)
+    assert len(passes) > 2
+    for n in whole:
+        assert parts[n].ids == whole[n].ids
+        torch.testing.assert_close(parts[n].gen, whole[n].gen, **CLOSE)
+
+
+def test_waiting_prompts_are_taken_up_to_a_number_of_tokens(writer):
+    """Padded tokens count, one prompt always goes, and none is lost or taken twice."""
+    rows = encoded(writer, inputs(), answered=False)
+    lengths = [len(row.ids) for row in rows]
+    unreadable = Prompt("bad", None, problem="no such file")
+    waiting = Waiting([Prompt(n, row) for n, row in enumerate(rows)] + [unreadable])
+    assert [p.key for p in waiting.take(9, 1)] == [0]
+    two = max(lengths[1:3])
+    assert [p.key for p in waiting.take(9, 2 * two)] == [1, 2]
+    assert [p.key for p in waiting.take(1, 10_000)] == [3]
+    assert waiting.take(0, 10_000) == []
+    assert [p.key for p in waiting.take(9, 10_000)] == [4, "bad"]
+    assert waiting.take(9, 10_000) == []
+
+
+def test_step_casts_no_weight(writer_dir, monkeypatch):
+    """In bf16 the fp32 weights are rounded once for a whole generate(), trained or frozen, and who takes a result from
+    the loop is not in autocast. Bug stories: autocast's cache takes no frozen weight, so that a frozen model cast all
+    of them in every step; the loop's autocast leaked into the code between two results."""
+    model, largest = Embedder.from_pretrained(writer_dir), []  # largest: numbers of the largest cast of each step
+    model.bf16 = True
+    rows = encoded(model, inputs()[:2], answered=False)
+    real = Decoder.read
+
+    def counted(*given):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            out = real(*given)
+        copies = [e for e in profile.events() if e.name == "aten::_to_copy"]
+        largest.append(max(int(torch.tensor(e.input_shapes[0]).prod()) for e in copies))
+        return out
+
+    monkeypatch.setattr(Decoder, "read", counted)
+    for trained in (True, False):
+        model.requires_grad_(trained)
+        prompts = [Prompt(n, row, script=[[5] * (n + 2)]) for n, row in enumerate(rows)]
+        for _, r in model.generate(prompts, slots=2):
+            ones = torch.ones(1, 2)
+            assert torch.nn.functional.linear(ones, ones).dtype == r.disc.dtype == torch.float32
+    smallest_weight = model.backbone.model.language_model.layers[0].self_attn.k_proj.weight.numel()
+    assert len(largest) == 6 and max(largest) < smallest_weight
+    assert not torch.is_autocast_enabled("cpu")
