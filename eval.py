@@ -85,7 +85,7 @@ from data import (
     encode_input,
     forked_loader,
 )
-from model import Embedder, Prompt, check_model
+from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
 from support.mmeb import MMEB, check_files, leaderboard, load_mmeb, paper_table
 from support.report import change_table, gap_table, score_table
@@ -121,9 +121,9 @@ PRESETS = {
     "toy": dict(model=["runs/toy/sft", "runs/toy/rl"], root="runs/toy/data", out="runs/toy/eval", samples=16,
                 max_new_tokens=128, batch_size=64, workers=1),
     "2b": dict(model=["runs/2b/rl"], root="data/MMEB", out="runs/2b/eval", samples=0,
-               max_new_tokens=8192, batch_size=8),  # 8,192: the official command, the paper gives none
+               max_new_tokens=8192, batch_size=64),  # 8,192: the official command, the paper gives none
     "7b": dict(model=["runs/7b/rl"], root="data/MMEB", out="runs/7b/eval", samples=0,
-               max_new_tokens=8192, batch_size=4),  # copies 2b: unknown in the paper
+               max_new_tokens=8192, batch_size=32),  # copies 2b: unknown in the paper
 }
 
 
@@ -142,6 +142,7 @@ class Settings:
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
     max_new_tokens: int = setting(512, "longest reasoning; one cut off here counts as invalid")
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
+    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts: speed and memory only")
     seed: int = setting(0, "of the samples")
     blank_image: bool = setting(True, "put a blank picture on inputs without media")
     video_max_pixels: int = setting(QWEN2_VL.video_pixels[1], "of a video's frame; the official code has no bound")
@@ -312,10 +313,11 @@ def embed_inputs(embedder, inputs, keys, settings, samples=0, answers=None):
     S = max(1, samples)
     D = embedder.width
     if answers is not None:
-        results = embedder.read(prompts, settings.batch_size)
+        results = embedder.read(prompts, settings.batch_size, settings.prefill_tokens)
     else:
         results = embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
-                                    max_new_tokens=settings.max_new_tokens, slots=settings.batch_size)  # fmt: skip
+                                    max_new_tokens=settings.max_new_tokens, slots=settings.batch_size,
+                                    prefill_tokens=settings.prefill_tokens)  # fmt: skip
     for prompt, r in results:
         if r is None:  # a miss
             yield prompt.key, prompt.problem, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from data import PairData, Row, RowCheck, step_loader
-from model import Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model
+from model import PREFILL_TOKENS, Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model
 from reward import REWARDS, group_advantages, total_reward
 from support.rows import index_rows
 from support.run import (
@@ -92,6 +92,7 @@ class Settings:
     steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
+    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; memory and time only")
     update_batch: int = setting(1, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
     inner_steps: int = setting(1, "optimiser steps per batch of rollouts; an end after the first of several falls back "
@@ -181,6 +182,7 @@ def rollout(embedder, rows, seeds, args):
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         slots=args.micro_batch * args.G,
+        prefill_tokens=args.prefill_tokens,
     ):
         done[prompt.key] = rollouts
     return [done[n] for n in range(len(rows))]

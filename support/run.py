@@ -859,8 +859,8 @@ def begin_run(args, digest_of):
     """
     rank, _ = processes()
     digests = first_on_node(lambda: [digest_of(file) for file in args.data])
-    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "out", "cache", "fsdp",
-            "max_skipped", "skip_nonfinite")  # fmt: skip
+    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "prefill_tokens", "out", "cache",
+            "fsdp", "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
     if Path(args.model).resolve() == out.resolve():
         raise BadInput(f"--out {out} is --model too, which would be overwritten; give another --out")
@@ -977,7 +977,7 @@ def write_args(out, args, **more):
 # Flags
 
 BOUNDS = (  # lowest value, whether it is allowed itself, highest value, settings
-    (1, True, math.inf, "steps batch_size micro_batch update_batch inner_steps save_every keep"),
+    (1, True, math.inf, "steps batch_size micro_batch update_batch prefill_tokens inner_steps save_every keep"),
     (1, True, math.inf, "max_new_tokens max_length max_tokens video_max_pixels size"),
     (2, True, math.inf, "G"),  # a group of one has no advantage: nothing would be learned
     (0, True, math.inf, "workers tau_steps skip_nonfinite samples beta eps_high"),

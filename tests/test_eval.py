@@ -357,7 +357,7 @@ def test_model_names():
 # ---- the whole run ---------------------------------------------------------------------------------------------
 
 
-def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8):
+def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8, prefill_tokens=0):
     """Embedder.generate() from a hash of the text: "find w" lies near w, samples scatter, a "moon" has no <gen_emb>."""
     for prompt in prompts:
         text = self.tokenizer.decode(prompt.row.ids).split("<|vision_end|>")[-1].split("\n<disc_emb>")[0]
