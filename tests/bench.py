@@ -9,6 +9,7 @@ python tests/bench.py embed             # decode steps of continuous batching
 python tests/bench.py sft               # SFT step: memory and time
 python tests/bench.py eval              # encoding for evaluation
 python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors
+python tests/bench.py gpu               # one GPU, the real 2B's sizes: measured beside what was expected
 python tests/bench.py kills             # runs killed at random moments against one that never was
 """
 
@@ -254,6 +255,8 @@ def main():
     commands.add_parser("embed", help="decode steps of Embedder.embed")
     commands.add_parser("sft", help="SFT step beside the official recipe")
     commands.add_parser("memory", help="memory plan of the real sizes")
+    p = commands.add_parser("gpu", help="what one GPU makes of the real 2B with random weights")
+    p.add_argument("--tiny", action="store_true", help="small sizes, to try the command")
     p = commands.add_parser("kills", help="runs killed at random moments")
     p.add_argument("--count", type=int, default=64, help="kills in all")
     p.add_argument("--seed", type=int, default=0, help="of the moments and signals")
@@ -268,6 +271,10 @@ def main():
             bench_data.check(args.rows, args.out)
         else:
             bench_data.data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+    elif args.command == "gpu":
+        from bench_gpu import gpu
+
+        gpu(args.tiny)
     elif args.command == "kills":
         import bench_kills
 

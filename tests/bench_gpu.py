@@ -1,0 +1,284 @@
+"""`bench.py gpu`: what an H100 makes of the real 2B with random weights, beside what was expected without one.
+
+About four minutes on one card of 80 GB. The first column of estimates was written before anything had run on a GPU.
+"""
+
+import statistics
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import transformers
+from bench_scale import SIZES, qwen2vl, random_pairs, toy_tokenizer
+from conftest import transformers_read
+
+import rl
+import sft
+from data import Row, mrope_positions
+from model import Embedder, Prompt, head, sample
+from support.decode import Decoder
+
+TINY = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=2000,
+            num_hidden_layers=3, depth=2, tie=True)  # fmt: skip
+GIB = 2**30
+PEAK = 989e12  # dense bf16 FLOP/s of an H100 by its datasheet
+
+
+def milliseconds(run, repeats=20):
+    """Median of `repeats` runs, each timed on the GPU after a warm-up."""
+    for _ in range(3):
+        run()
+    found = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end))
+    return statistics.median(found)
+
+
+def seconds(run):
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_gib(run):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def kernels(run):
+    """Kernels and copies that the GPU runs for run()."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_time_total)
+
+
+class Table:
+    def __init__(self):
+        print("| | measured | expected |\n|---|---|---|", flush=True)
+
+    def row(self, what, measured, expected=""):
+        print(f"| {what} | {measured} | {expected} |", flush=True)
+
+
+def make_model(size, dtype=torch.float32):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        backbone = qwen2vl(**size).to(dtype)
+    model = Embedder(backbone, toy_tokenizer()).to("cuda")
+    model.banned = torch.arange(300, 330, device="cuda")  # as many as the real tokenizer has; the toy's is far smaller
+    backbone.config.image_token_id, backbone.config.video_token_id = model.media_ids
+    backbone.model.visual.requires_grad_(False)
+    return model
+
+
+def page_prompt(model, side, name):
+    """A prompt with a picture of side x side visual tokens."""
+    grid = np.array([[1, 2 * side, 2 * side]])
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * side * side, 1176), np.uint8)
+    ids = np.concatenate([[11] * 5, [model.media_ids[0]] * side**2, [12] * 60, [model.disc_id], [13] * 40])
+    positions = mrope_positions(ids, grid, model.media_ids)
+    return Row(ids, positions, len(ids), 5 + side**2 + 60, -1, pixels, grid, name)
+
+
+def text_prompt(model, n, name="text"):
+    ids = np.random.default_rng(0).integers(10, 250, n)
+    ids[n - 5] = model.disc_id
+    positions = np.broadcast_to(np.arange(n), (3, n))
+    empty = np.zeros((0, 1176), np.uint8), np.zeros((0, 3), int)
+    return Row(ids, positions, n, n - 5, -1, *empty, name)
+
+
+def ceilings(table):
+    a = torch.randn(2**28, device="cuda")
+    b = torch.empty_like(a)
+    copy = milliseconds(lambda: b.copy_(a))
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = milliseconds(lambda: x @ y)
+    table.row("copy on the device, TB/s read and written", f"{2 * a.nbytes / copy / 1e9:.2f}", "3.0")
+    table.row("8192 x 8192 x 8192 product in bf16, TFLOP/s", f"{2 * 8192**3 / product / 1e9:.0f}", "800")
+
+
+def patch_embedding(table, model, n):
+    proj = model.backbone.model.visual.patch_embed.proj
+    x = torch.randn(n, 1176, device="cuda", dtype=torch.bfloat16)
+    weight = proj.weight.to(torch.bfloat16)
+    shape = (n, *proj.weight.shape[1:])
+    conv = milliseconds(lambda: torch.nn.functional.conv3d(x.view(shape), weight, stride=proj.weight.shape[2:]), 3)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        ours = milliseconds(lambda: model.backbone.model.visual.patch_embed(x))
+    table.row(f"patch embedding of {n:,} patches, ms: convolution / ours", f"{conv:.2f} / {ours:.2f}", "seconds / < 1")
+
+
+@torch.no_grad()
+def decode_step(table, model, slots, keys, expected):
+    """expected: (of transformers' step, of ours, of ours as a graph)"""
+    decoder = Decoder(model.backbone, slots, torch.bfloat16)
+    tokens, index, positions = [7] * slots, [keys - 2] * slots, [keys - 2] * slots
+    inputs = torch.tensor([tokens, index, positions], device="cuda")
+    decoder.make_room(keys)
+    K = decoder.cache.capacity
+    read = transformers_read(model.backbone, bf16=True)
+    told = f"decode step, {slots} slots, {keys:,} keys, ms: "
+
+    def measured(what, run, expected, count=True):
+        name = f"{what} ({kernels(run)} kernels)" if count else what
+        took = milliseconds(run)
+        table.row(told + name, f"{took:.2f}", expected)
+        return took
+
+    with torch.autocast("cuda", torch.bfloat16):  # one around all: the weights are cast once
+        measured("transformers", lambda: read(decoder, inputs, keys), expected[0])
+    measured("own", lambda: decoder.read(inputs, K), expected[1])
+    took = measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2], count=False)
+    moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
+    for layer in decoder.layers:
+        moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w, _ in part)
+    table.row(told + "bytes of weights, keys and values, TB/s", f"{moved / took / 1e9:.2f}", "3.0")
+    hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
+    measured("the head and the sampling beside it", lambda: sample_once(model, hidden, decoder), "")
+
+
+def sample_once(model, hidden, decoder):
+    logits = head(hidden, decoder.head, model.banned, 1.0)
+    return sample(logits, [0.5] * len(hidden))
+
+
+@torch.no_grad()
+def growing(table, model):
+    """Every length for the first time: a kernel that plans anew for a shape shows here."""
+    decoder = Decoder(model.backbone, 16, torch.bfloat16)
+    decoder.make_room(600)
+    found = []
+    for n in range(50):
+        inputs = torch.tensor([[7] * 16, [500 + n] * 16, [500 + n] * 16], device="cuda")
+        found.append(1e3 * seconds(lambda inputs=inputs, n=n: decoder.read(inputs, 501 + n)))
+    table.row("50 growing lengths, largest / median step", f"{max(found[3:]) / statistics.median(found):.1f}", "< 3")
+
+
+def rollouts(table, model, n_prompt, n_tokens):
+    """8 prompts x 8 completions, as a micro-batch of RL."""
+    rows = [text_prompt(model, n_prompt) for _ in range(8)]
+
+    def run(n):
+        return list(model.generate([Prompt(k, row, seed=k) for k, row in enumerate(rows)], G=8, max_new_tokens=n))
+
+    run(8)
+    first = seconds(lambda: run(1))
+    steps = 0
+
+    def whole():
+        nonlocal steps
+        done = run(n_tokens)
+        steps = max(len(ids) for _, r in done for ids in r.ids)
+
+    total = seconds(whole)
+    each = 1e3 * (total - first) / max(1, steps - 1)
+    table.row(f"rollout, 64 completions of {n_prompt:,} + {steps}: prefill and set-up, s", f"{first:.2f}")
+    table.row("the same: a token of all 64, sampling and graphs included, ms", f"{each:.2f}", "5 to 8")
+
+
+def sft_steps(table, model, n):
+    backbone = model.backbone
+    model.train()
+    pairs = random_pairs(n, model)
+    args = sft.Settings(micro_batch=4)
+    sft.sft_step(model, random_pairs(8, model), args)
+    took = seconds(lambda: sft.sft_step(model, pairs, args))
+    peak = peak_gib(lambda: sft.sft_step(model, random_pairs(8, model), args))
+    pairs = random_pairs(n, model)
+    tokens = sum(len(row.ids) for pair in pairs for row in (pair.query, pair.target))
+    layers = sum(p.numel() for p in backbone.model.language_model.layers.parameters())
+    flops = (2 + 2 + 2 + 4) * layers * tokens  # pass 1; pass 3 forward, again for the backward, backward
+    table.row(f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch 4, tokens/s", f"{tokens / took:,.0f}")
+    table.row("the same: share of 989 TFLOP/s, layers only", f"{flops / took / PEAK:.0%}", "> 30 %")
+    table.row("the same: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
+
+
+def update_passes(table, model, prompt, length):
+    """One group: a prompt and 8 completions, reference and policy."""
+    row = text_prompt(model, prompt)
+    completions = [[7] * (length - 2) + [model.gen_id, model.end_id] for _ in range(8)]
+    done = rl.Rollouts(
+        disc=torch.zeros(model.width, device="cuda"), gen=torch.zeros(8, model.width, device="cuda"),
+        valid=torch.ones(8, dtype=torch.bool), ids=completions, logp=[[0.0] * length] * 8, gen_at=[length - 2] * 8,
+    )  # fmt: skip
+    group = rl.Group(row, done, torch.linspace(-1, 1, 8, device="cuda"), True)
+
+    def run():
+        rl.update(model, model, rl.update_batches([group], 1), rl.Settings())
+
+    model.train()
+    peak = peak_gib(run)
+    took = seconds(run)
+    tokens = prompt + 8 * length
+    layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
+    share = (2 + 2 + 2 + 4) * layers * tokens / took / PEAK
+    told = f"RL update of a group, {prompt:,} + 8 x {length:,} tokens"
+    table.row(f"{told}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
+    table.row(f"{told}, peak, GiB", f"{peak:.1f}", "< 60")
+
+
+def optimisers(table, model):
+    for fused in (False, True):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], fused=fused)
+        optimizer.step()
+        before = torch.cuda.memory_allocated() / GIB
+        peak = peak_gib(optimizer.step) - before
+        took = milliseconds(optimizer.step, 3)
+        name = "fused" if fused else "foreach"
+        table.row(f"AdamW, {name}: ms / temporaries, GiB", f"{took:.0f} / {peak:.1f}", "0" if fused else "6 to 12")
+        del optimizer
+        torch.cuda.empty_cache()
+
+
+def evaluation(table, model, inputs, side, tokens, slots):
+    """Generation for evaluation in bf16: pages with `tokens` generated tokens each."""
+    pages = [page_prompt(model, side, str(k)) for k in range(inputs)]
+    prompts = [Prompt(k, row, script=[[7] * tokens]) for k, row in enumerate(pages)]
+    list(model.generate([replace(prompts[0], script=[[7] * 4])], slots=slots))
+    took = seconds(lambda: list(model.generate(prompts, slots=slots)))
+    peak = peak_gib(lambda: list(model.generate([replace(p, script=[[7] * 4]) for p in prompts], slots=slots)))
+    table.row(f"embed: {inputs} pages of {side**2:,} visual tokens, {tokens} written, {slots} slots: ms an input",
+              f"{1e3 * took / inputs:.0f}", "published: 9,023")  # fmt: skip
+    table.row("the same: peak of the prefills, GiB", f"{peak:.1f}")
+
+
+def gpu(tiny=False):
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"commit {commit or 'unknown'}; random weights in the sizes of Qwen2-VL-2B\n")  # fmt: skip
+    size = TINY if tiny else SIZES["2b"]
+    table = Table()
+    ceilings(table)
+    model = make_model(size)
+    model.bf16 = True
+    patch_embedding(table, model, 120 if tiny else 12_040)
+    for slots, *expected in ((64, "14 to 22", "5 to 8", "3 to 4.5"), (8, "", "", ""), (1, "", "", "")):
+        decode_step(table, model, slots, 300 if tiny else 2200, expected)
+    growing(table, model)
+    rollouts(table, model, 100 if tiny else 1500, 20 if tiny else 400)
+    model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    model.backbone.model.visual.merger.requires_grad_(True)
+    sft_steps(table, model, 4 if tiny else 64)
+    optimisers(table, model)
+    model.backbone.model.visual.requires_grad_(False)
+    for prompt, length in ((60, 30),) if tiny else ((1500, 300), (1500, 2048)):
+        update_passes(table, model, prompt, length)
+    del model
+    torch.cuda.empty_cache()
+    model = make_model(size, torch.bfloat16).eval()
+    evaluation(table, model, *((4, 6, 8, 2) if tiny else (128, 54, 400, 64)))
