@@ -41,6 +41,7 @@ from support.run import (
     BadInput,
     MissingFile,
     Progress,
+    cudnn_attention_off,
     is_sharded,
     processes,
     read_json,
@@ -152,6 +153,7 @@ class Embedder(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
+        cudnn_attention_off()
         tokenizer, backbone = load_pretrained(name_or_path, dtype)
         add_embedding_tokens(backbone, tokenizer)
         if len(tokenizer) > (rows := backbone.get_input_embeddings().weight.shape[0]):

@@ -174,12 +174,19 @@ def start_processes(fsdp=False):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    cudnn_attention_off()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
         signal_with_parent(signal.SIGTERM)
         end_without_torchrun()
     if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device
+
+
+def cudnn_attention_off():
+    """cuDNN is torch's first choice for attention on an H100 and makes an execution plan for every shape that it has
+    not seen, 23 to 450 ms each. Here nearly every pass has another shape: flash and efficient attention need no plan."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def end_without_torchrun():
