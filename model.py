@@ -136,6 +136,8 @@ class Output(NamedTuple):
 class Embedder(nn.Module):
     def __init__(self, backbone, tokenizer):
         super().__init__()
+        tower = backbone.model.visual
+        tower.patch_embed = PatchEmbed(tower.patch_embed.proj)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.family = FAMILIES[backbone.config.model_type]
@@ -210,7 +212,7 @@ class Embedder(nn.Module):
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
-        pixels = normalise(patches, self.family).to(tower.patch_embed.proj.weight.dtype)
+        pixels = normalise(patches, self.family)
         return self.family.vision_states(tower, pixels, grids, merged=self.vision_frozen)
 
     def vision_states_of(self, batch):
@@ -522,6 +524,20 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Parts of a forward pass
+
+
+class PatchEmbed(nn.Module):
+    """The vision tower's first layer as the matrix product that it is: every patch is one place of its convolution, and
+    on GPUs Conv3d is many times slower at that. It holds the convolution, so that its weights keep their names."""
+
+    def __init__(self, proj):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, pixels):
+        """[n, patch_values] -> [n, D_vit]"""
+        weight = self.proj.weight  # [D_vit, 3, frames, height, width]
+        return F.linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 def pad_rows(rows, pad_id, device, mask=None):

@@ -184,8 +184,8 @@ def start_processes(fsdp=False):
 
 
 def cudnn_attention_off():
-    """cuDNN is torch's first choice for attention on an H100 and makes an execution plan for every shape that it has
-    not seen, 23 to 450 ms each. Here nearly every pass has another shape: flash and efficient attention need no plan."""
+    """cuDNN is torch's first choice for attention on an H100 and makes an execution plan for every shape that is
+    new to it, 23 to 450 ms each. Here nearly every pass has another shape; flash and efficient attention need none."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -98,6 +98,29 @@ def test_positions_equal_get_rope_index(embedder, left):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch, bias):
+    """The vision tower's first layer gives what transformers' Conv3d gives, which is never called; its parameters have
+    the names of transformers, with which a saved folder is read back."""
+    model = Embedder.from_pretrained(tiny_dir)
+    plain = Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir)
+    assert list(model.backbone.state_dict()) == list(plain.state_dict())
+    layer = model.backbone.model.visual.patch_embed
+    if bias:  # as in Qwen3-VL
+        layer.proj.bias = torch.nn.Parameter(torch.randn(len(layer.proj.weight)))
+    x = torch.randn(12, QWEN2_VL.patch_values)
+    want = layer.proj(x.view(12, 3, QWEN2_VL.depth, QWEN2_VL.patch, QWEN2_VL.patch)).flatten(1)
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", None)
+    torch.testing.assert_close(layer(x), want, **CLOSE)
+    assert Embedder(model.backbone, model.tokenizer).backbone.model.visual.patch_embed(x).equal(layer(x))
+    monkeypatch.undo()
+    layer.proj.bias = None
+    model.save_pretrained(tmp_path)
+    again = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).model.visual.patch_embed
+    torch.testing.assert_close(again(x), layer(x), **CLOSE)
+
+
+@torch.no_grad()
 def test_precomputed_vision_states(embedder):
     """A batch with states from share_vision gives what the pictures give. Bug story: a text-only row in a micro-batch
     once made pad_rows drop the pictures of the others, since its own states were missing."""
