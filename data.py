@@ -41,6 +41,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from support.rows import Rows
 from support.run import BadInput, Stopped, check_bounds, forked_loader, run_script
@@ -126,9 +127,19 @@ def grid_positions(grid):
     return np.indices(grid).reshape(3, -1), max(h, w)
 
 
+def vision_layout(tower, grids, device):
+    """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
+    the CPU: they would do it on the GPU, where every layer waits to read the lengths."""
+    return {
+        "position_ids": get_vision_position_ids(grids, tower.spatial_merge_size).to(device),  # [n, 2]
+        "cu_seqlens": get_vision_cu_seqlens(grids),  # where each frame's patches begin; stays, attention reads it here
+    }
+
+
 def last_states(tower, pixels, grids, merged):
     """Qwen2-VL's vision_states: the last layer's, after the merger or before it."""
-    out = tower(pixels, grid_thw=grids)
+    grids = torch.from_numpy(grids)
+    out = tower(pixels, grid_thw=grids, **vision_layout(tower, grids, pixels.device))
     return out.pooler_output if merged else out.last_hidden_state
 
 

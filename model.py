@@ -119,7 +119,7 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # [B, L]
     positions: torch.Tensor  # [3, B, L]
     patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
-    grids: torch.Tensor  # [m, 3]
+    grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
     vision_states: torch.Tensor | None = None  # of the patches, where they are known already
     mask: torch.Tensor | None = None  # bool [B, 1, L, L]; None: causal
 
@@ -208,7 +208,8 @@ class Embedder(nn.Module):
 
     def encode_vision(self, patches, grids):
         """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
-        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids [m, 3]; no pictures: empty."""
+        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids array [m, 3]; no pictures:
+        empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
@@ -249,7 +250,7 @@ class Embedder(nn.Module):
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
             patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
-            blank = self.encode_vision(patches, torch.tensor([[1, merge, merge]], device=x.device))
+            blank = self.encode_vision(patches, np.array([[1, merge, merge]]))
             x = x + 0 * self.family.merge_states(tower, blank).sum().to(x.dtype)
         return x
 
@@ -550,11 +551,11 @@ def pad_rows(rows, pad_id, device, mask=None):
         positions[:, b, : len(row.ids)] = row.positions
     patches = np.concatenate([row.patches for row in rows])
     grids = np.concatenate([row.grids for row in rows])
-    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches, grids)]
+    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches)]
     known = [row.vision_states for row in rows if row.num_patches]
     if known and all(states is not None for states in known):
-        return Batch(*tensors, torch.cat(known).to(device), mask)
-    return Batch(*tensors, None, mask)
+        return Batch(*tensors, grids, torch.cat(known).to(device), mask)
+    return Batch(*tensors, grids, None, mask)
 
 
 def head(hidden, weight, banned, temperature):

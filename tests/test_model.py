@@ -23,7 +23,7 @@ from conftest import (
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import model as model_file
-from data import DISC, GEN, QWEN2_VL, encode_input
+from data import DISC, GEN, QWEN2_VL, encode_input, vision_layout
 from model import Embedder, Prompt, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
@@ -118,6 +118,23 @@ def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch,
     model.save_pretrained(tmp_path)
     again = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).model.visual.patch_embed
     torch.testing.assert_close(again(x), layer(x), **CLOSE)
+
+
+@torch.no_grad()
+def test_the_vision_tower_reads_no_lengths_from_the_device(embedder):
+    """The grids come as an array, which DDP and FSDP do not move; the lengths that every layer reads are on the CPU,
+    wherever the pixels are, and the tower works nothing out of the grids by itself."""
+    rows = encoded(embedder, inputs())
+    batch = pad_rows(rows, embedder.pad_id, "meta")
+    assert batch.ids.is_meta and batch.patches.is_meta and isinstance(batch.grids, np.ndarray)
+    tower, given = embedder.backbone.model.visual, []
+    hook = tower.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    states = embedder.encode_vision(pad_rows(rows, embedder.pad_id, "cpu").patches, batch.grids)
+    hook.remove()
+    layout = vision_layout(tower, torch.from_numpy(batch.grids), "meta")
+    assert layout["position_ids"].is_meta and layout["position_ids"].shape == (len(states), 2)
+    assert layout["cu_seqlens"].device.type == "cpu" and layout["cu_seqlens"][-1] == len(states)
+    assert given[0].keys() == {"grid_thw", *layout}
 
 
 @torch.no_grad()
