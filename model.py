@@ -290,9 +290,9 @@ class Embedder(nn.Module):
 
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
         """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
-        weight = self.backbone.lm_head.weight.to(self.compute_dtype)  # once, not once a chunk
         banned = self.banned if ban else self.banned[:0]
-        return TokenLogp.apply(hidden.to(weight.dtype), weight, labels, banned, temperature)
+        dtype = self.compute_dtype
+        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
@@ -567,11 +567,13 @@ def head(hidden, weight, banned, temperature):
 class TokenLogp(torch.autograd.Function):
     """log softmax(head(h))[y] and its entropy (no gradient), with one chunk's logits [c, V] in memory at a time.
 
-    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature.
+    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature. The products run in
+    `dtype`; the head's gradient is added up over the chunks in fp32, or every sum would be rounded to bf16 again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, banned, temperature):
+    def forward(ctx, hidden, master_weight, dtype, labels, banned, temperature):
+        weight = master_weight.to(dtype)  # once, not once a chunk
         logp, entropy, norm = [], [], []
         for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
             x = head(h, weight, banned, temperature)  # [c, V]
@@ -580,7 +582,7 @@ class TokenLogp(torch.autograd.Function):
             total = e.sum(-1)
             z = top[:, 0] + total.log()  # [c] log of the softmax's denominator
             logp.append(x.gather(-1, y[:, None])[:, 0] - z)
-            entropy.append(z - torch.linalg.vecdot(e, x) / total)
+            entropy.append(z - e.mul_(x).sum(-1) / total)  # no vecdot: CUDA's autocast runs it in bf16
             norm.append(z)
         logp, entropy, norm = map(torch.cat, (logp, entropy, norm))
         ctx.save_for_backward(hidden, weight, labels, banned, norm)
@@ -592,14 +594,14 @@ class TokenLogp(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, labels, banned, norm = ctx.saved_tensors
         grad = grad / ctx.temperature
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for h, y, z, g, d_h in zip(*(x.split(HEAD_CHUNK) for x in (hidden, labels, norm, grad, d_hidden))):
             x = head(h, weight, banned, ctx.temperature)
             d = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [c, V]
             d = d.scatter_add_(-1, y[:, None], g[:, None]).to(weight.dtype)
             torch.mm(d, weight, out=d_h)
-            d_weight.addmm_(d.T, h)
-        return d_hidden, d_weight, None, None, None
+            d_weight += d.T @ h
+        return d_hidden, d_weight, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2
 
 import model as model_file
 from data import DISC, GEN, QWEN2_VL, encode_input, vision_layout
-from model import Embedder, Prompt, pad_rows, sample
+from model import Embedder, Prompt, TokenLogp, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
@@ -199,6 +199,25 @@ def test_chunked_head_equals_plain_log_softmax(embedder, monkeypatch, chunk, ban
         torch.autograd.grad((want * weight).sum(), (hidden, head)),
     ):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_gradient_of_a_bf16_head_is_added_up_in_fp32():
+    """Over 64 chunks the head's gradient is within 0.3 % of the one in fp64, and arrives in fp32 at the fp32 weight;
+    summed in bf16 it was 0.8 % away."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64 * model_file.HEAD_CHUNK, 64, generator=g).bfloat16()
+    weight = (torch.randn(400, 64, generator=g) / 10).requires_grad_()
+    labels, scale = torch.randint(0, 400, (len(hidden),), generator=g), torch.rand(len(hidden), generator=g)
+    logp, _ = TokenLogp.apply(hidden, weight, torch.bfloat16, labels, labels[:0], 1.0)
+    (got,) = torch.autograd.grad((logp * scale).sum(), weight)
+    exact = weight.detach().bfloat16().double().requires_grad_()
+    logp = (hidden.double() @ exact.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    (want,) = torch.autograd.grad((logp * scale).sum(), exact)
+    assert got.dtype == torch.float32 and float((got - want).norm() / want.norm()) < 0.003
+    _, entropy = TokenLogp.apply(hidden, weight, torch.bfloat16, labels, labels[:0], 1.0)
+    probabilities = (hidden.double() @ exact.detach().T).softmax(-1)
+    exact_entropy = torch.special.entr(probabilities).sum(-1)
+    assert entropy.dtype == torch.float32 and float((entropy - exact_entropy).abs().mean()) < 0.01
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_dir):
