@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from data import PairData, Row, RowCheck, step_loader
-from model import Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model
+from model import Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model, store_linear_in_bf16
 from reward import REWARDS, group_advantages, total_reward
 from support.rows import index_rows
 from support.run import (
@@ -58,6 +58,7 @@ from support.run import (
     end_run,
     gather,
     gather_list,
+    make_optimizer,
     no_gradient_sync,
     parse_args,
     processes,
@@ -68,7 +69,6 @@ from support.run import (
     stable_hash,
     start_processes,
     stop_if_asked,
-    trained,
     unsharded,
     usable,
     without_ddp,
@@ -134,7 +134,8 @@ PRESETS = {
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
         "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
-        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "checkpointing": False,
+        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "bf16": False,
+        "checkpointing": False,
     },
 }  # fmt: skip
 
@@ -471,12 +472,14 @@ def main():
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     model = distribute(embedder, args, device)
-    optimizer = torch.optim.AdamW(trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
+    optimizer = make_optimizer(embedder, args)
     start = resume(args, settings, embedder, optimizer)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     reference.bf16 = args.bf16
     if args.fsdp:
         shard(reference, args.bf16)
+    elif args.bf16:
+        store_linear_in_bf16(reference)
 
     # data
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),

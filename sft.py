@@ -52,6 +52,7 @@ from support.run import (
     distribute,
     end_run,
     gather,
+    make_optimizer,
     no_gradient_sync,
     parse_args,
     processes,
@@ -60,7 +61,6 @@ from support.run import (
     setting,
     start_processes,
     stop_if_asked,
-    trained,
     usable,
     without_ddp,
 )
@@ -120,7 +120,8 @@ PRESETS = {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
         "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
         "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_disc": 0.3,
-        "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "checkpointing": False, "max_length": 512,
+        "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "bf16": False, "checkpointing": False,
+        "max_length": 512,
     },
 }  # fmt: skip
 
@@ -354,9 +355,7 @@ def main():
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
     model = distribute(embedder, args, device)
-    optimizer = torch.optim.AdamW(
-        trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay
-    )
+    optimizer = make_optimizer(embedder, args, args.weight_decay)
     start = resume(args, settings, embedder, optimizer)
 
     # data

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 import rl
 from data import DISC, PairData, encode_input
-from model import Embedder
+from model import Embedder, store_linear_in_bf16
 from reward import embedding_reward, format_reward
 from rl import Group, Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update, update_batches
 
@@ -393,6 +393,32 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
         assert torch.equal(old, old2) and torch.equal(ref, ref2)
         assert (ratio != 1).float().mean() > 0.9
     assert stats[1]["kl"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tmp_path, tied):
+    """Under bf16 autocast the reference with its linear layers in bf16 gives exactly the log-probabilities, entropies
+    and embeddings of the fp32 one, pictures read by its own tower included; what stays in fp32 is what autocast leaves
+    there."""
+    plain = Embedder.from_pretrained(writer_dir).eval()
+    if not tied:
+        head = plain.backbone.lm_head
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight) / 10)
+    plain.bf16 = True
+    halved = copy.deepcopy(plain)
+    store_linear_in_bf16(halved)
+    packed = pack_groups(plain, groups_of(*sampled))
+    assert len(packed.batch.patches)
+    asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
+    for a, b in zip(plain(packed.batch, **asked)[:3], halved(packed.batch, **asked)[:3]):
+        assert torch.equal(a, b)
+    left = {name for name, p in halved.named_parameters() if p.dtype == torch.float32}
+    assert all("norm" in name or "ln_q" in name or "embed" in name for name in left), left
+    assert any("visual" in name and name.endswith("bias") for name in set(dict(halved.named_parameters())) - left)
+    size = [sum(p.numel() * p.element_size() for p in model.parameters()) for model in (plain, halved)]
+    assert size[1] < 0.75 * size[0]
+    assert (halved.backbone.lm_head.weight is halved.backbone.get_input_embeddings().weight) == tied
 
 
 def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
