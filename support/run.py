@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing.util
 import os
+import queue
 import re
 import resource
 import shutil
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, field
@@ -153,6 +155,32 @@ def forked_loader(dataset, workers, **settings):
         worker_init_fn=partial(tie_to_parent, os.getpid()),
         **settings,
     )
+
+
+def one_ahead(items):
+    """Yields what the iterator `items` gives; a thread fetches the next one while the caller works with the last.
+
+    An error of `items` is raised here, in the place of its item. A thread that still waits for an item does not keep
+    the process from ending. Loader workers must be running already: the kernel ends them with the thread that forked
+    them (tie_to_parent).
+    """
+    fetched = queue.SimpleQueue()  # of (item, error), one at most
+
+    def fetch():
+        try:
+            fetched.put((next(items), None))
+        except BaseException as error:  # noqa: BLE001 (it belongs to the main thread)
+            fetched.put((None, error))
+
+    threading.Thread(target=fetch, daemon=True).start()
+    while True:
+        item, error = fetched.get()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        threading.Thread(target=fetch, daemon=True).start()
+        yield item
 
 
 def signal_with_parent(number):
