@@ -185,7 +185,7 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
 def normalise(patches, family=QWEN2_VL):
     """uint8 [n, patch_values] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not
     57."""
-    table = byte_to_float(family.mean, family.std).to(patches.device)
+    table = byte_to_float(family.mean, family.std, patches.device)
     channels = []
     for c, values in enumerate(patches.int().chunk(3, dim=1)):
         channels.append(table[:, c][values])
@@ -193,10 +193,10 @@ def normalise(patches, family=QWEN2_VL):
 
 
 @cache
-def byte_to_float(mean, std):
+def byte_to_float(mean, std, device):
     """The normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic."""
     scaled = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
-    return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std))
+    return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std)).to(device)
 
 
 def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):

@@ -116,8 +116,8 @@ class Rollouts:
 class Batch(NamedTuple):
     """B rows, right-padded. With right padding and causal attention no real token sees a pad, so no mask is needed."""
 
-    ids: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [3, B, L]
+    ids: torch.Tensor | None  # [B, L]; None where vision states only are asked for
+    positions: torch.Tensor | None  # [3, B, L]
     patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
     grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
     vision_states: torch.Tensor | None = None  # of the patches, where they are known already
@@ -232,7 +232,9 @@ class Embedder(nn.Module):
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            states = self(pad_rows(part, self.pad_id, self.device)).vision_states.cpu()
+            patches = torch.from_numpy(np.concatenate([row.patches for row in part])).to(self.device)
+            grids = np.concatenate([row.grids for row in part])
+            states = self(Batch(None, None, patches, grids)).vision_states.cpu()  # no tokens are read
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
@@ -550,18 +552,25 @@ def padded_length(n, device):
 def pad_rows(rows, pad_id, device, mask=None):
     """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
     L = padded_length(max(len(row.ids) for row in rows), device)
-    ids = np.full((len(rows), L), pad_id)  # [B, L]
-    positions = np.zeros((3, *ids.shape), dtype=np.int64)  # [3, B, L]
+    tokens = np.zeros((4, len(rows), L), dtype=np.int64)  # in one transfer: for each one the host waits
+    tokens[0] = pad_id
     for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = row.ids
-        positions[:, b, : len(row.ids)] = row.positions
-    patches = np.concatenate([row.patches for row in rows])
+        tokens[0, b, : len(row.ids)] = row.ids
+        tokens[1:, b, : len(row.ids)] = row.positions
+    tokens = torch.from_numpy(tokens).to(device)
+    ids, positions = tokens[0], tokens[1:]
+    patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
     grids = np.concatenate([row.grids for row in rows])
-    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches)]
     known = [row.vision_states for row in rows if row.num_patches]
     if known and all(states is not None for states in known):
-        return Batch(*tensors, grids, torch.cat(known).to(device), mask)
-    return Batch(*tensors, grids, None, mask)
+        return Batch(ids, positions, patches, grids, torch.cat(known).to(device), mask)
+    return Batch(ids, positions, patches, grids, None, mask)
+
+
+def int_tensors(device, *lists):
+    """Lists of ints -> a tensor of each, in one transfer: for each one the host waits until the GPU is done."""
+    flat = torch.tensor([number for numbers in lists for number in numbers])
+    return flat.to(device).split([len(numbers) for numbers in lists])
 
 
 def head(hidden, weight, banned, temperature):

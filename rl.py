@@ -51,6 +51,7 @@ from model import (
     Prompt,
     Rollouts,
     check_model,
+    int_tensors,
     pad_rows,
     padded_length,
     save_model,
@@ -325,6 +326,7 @@ class Packed(NamedTuple):
     group_of_read: torch.Tensor  # the group that each of them belongs to
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
+    places: torch.Tensor  # [M] flat indices of the tokens in the mask
     mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
 
 
@@ -336,27 +338,31 @@ def pack_groups(embedder, groups):
     mask = tree_mask([p.segments for p in packed], device)
     batch = pad_rows([p.row for p in packed], embedder.pad_id, device, mask)
     L = batch.ids.shape[1]
-    lengths = torch.tensor([len(ids) for ids in completions], device=device)
-    return Packed(
-        batch,
-        read=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.read], device=device),
-        group_of_read=torch.tensor([b for b, p in enumerate(packed) for _ in p.read], device=device),
-        predict=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.predict], device=device),
-        labels=torch.tensor([token for ids in completions for token in ids], device=device),
-        mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None],
+    T = max(map(len, completions))
+    read, group_of_read, predict, labels, places = int_tensors(
+        device,
+        [b * L + index for b, p in enumerate(packed) for index in p.read],
+        [b for b, p in enumerate(packed) for _ in p.read],
+        [b * L + index for b, p in enumerate(packed) for index in p.predict],
+        [token for ids in completions for token in ids],
+        [i * T + t for i, ids in enumerate(completions) for t in range(len(ids))],
     )
+    mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, places, True)
+    return Packed(batch, read, group_of_read, predict, labels, places, mask.view(-1, T))
 
 
-def padded(flat, mask):
-    """Values of the completion tokens [M] in the order of the mask -> [n * G, T] with zeros after each completion."""
-    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+def padded(flat, packed):
+    """Values of the completion tokens [M] -> [n * G, T] with zeros after each completion."""
+    mask = packed.mask
+    return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.places, flat).view(mask.shape)
 
 
 def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
     """Sum over the usable groups of their mean 1 - cosine to the reference's embeddings. embeddings x2 [reads, D],
     group_of_read [reads], ok [n], 0 or 1 -> scalar"""
     away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
-    of_group = torch.stack([away[group_of_read == b].mean() for b in range(len(ok))])  # [n]
+    of_group = torch.zeros_like(ok).index_add(0, group_of_read, away)  # [n]
+    of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_read, torch.ones_like(away))
     return (of_group * ok).sum()
 
 
@@ -403,7 +409,7 @@ def update(model, reference, batches, args):
             out = model(packed.batch, **asked)
             if batch.old_logp is None:
                 batch.old_logp = out.logp.detach()
-            logp, old_logp, ref_logp = (padded(x, packed.mask) for x in (out.logp, batch.old_logp, batch.ref_logp))
+            logp, old_logp, ref_logp = (padded(x, packed) for x in (out.logp, batch.old_logp, batch.ref_logp))
             loss, stats = grpo_loss(
                 logp, old_logp, ref_logp, args.w_grpo * advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
@@ -420,8 +426,8 @@ def update(model, reference, batches, args):
             loss=loss,
             anchor=anchor,
             tokens=tokens,
-            entropy=(padded(out.entropy, packed.mask) * mask).sum(),
-            logp_mismatch=(padded(mismatch, packed.mask) * mask).sum(),
+            entropy=(padded(out.entropy, packed) * mask).sum(),
+            logp_mismatch=(padded(mismatch, packed) * mask).sum(),
             **{name: mean * tokens for name, mean in stats.items()},
         )
     figures = figures.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))

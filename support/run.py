@@ -388,10 +388,10 @@ def stop_if_asked():
         RUNNING[-1].stop_if_asked()
 
 
-def usable(pairs, device="cpu"):
+def usable(pairs):
     """Which pairs of the global batch can be used, bool [B], on all processes. Ends the run where none can: there is
     nothing to learn from, and AdamW's momentum would move the weights all the same."""
-    ok = gather(torch.tensor([pair.ok for pair in pairs], device=device))
+    ok = gather(torch.tensor([pair.ok for pair in pairs]))
     if not ok.any():
         raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
     return ok

@@ -193,7 +193,7 @@ def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
     assert group.tolist() == [b for b, p in enumerate(plain) for _ in p[1]]
     assert mask.sum(1).tolist() == [len(ids) for r in rollouts for ids in r.ids]
     lengths = [len(ids) for r in rollouts for ids in r.ids]
-    for line, part in zip(padded(logp, mask), want.split(lengths)):
+    for line, part in zip(padded(logp, packed), want.split(lengths)):
         torch.testing.assert_close(line[: len(part)], part, **CLOSE)
         assert not line[len(part) :].any()
     g = torch.Generator().manual_seed(0)
@@ -246,7 +246,7 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
         asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
         found = [*writer(packed.batch, **asked)[:3]]
         rows = [encode_input(writer.tokenizer, x, "<think>a</think><answer>b<gen_emb>") for x in inputs()]
-        local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]])
+        local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
         emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
         return [*found, emb.disc, emb.gen], packed.batch.ids.shape[1], packed.batch.mask.shape[-1]
