@@ -512,7 +512,8 @@ def main():
             if not args.train_vision:
                 embedder.share_vision(rows, 2 * args.micro_batch)
 
-            # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
+            # rollout: its random numbers are a function of (seed, step, pair, side, g), whatever the number of
+            # processes; so are its tokens, on a GPU up to rounding, which can turn a close choice between two
             numbers = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
             seeds = [stable_hash(args.seed, step, number, side) for side in (0, 1) for number in numbers]
             with unsharded(embedder):

@@ -13,7 +13,8 @@ the longest of them, D dimensions.
 
 Where this departs from the paper or the official code
  1. Negatives: the whole global batch of an optimiser step (GradCache), where the official code has the 256 pairs of one
-    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result.
+    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result (but
+    for rounding).
  2. Pairs with the same target (equal text and media) are not each other's negatives; --mask_same_target false is the
     paper.
  3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).

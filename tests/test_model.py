@@ -20,6 +20,7 @@ from conftest import (
     transformers_forward,
     with_answer,
 )
+from torch.distributed.utils import _to_kwargs
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import model as model_file
@@ -125,11 +126,12 @@ def test_the_vision_tower_reads_no_lengths_from_the_device(embedder):
     """The grids come as an array, which DDP and FSDP do not move; the lengths that every layer reads are on the CPU,
     wherever the pixels are, and the tower works nothing out of the grids by itself."""
     rows = encoded(embedder, inputs())
-    batch = pad_rows(rows, embedder.pad_id, "meta")
-    assert batch.ids.is_meta and batch.patches.is_meta and isinstance(batch.grids, np.ndarray)
+    batch = pad_rows(rows, embedder.pad_id, "cpu")
+    ((moved,),), _ = _to_kwargs((batch,), {}, torch.device("meta"), False)  # what DDP and FSDP do to a batch on a GPU
+    assert moved.ids.is_meta and moved.patches.is_meta and moved.grids is batch.grids
     tower, given = embedder.backbone.model.visual, []
     hook = tower.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
-    states = embedder.encode_vision(pad_rows(rows, embedder.pad_id, "cpu").patches, batch.grids)
+    states = embedder.encode_vision(batch.patches, batch.grids)
     hook.remove()
     layout = vision_layout(tower, torch.from_numpy(batch.grids), "meta")
     assert layout["position_ids"].is_meta and layout["position_ids"].shape == (len(states), 2)
