@@ -569,7 +569,7 @@ def pad_rows(rows, pad_id, device, mask=None):
 
 def int_tensors(device, *lists):
     """Lists of ints -> a tensor of each, in one transfer: for each one the host waits until the GPU is done."""
-    flat = torch.tensor([number for numbers in lists for number in numbers])
+    flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
     return flat.to(device).split([len(numbers) for numbers in lists])
 
 
