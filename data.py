@@ -41,9 +41,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from support.rows import Rows
-from support.run import BadInput, Stopped, check_bounds, forked_loader, run_script
+from support.run import BadInput, Stopped, check_bounds, forked_loader, one_ahead, run_script
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)
@@ -126,9 +127,19 @@ def grid_positions(grid):
     return np.indices(grid).reshape(3, -1), max(h, w)
 
 
+def vision_layout(tower, grids, device):
+    """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
+    the CPU: they would do it on the GPU, where every layer waits to read the lengths."""
+    return {
+        "position_ids": get_vision_position_ids(grids, tower.spatial_merge_size).to(device),  # [n, 2]
+        "cu_seqlens": get_vision_cu_seqlens(grids),  # where each frame's patches begin; stays, attention reads it here
+    }
+
+
 def last_states(tower, pixels, grids, merged):
     """Qwen2-VL's vision_states: the last layer's, after the merger or before it."""
-    out = tower(pixels, grid_thw=grids)
+    grids = torch.from_numpy(grids)
+    out = tower(pixels, grid_thw=grids, **vision_layout(tower, grids, pixels.device))
     return out.pooler_output if merged else out.last_hidden_state
 
 
@@ -174,7 +185,7 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
 def normalise(patches, family=QWEN2_VL):
     """uint8 [n, patch_values] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not
     57."""
-    table = byte_to_float(family.mean, family.std).to(patches.device)
+    table = byte_to_float(family.mean, family.std, patches.device)
     channels = []
     for c, values in enumerate(patches.int().chunk(3, dim=1)):
         channels.append(table[:, c][values])
@@ -182,10 +193,10 @@ def normalise(patches, family=QWEN2_VL):
 
 
 @cache
-def byte_to_float(mean, std):
+def byte_to_float(mean, std, device):
     """The normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic."""
     scaled = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
-    return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std))
+    return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std)).to(device)
 
 
 def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
@@ -818,16 +829,18 @@ def step_loader(data, steps, workers):
     """Yields this process's pairs of each of the given steps, prepared ahead by background workers (0: in here).
 
     The rows of a step are a pure function of (seed, step); each process takes its share of them, so the global batch
-    does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches.
+    does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches. What
+    the workers have prepared still has to come through their pipes, a page of 14 MB in 56 ms: a thread gets the next
+    step while the caller computes this one.
     """
     share = data.order.batch_size // data.world
     ahead = None
     if workers:
         ahead = max(2, math.ceil(share / workers))  # pairs that each worker prepares: together one step
     loader = forked_loader(data, workers, batch_size=None, sampler=local_rows(data, steps), prefetch_factor=ahead)
-    pairs = iter(loader)
-    for _ in steps:
-        yield [next(pairs) for _ in range(share)]
+    pairs = iter(loader)  # here, in the main thread, the workers are forked
+    pairs_of_steps = ([next(pairs) for _ in range(share)] for _ in steps)
+    yield from one_ahead(pairs_of_steps) if workers else pairs_of_steps
 
 
 def local_rows(data, steps):

@@ -41,6 +41,7 @@ from support.run import (
     BadInput,
     MissingFile,
     Progress,
+    cudnn_attention_off,
     is_sharded,
     processes,
     read_json,
@@ -116,10 +117,10 @@ class Rollouts:
 class Batch(NamedTuple):
     """B rows, right-padded. With right padding and causal attention no real token sees a pad, so no mask is needed."""
 
-    ids: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [3, B, L]
+    ids: torch.Tensor | None  # [B, L]; None where vision states only are asked for
+    positions: torch.Tensor | None  # [3, B, L]
     patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
-    grids: torch.Tensor  # [m, 3]
+    grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
     vision_states: torch.Tensor | None = None  # of the patches, where they are known already
     mask: torch.Tensor | None = None  # bool [B, 1, L, L]; None: causal
 
@@ -136,6 +137,8 @@ class Output(NamedTuple):
 class Embedder(nn.Module):
     def __init__(self, backbone, tokenizer):
         super().__init__()
+        tower = backbone.model.visual
+        tower.patch_embed = PatchEmbed(tower.patch_embed.proj)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.family = FAMILIES[backbone.config.model_type]
@@ -153,6 +156,7 @@ class Embedder(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
         """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
+        cudnn_attention_off()
         tokenizer, backbone = load_pretrained(name_or_path, dtype)
         add_embedding_tokens(backbone, tokenizer)
         if len(tokenizer) > (rows := backbone.get_input_embeddings().weight.shape[0]):
@@ -205,11 +209,12 @@ class Embedder(nn.Module):
 
     def encode_vision(self, patches, grids):
         """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
-        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids [m, 3]; no pictures: empty."""
+        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids array [m, 3]; no pictures:
+        empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
-        pixels = normalise(patches, self.family).to(tower.patch_embed.proj.weight.dtype)
+        pixels = normalise(patches, self.family)
         return self.family.vision_states(tower, pixels, grids, merged=self.vision_frozen)
 
     def vision_states_of(self, batch):
@@ -228,7 +233,9 @@ class Embedder(nn.Module):
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            states = self(pad_rows(part, self.pad_id, self.device)).vision_states.cpu()
+            patches = torch.from_numpy(np.concatenate([row.patches for row in part])).to(self.device)
+            grids = np.concatenate([row.grids for row in part])
+            states = self(Batch(None, None, patches, grids)).vision_states.cpu()  # no tokens are read
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
@@ -246,7 +253,7 @@ class Embedder(nn.Module):
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
             patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
-            blank = self.encode_vision(patches, torch.tensor([[1, merge, merge]], device=x.device))
+            blank = self.encode_vision(patches, np.array([[1, merge, merge]]))
             x = x + 0 * self.family.merge_states(tower, blank).sum().to(x.dtype)
         return x
 
@@ -286,9 +293,9 @@ class Embedder(nn.Module):
 
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
         """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
-        weight = self.backbone.lm_head.weight.to(self.compute_dtype)  # once, not once a chunk
         banned = self.banned if ban else self.banned[:0]
-        return TokenLogp.apply(hidden.to(weight.dtype), weight, labels, banned, temperature)
+        dtype = self.compute_dtype
+        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
@@ -512,21 +519,48 @@ class Embedder(nn.Module):
 # Parts of a forward pass
 
 
+class PatchEmbed(nn.Module):
+    """The vision tower's first layer as the matrix product that it is: every patch is one place of its convolution, and
+    on GPUs Conv3d is many times slower at that. It holds the convolution, so that its weights keep their names."""
+
+    def __init__(self, proj):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, pixels):
+        """[n, patch_values] -> [n, D_vit]"""
+        weight = self.proj.weight  # [D_vit, 3, frames, height, width]
+        return F.linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def padded_length(n, device):
+    """n tokens, on a GPU rounded up to a multiple of 64: a mask needs no copy to be aligned, and the allocator meets
+    fewer sizes."""
+    return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
+
+
 def pad_rows(rows, pad_id, device, mask=None):
     """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
-    L = max(len(row.ids) for row in rows)
-    ids = np.full((len(rows), L), pad_id)  # [B, L]
-    positions = np.zeros((3, *ids.shape), dtype=np.int64)  # [3, B, L]
+    L = padded_length(max(len(row.ids) for row in rows), device)
+    tokens = np.zeros((4, len(rows), L), dtype=np.int64)  # in one transfer: for each one the host waits
+    tokens[0] = pad_id
     for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = row.ids
-        positions[:, b, : len(row.ids)] = row.positions
-    patches = np.concatenate([row.patches for row in rows])
+        tokens[0, b, : len(row.ids)] = row.ids
+        tokens[1:, b, : len(row.ids)] = row.positions
+    tokens = torch.from_numpy(tokens).to(device)
+    ids, positions = tokens[0], tokens[1:]
+    patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
     grids = np.concatenate([row.grids for row in rows])
-    tensors = [torch.from_numpy(x).to(device) for x in (ids, positions, patches, grids)]
     known = [row.vision_states for row in rows if row.num_patches]
     if known and all(states is not None for states in known):
-        return Batch(*tensors, torch.cat(known).to(device), mask)
-    return Batch(*tensors, None, mask)
+        return Batch(ids, positions, patches, grids, torch.cat(known).to(device), mask)
+    return Batch(ids, positions, patches, grids, None, mask)
+
+
+def int_tensors(device, *lists):
+    """Lists of ints -> a tensor of each, in one transfer: for each one the host waits until the GPU is done."""
+    flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
+    return flat.to(device).split([len(numbers) for numbers in lists])
 
 
 def head(hidden, weight, banned, temperature):
@@ -535,14 +569,26 @@ def head(hidden, weight, banned, temperature):
     return logits if temperature == 1 else logits.div_(temperature)
 
 
+def store_linear_in_bf16(embedder):
+    """For a frozen model that runs under bf16 autocast: the weights and biases of its linear layers are stored as
+    autocast rounds them at every use. The numbers stay the same, the memory is nearly halved. Token embeddings and
+    norms, which autocast leaves in fp32, stay, and so does a head that is tied to the embeddings."""
+    tied = embedder.backbone.get_input_embeddings().weight
+    for module in embedder.modules():
+        if isinstance(module, nn.Linear) and module.weight is not tied:
+            module.to(torch.bfloat16)
+
+
 class TokenLogp(torch.autograd.Function):
     """log softmax(head(h))[y] and its entropy (no gradient), with one chunk's logits [c, V] in memory at a time.
 
-    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature.
+    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature. The products run in
+    `dtype`; the head's gradient is added up over the chunks in fp32, or every sum would be rounded to bf16 again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, banned, temperature):
+    def forward(ctx, hidden, master_weight, dtype, labels, banned, temperature):
+        weight = master_weight.to(dtype)  # once, not once a chunk
         logp, entropy, norm = [], [], []
         for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
             x = head(h, weight, banned, temperature)  # [c, V]
@@ -551,7 +597,7 @@ class TokenLogp(torch.autograd.Function):
             total = e.sum(-1)
             z = top[:, 0] + total.log()  # [c] log of the softmax's denominator
             logp.append(x.gather(-1, y[:, None])[:, 0] - z)
-            entropy.append(z - torch.linalg.vecdot(e, x) / total)
+            entropy.append(z - e.mul_(x).sum(-1) / total)  # no vecdot: CUDA's autocast runs it in bf16
             norm.append(z)
         logp, entropy, norm = map(torch.cat, (logp, entropy, norm))
         ctx.save_for_backward(hidden, weight, labels, banned, norm)
@@ -563,14 +609,14 @@ class TokenLogp(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, labels, banned, norm = ctx.saved_tensors
         grad = grad / ctx.temperature
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for h, y, z, g, d_h in zip(*(x.split(HEAD_CHUNK) for x in (hidden, labels, norm, grad, d_hidden))):
             x = head(h, weight, banned, ctx.temperature)
             d = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [c, V]
             d = d.scatter_add_(-1, y[:, None], g[:, None]).to(weight.dtype)
             torch.mm(d, weight, out=d_h)
-            d_weight.addmm_(d.T, h)
-        return d_hidden, d_weight, None, None, None
+            d_weight += d.T @ h
+        return d_hidden, d_weight, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,19 @@ import numpy as np
 import torch
 
 from data import PairData, Row, RowCheck, step_loader
-from model import PREFILL_TOKENS, Batch, Embedder, Prompt, Rollouts, check_model, pad_rows, save_model
+from model import (
+    PREFILL_TOKENS,
+    Batch,
+    Embedder,
+    Prompt,
+    Rollouts,
+    check_model,
+    int_tensors,
+    pad_rows,
+    padded_length,
+    save_model,
+    store_linear_in_bf16,
+)
 from reward import REWARDS, group_advantages, total_reward
 from support.rows import index_rows
 from support.run import (
@@ -58,6 +70,7 @@ from support.run import (
     end_run,
     gather,
     gather_list,
+    make_optimizer,
     no_gradient_sync,
     parse_args,
     processes,
@@ -68,7 +81,6 @@ from support.run import (
     stable_hash,
     start_processes,
     stop_if_asked,
-    trained,
     unsharded,
     usable,
     without_ddp,
@@ -135,7 +147,8 @@ PRESETS = {
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
         "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
-        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "checkpointing": False,
+        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "bf16": False,
+        "checkpointing": False,
     },
 }  # fmt: skip
 
@@ -298,13 +311,14 @@ def pack_group(row, rollouts):
 
 def tree_mask(segments, device):
     """bool [B, 1, L, L]: causal, and within the same completion or to the prompt; pads (-1) see prompt and pads."""
-    L = max(map(len, segments))
+    L = padded_length(max(map(len, segments)), device)
     seg = torch.full((len(segments), L), -1)
     for b, s in enumerate(segments):
         seg[b, : len(s)] = torch.from_numpy(s)
     seg = seg.to(device)
-    same = (seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0)
-    return (same & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]
+    mask = seg[:, :, None] == seg[:, None, :]  # in place from here on: at 17,884 tokens one such mask is 0.32 GB
+    mask |= seg[:, None, :] == 0
+    return mask.tril_()[:, None]
 
 
 class Packed(NamedTuple):
@@ -315,6 +329,7 @@ class Packed(NamedTuple):
     group_of_read: torch.Tensor  # the group that each of them belongs to
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
+    places: torch.Tensor  # [M] flat indices of the tokens in the mask
     mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
 
 
@@ -326,27 +341,31 @@ def pack_groups(embedder, groups):
     mask = tree_mask([p.segments for p in packed], device)
     batch = pad_rows([p.row for p in packed], embedder.pad_id, device, mask)
     L = batch.ids.shape[1]
-    lengths = torch.tensor([len(ids) for ids in completions], device=device)
-    return Packed(
-        batch,
-        read=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.read], device=device),
-        group_of_read=torch.tensor([b for b, p in enumerate(packed) for _ in p.read], device=device),
-        predict=torch.tensor([b * L + index for b, p in enumerate(packed) for index in p.predict], device=device),
-        labels=torch.tensor([token for ids in completions for token in ids], device=device),
-        mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None],
+    T = max(map(len, completions))
+    read, group_of_read, predict, labels, places = int_tensors(
+        device,
+        [b * L + index for b, p in enumerate(packed) for index in p.read],
+        [b for b, p in enumerate(packed) for _ in p.read],
+        [b * L + index for b, p in enumerate(packed) for index in p.predict],
+        [token for ids in completions for token in ids],
+        [i * T + t for i, ids in enumerate(completions) for t in range(len(ids))],
     )
+    mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, places, True)
+    return Packed(batch, read, group_of_read, predict, labels, places, mask.view(-1, T))
 
 
-def padded(flat, mask):
-    """Values of the completion tokens [M] in the order of the mask -> [n * G, T] with zeros after each completion."""
-    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+def padded(flat, packed):
+    """Values of the completion tokens [M] -> [n * G, T] with zeros after each completion."""
+    mask = packed.mask
+    return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.places, flat).view(mask.shape)
 
 
 def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
     """Sum over the usable groups of their mean 1 - cosine to the reference's embeddings. embeddings x2 [reads, D],
     group_of_read [reads], ok [n], 0 or 1 -> scalar"""
     away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
-    of_group = torch.stack([away[group_of_read == b].mean() for b in range(len(ok))])  # [n]
+    of_group = torch.zeros_like(ok).index_add(0, group_of_read, away)  # [n]
+    of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_read, torch.ones_like(away))
     return (of_group * ok).sum()
 
 
@@ -393,7 +412,7 @@ def update(model, reference, batches, args):
             out = model(packed.batch, **asked)
             if batch.old_logp is None:
                 batch.old_logp = out.logp.detach()
-            logp, old_logp, ref_logp = (padded(x, packed.mask) for x in (out.logp, batch.old_logp, batch.ref_logp))
+            logp, old_logp, ref_logp = (padded(x, packed) for x in (out.logp, batch.old_logp, batch.ref_logp))
             loss, stats = grpo_loss(
                 logp, old_logp, ref_logp, args.w_grpo * advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
@@ -410,8 +429,8 @@ def update(model, reference, batches, args):
             loss=loss,
             anchor=anchor,
             tokens=tokens,
-            entropy=(padded(out.entropy, packed.mask) * mask).sum(),
-            logp_mismatch=(padded(mismatch, packed.mask) * mask).sum(),
+            entropy=(padded(out.entropy, packed) * mask).sum(),
+            logp_mismatch=(padded(mismatch, packed) * mask).sum(),
             **{name: mean * tokens for name, mean in stats.items()},
         )
     figures = figures.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
@@ -473,12 +492,14 @@ def main():
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     model = distribute(embedder, args, device)
-    optimizer = torch.optim.AdamW(trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)
+    optimizer = make_optimizer(embedder, args)
     start = resume(args, settings, embedder, optimizer)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     reference.bf16 = args.bf16
     if args.fsdp:
         shard(reference, args.bf16)
+    elif args.bf16:
+        store_linear_in_bf16(reference)
 
     # data
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
@@ -494,7 +515,8 @@ def main():
             if not args.train_vision:
                 embedder.share_vision(rows, 2 * args.micro_batch)
 
-            # rollout: a function of (seed, step, pair, side, g), whatever the number of processes
+            # rollout: its random numbers are a function of (seed, step, pair, side, g), whatever the number of
+            # processes; so are its tokens, on a GPU up to rounding, which can turn a close choice between two
             numbers = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
             seeds = [stable_hash(args.seed, step, number, side) for side in (0, 1) for number in numbers]
             with unsharded(embedder):

@@ -13,7 +13,8 @@ the longest of them, D dimensions.
 
 Where this departs from the paper or the official code
  1. Negatives: the whole global batch of an optimiser step (GradCache), where the official code has the 256 pairs of one
-    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result.
+    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result (but
+    for rounding).
  2. Pairs with the same target (equal text and media) are not each other's negatives; --mask_same_target false is the
     paper.
  3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).
@@ -42,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from data import DISC, GEN, PairData, RowCheck, step_loader
-from model import Embedder, check_model, pad_rows, save_model
+from model import Embedder, check_model, int_tensors, pad_rows, save_model
 from support.rows import index_rows
 from support.run import (
     Loop,
@@ -52,6 +53,7 @@ from support.run import (
     distribute,
     end_run,
     gather,
+    make_optimizer,
     no_gradient_sync,
     parse_args,
     processes,
@@ -60,7 +62,6 @@ from support.run import (
     setting,
     start_processes,
     stop_if_asked,
-    trained,
     usable,
     without_ddp,
 )
@@ -120,7 +121,8 @@ PRESETS = {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
         "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
         "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_disc": 0.3,
-        "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "checkpointing": False, "max_length": 512,
+        "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "bf16": False, "checkpointing": False,
+        "max_length": 512,
     },
 }  # fmt: skip
 
@@ -208,8 +210,9 @@ def sft_step(model, pairs, args):
     ce = all_sum(backward_all(model, local, gradient, args, reused_graph))  # [2]
 
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
+    values = torch.stack([*parts.values()]).tolist()
     num_tokens = sum(len(row.ids) for row in local.rows)
-    return {name: float(x) for name, x in parts.items()}, int(all_sum(torch.tensor(num_tokens)))
+    return dict(zip(parts, values)), int(all_sum(torch.tensor(num_tokens)))
 
 
 @dataclass
@@ -220,24 +223,26 @@ class LocalRows:
     side: torch.Tensor  # int [2b]: 0 query, 1 target
     ce_weight: torch.Tensor  # [2b], of each answer token of a row; 0 for a skipped pair
     micro_batches: list  # lists of row numbers
+    places: tuple  # the same as tensors on the device
 
 
 def local_rows(pairs, micro_batch, device):
     """This process's b pairs -> LocalRows; micro_batch: pairs, so twice as many rows."""
     b = len(pairs)
     rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
-    side = torch.arange(2 * b, device=device) // b
-    row_ok = torch.tensor([pair.ok for pair in pairs], device=device).repeat(2)
+    side = torch.arange(2 * b) // b
+    row_ok = torch.tensor([pair.ok for pair in pairs]).repeat(2)
 
     # CE of a side is the mean over all its answer tokens of the global batch
-    answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device) * row_ok
+    answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows]) * row_ok
     side_tokens = torch.stack([answer_length[side == s].sum() for s in (0, 1)])
     ce_weight = row_ok / all_sum(side_tokens).clamp(min=1)[side]
 
     # similar lengths together: little padding. The order does not change any sum.
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids))
     micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
-    return LocalRows(rows, side, ce_weight, micro_batches)
+    places = int_tensors(device, *micro_batches)
+    return LocalRows(rows, side.to(device), ce_weight.to(device), micro_batches, places)
 
 
 def embed_micro_batch(net, local, numbers, next_token):
@@ -250,15 +255,13 @@ def embed_micro_batch(net, local, numbers, next_token):
     rows = [local.rows[n] for n in numbers]
     batch = pad_rows(rows, without_ddp(net).pad_id, device)
     L = batch.ids.shape[1]
-    starts = L * torch.arange(len(rows), device=device)  # [n] flat index of a row's first token
-    at = torch.tensor([[row.disc_at, row.gen_at] for row in rows], device=device).clamp(min=0)  # [n, 2]
-    read = (starts[:, None] + at).flatten()  # [2n] flat indices of both embeddings of each row
+    read = [j * L + max(at, 0) for j, row in enumerate(rows) for at in (row.disc_at, row.gen_at)]  # [2n]
     if not next_token:
+        (read,) = int_tensors(device, read)
         return net(batch, read=read).embeddings.view(len(rows), 2, -1), None
-    answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]
-    answers = torch.tensor(answers, device=device)  # [M] flat indices of the answers' tokens
-    lengths = torch.tensor([len(row.ids) - row.n_prompt for row in rows], device=device)
-    row_of = torch.tensor(numbers, device=device).repeat_interleave(lengths)  # [M]
+    answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]  # [M]
+    row_of = [n for n, row in zip(numbers, rows) for _ in range(row.n_prompt, len(row.ids))]  # [M]
+    read, answers, row_of = int_tensors(device, read, answers, row_of)
     out = net(batch, read=read, predict=answers - 1, labels=batch.ids.flatten()[answers])
     ce = torch.zeros(2, device=device).index_add(0, local.side[row_of], -out.logp * local.ce_weight[row_of])
     return out.embeddings.view(len(rows), 2, -1), ce
@@ -269,11 +272,11 @@ def embed_all(embedder, local, args, reused_graph):
     """Pass 1 -> [2b, 2, D]"""
     embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
     if reused_graph:
-        embeddings[local.micro_batches[0]] = reused_graph[0].detach()
+        embeddings[local.places[0]] = reused_graph[0].detach()
     elif uses_embeddings(args):
-        for numbers in local.micro_batches:
+        for numbers, places in zip(local.micro_batches, local.places):
             stop_if_asked()
-            embeddings[numbers], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
+            embeddings[places], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
     return embeddings
 
 
@@ -281,7 +284,7 @@ def contrast(embeddings, pairs, args):
     """Pass 2, for embeddings [2b, 2, D] -> loss, {name: term}, gradient [2b, 2, D]"""
     rank, world = processes()
     device, b = embeddings.device, len(pairs)
-    ok = usable(pairs, device)  # [B]
+    ok = usable(pairs).nonzero()[:, 0].to(device)  # numbers of the usable pairs of the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
     place = torch.arange(b, device=device) * world + rank  # [b] of our pairs in the global batch
@@ -299,11 +302,11 @@ def backward_all(model, local, gradient, args, reused_graph):
     """Pass 3 -> this process's CE of each side, [2]"""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
-    for numbers in local.micro_batches:
+    for numbers, places in zip(local.micro_batches, local.places):
         stop_if_asked()
         with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
             embeddings, ce = reused_graph or embed_micro_batch(model, local, numbers, bool(args.w_ce))
-            loss = (embeddings * gradient[numbers]).sum()  # its gradient is dL/dE dE/dw: the chain rule
+            loss = (embeddings * gradient[places]).sum()  # its gradient is dL/dE dE/dw: the chain rule
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
                 total_ce += ce.detach()
@@ -354,9 +357,7 @@ def main():
     if not args.w_ce and not embedder.backbone.config.tie_word_embeddings:
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
     model = distribute(embedder, args, device)
-    optimizer = torch.optim.AdamW(
-        trained(embedder), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay
-    )
+    optimizer = make_optimizer(embedder, args, args.weight_decay)
     start = resume(args, settings, embedder, optimizer)
 
     # data

@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing.util
 import os
+import queue
 import re
 import resource
 import shutil
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, field
@@ -155,6 +157,32 @@ def forked_loader(dataset, workers, **settings):
     )
 
 
+def one_ahead(items):
+    """Yields what the iterator `items` gives; a thread fetches the next one while the caller works with the last.
+
+    An error of `items` is raised here, in the place of its item. A thread that still waits for an item does not keep
+    the process from ending. Loader workers must be running already: the kernel ends them with the thread that forked
+    them (tie_to_parent).
+    """
+    fetched = queue.SimpleQueue()  # of (item, error), one at most
+
+    def fetch():
+        try:
+            fetched.put((next(items), None))
+        except BaseException as error:  # noqa: BLE001 (it belongs to the main thread)
+            fetched.put((None, error))
+
+    threading.Thread(target=fetch, daemon=True).start()
+    while True:
+        item, error = fetched.get()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        threading.Thread(target=fetch, daemon=True).start()
+        yield item
+
+
 def signal_with_parent(number):
     """Linux sends this process the signal when the one that started it is gone."""
     if sys.platform == "linux":
@@ -174,12 +202,19 @@ def start_processes(fsdp=False):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    cudnn_attention_off()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
         signal_with_parent(signal.SIGTERM)
         end_without_torchrun()
     if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device
+
+
+def cudnn_attention_off():
+    """cuDNN is torch's first choice for attention on an H100 and makes an execution plan for every shape that is
+    new to it, 23 to 450 ms each. Here nearly every pass has another shape; flash and efficient attention need none."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def end_without_torchrun():
@@ -314,6 +349,13 @@ def trained(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def make_optimizer(embedder, args, weight_decay=0.0):
+    """AdamW on what is trained. On a GPU fused: its other forms have temporaries of 6 to 12 GB for the 2B."""
+    parameters = trained(embedder)
+    fused = all(p.device.type == "cuda" for p in parameters)
+    return torch.optim.AdamW(parameters, args.lr, betas=(0.9, args.beta2), weight_decay=weight_decay, fused=fused)
+
+
 def resume(args, settings, embedder, optimizer):
     """Fills both from the checkpoint that --resume says -> the step to go on with."""
     start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
@@ -346,10 +388,10 @@ def stop_if_asked():
         RUNNING[-1].stop_if_asked()
 
 
-def usable(pairs, device="cpu"):
+def usable(pairs):
     """Which pairs of the global batch can be used, bool [B], on all processes. Ends the run where none can: there is
     nothing to learn from, and AdamW's momentum would move the weights all the same."""
-    ok = gather(torch.tensor([pair.ok for pair in pairs], device=device))
+    ok = gather(torch.tensor([pair.ok for pair in pairs]))
     if not ok.any():
         raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
     return ok
@@ -607,8 +649,9 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
     """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old ones or the new one.
 
     All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
-    The learning rate, the batches and the rollouts are functions of (seed, step), and nothing draws from the global
-    random state, so it is not stored.
+    Learning rate, batches and the random numbers of the rollouts are functions of (seed, step), and nothing draws from
+    the global random state, so it is not stored. A resumed run equals an unbroken one bit for bit on the CPU; on a GPU
+    up to rounding, since attention's backward pass adds up in no fixed order.
     alone: rank 0 calls it without the others. Returns whether the checkpoint is there.
     """
     rank, world = processes()
@@ -718,9 +761,12 @@ def restore(path, model, optimizer=None):
     with torch.no_grad():
         for name, p in model.named_parameters():
             fill(f"model/{name}", p)
-            if optimizer and f"step/{name}" in stored:  # AdamW's step counter stays on the CPU, its moments do not
+            if optimizer and f"step/{name}" in stored:
                 moments = {key: fill(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": parts[0].get_tensor(f"step/{name}"), **moments}
+                # AdamW counts its steps on the CPU, where fused beside the moments
+                counted_on = p.device if optimizer.defaults["fused"] else "cpu"
+                step = parts[0].get_tensor(f"step/{name}").to(counted_on)
+                optimizer.state[p] = {"step": step, **moments}
     return meta
 
 

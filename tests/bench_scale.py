@@ -61,7 +61,7 @@ def one_pass(embedder, stage):
         ids=torch.zeros(1, L, dtype=torch.long),
         positions=torch.zeros(3, 1, L, dtype=torch.long),
         patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
-        grids=torch.zeros(0, 3, dtype=torch.long),
+        grids=np.zeros((0, 3), int),
         vision_states=torch.zeros(2 * prompt, 1280, dtype=torch.bfloat16),
         mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )

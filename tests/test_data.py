@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import struct
+import threading
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -34,6 +37,7 @@ from data import (
 )
 from support import toy
 from support.rows import Rows, read_rows
+from support.run import BadInput, one_ahead
 
 REAL = ROOT.parent / "shared" / "real_data"
 # Qwen2-VL-Instruct's published chat template
@@ -438,6 +442,38 @@ def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, work
                 assert np.array_equal(pair.query.patches, want.query.patches)
     with pytest.raises(ValueError, match="batch_size 4.*3 processes"):
         PairData([world / "sft.json"], tokenizer, world=3, **args)
+
+
+def test_the_next_step_is_fetched_while_this_one_computes():
+    """One step ahead and no more, in order; an error comes in the place of its step, after those before it."""
+    began = [threading.Event() for _ in range(5)]
+
+    def steps():
+        for n, event in enumerate(began):
+            event.set()
+            if n == 3:
+                raise BadInput("the fourth")
+            yield n
+
+    ahead = one_ahead(steps())
+    for n in range(3):
+        assert next(ahead) == n
+        assert began[n + 1].wait(10)  # without being asked for
+        time.sleep(0.05)
+        assert not began[n + 2].is_set()
+    with pytest.raises(BadInput, match="the fourth"):
+        next(ahead)
+    assert list(one_ahead(iter(range(9)))) == [*range(9)]
+
+
+def test_workers_are_forked_by_the_main_thread(world, tokenizer, monkeypatch):
+    """Linux ends a worker with the thread that forked it, and a fetching thread lives for one step only."""
+    data, forks = PairData([world / "sft.json"], tokenizer, kind="sft", batch_size=4, seed=0, root=world), []
+    monkeypatch.setattr(os, "fork", lambda fork=os.fork: (forks.append(threading.current_thread()), fork())[1])
+    loader = step_loader(data, range(6), 2)
+    names = [[pair.name for pair in pairs] for pairs in loader]
+    assert forks == [threading.main_thread()] * 2
+    assert names == [[pair.name for pair in pairs] for pairs in step_loader(data, range(6), 0)]
 
 
 def test_no_dataset_fills_a_batch():

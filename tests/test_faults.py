@@ -726,17 +726,28 @@ def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_pat
     assert (tmp_path / "model.safetensors").exists() and len(read_log(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes):
-    """A disk that does not answer: SIGTERM was heard and never acted on, since no step began any more."""
-    def stuck():
-        data_file.PairData.__getitem__ = lambda self, i: time.sleep(300)
+@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 1), (2, 1)])
+def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes, workers):
+    """A disk that does not answer: SIGTERM was heard and never acted on, since no step began any more. Here, or in a
+    worker, for which a thread waits."""
+    real, calls = data_file.PairData.__getitem__, []
+
+    def getitem(self, i):
+        calls.append(1)
+        if len(calls) > 8 // processes:  # two steps
+            time.sleep(300)
+        return real(self, i)
+
+    def signal_later():
         signal.signal(signal.SIGALRM, lambda *_: terminate())
         signal.setitimer(signal.ITIMER_REAL, 2)
 
+    def before(rank):
+        data_file.PairData.__getitem__ = getitem
+        act_at(sft, "sft_step", 2, signal_later)(rank)
+
     began = time.time()
-    argv = flags(tiny_dir, world, tmp_path, steps=5)
-    before = act_at(sft, "sft_step", 2, stuck)
+    argv = flags(tiny_dir, world, tmp_path, steps=5, workers=workers)
     run_processes(sft, argv, processes, codes=128 + signal.SIGTERM, before=before)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2] and time.time() - began < 60
 

@@ -26,10 +26,13 @@ from conftest import (
     with_answer,
 )
 from safetensors.torch import load_file
+from torch.distributed._tools.mem_tracker import MemTracker
 
+import model as model_file
 import rl
+import sft
 from data import DISC, PairData, encode_input
-from model import Embedder
+from model import Embedder, padded_length, store_linear_in_bf16
 from reward import embedding_reward, format_reward
 from rl import Group, Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update, update_batches
 
@@ -190,7 +193,7 @@ def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
     assert group.tolist() == [b for b, p in enumerate(plain) for _ in p[1]]
     assert mask.sum(1).tolist() == [len(ids) for r in rollouts for ids in r.ids]
     lengths = [len(ids) for r in rollouts for ids in r.ids]
-    for line, part in zip(padded(logp, mask), want.split(lengths)):
+    for line, part in zip(padded(logp, packed), want.split(lengths)):
         torch.testing.assert_close(line[: len(part)], part, **CLOSE)
         assert not line[len(part) :].any()
     g = torch.Generator().manual_seed(0)
@@ -211,6 +214,50 @@ def test_tree_mask_by_hand():
     assert ["".join(str(int(x)) for x in line) for line in mask[0, 0]] == want
     assert ["".join(str(int(x)) for x in line) for line in mask[1, 0, :3]] == ["10000", "11000", "10100"]
     assert mask.any(-1).all()
+
+
+def test_tree_mask_without_a_detour():
+    """It equals the plain formula, and no more than two masks exist while it is built: at 17,884 tokens each is 0.3
+    GB."""
+    segments = [np.repeat([0, 1, 2, 3], [100, 50, 200, 150]), np.repeat([0, 1], [60, 240])]
+    with MemTracker() as tracker:
+        mask = tree_mask(segments, "cpu")
+    assert tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] <= 2 * mask.numel()
+    seg = torch.full((2, 500), -1)
+    for b, s in enumerate(segments):
+        seg[b, : len(s)] = torch.from_numpy(s)
+    causal = torch.arange(500)[:, None] >= torch.arange(500)
+    want = causal & ((seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0))
+    assert mask.dtype == torch.bool and torch.equal(mask[:, 0], want)
+
+
+def test_lengths_are_rounded_up_on_a_gpu_only():
+    assert [padded_length(n, torch.device("cuda", 0)) for n in (1, 64, 65)] == [64, 64, 128]
+    assert [padded_length(n, "cpu") for n in (1, 64, 65)] == [1, 64, 65]
+
+
+@torch.no_grad()
+def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
+    """Packed groups, the micro-batches of sft.py and read() give the same with rows and masks longer than the longest
+    row, as on a GPU."""
+
+    def everything():
+        packed = pack_groups(writer, groups_of(*sampled))
+        asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
+        found = [*writer(packed.batch, **asked)[:3]]
+        rows = [encode_input(writer.tokenizer, x, "<think>a</think><answer>b<gen_emb>") for x in inputs()]
+        local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
+        found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
+        emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
+        return [*found, emb.disc, emb.gen], packed.batch.ids.shape[1], packed.batch.mask.shape[-1]
+
+    plain, longest, _ = everything()
+    monkeypatch.setattr(model_file, "padded_length", lambda n, _: padded_length(n, "cuda"))
+    monkeypatch.setattr(rl, "padded_length", lambda n, _: padded_length(n, "cuda"))
+    rounded, *lengths = everything()
+    assert lengths == [-(-longest // 64) * 64] * 2 and lengths[0] > longest
+    for a, b in zip(rounded, plain, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_rollout_and_update_see_the_same(writer, sampled):
@@ -393,6 +440,32 @@ def test_first_inner_step_is_on_policy(writer_dir, sampled, monkeypatch):
         assert torch.equal(old, old2) and torch.equal(ref, ref2)
         assert (ratio != 1).float().mean() > 0.9
     assert stats[1]["kl"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tmp_path, tied):
+    """Under bf16 autocast the reference with its linear layers in bf16 gives exactly the log-probabilities, entropies
+    and embeddings of the fp32 one, pictures read by its own tower included; what stays in fp32 is what autocast leaves
+    there."""
+    plain = Embedder.from_pretrained(writer_dir).eval()
+    if not tied:
+        head = plain.backbone.lm_head
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight) / 10)
+    plain.bf16 = True
+    halved = copy.deepcopy(plain)
+    store_linear_in_bf16(halved)
+    packed = pack_groups(plain, groups_of(*sampled))
+    assert len(packed.batch.patches)
+    asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
+    for a, b in zip(plain(packed.batch, **asked)[:3], halved(packed.batch, **asked)[:3]):
+        assert torch.equal(a, b)
+    left = {name for name, p in halved.named_parameters() if p.dtype == torch.float32}
+    assert all("norm" in name or "ln_q" in name or "embed" in name for name in left), left
+    assert any("visual" in name and name.endswith("bias") for name in set(dict(halved.named_parameters())) - left)
+    size = [sum(p.numel() * p.element_size() for p in model.parameters()) for model in (plain, halved)]
+    assert size[1] < 0.75 * size[0]
+    assert (halved.backbone.lm_head.weight is halved.backbone.get_input_embeddings().weight) == tied
 
 
 def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):

@@ -57,6 +57,14 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
         assert_same_gradients(got, want_gradients, rtol=1e-5)
 
 
+def test_cudnn_attention_is_off(tiny_dir):
+    """Wherever a process starts or an Embedder is loaded: its plan for every new shape takes longer than a pass."""
+    for start in (run_file.start_processes, lambda: Embedder.from_pretrained(tiny_dir)):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        start()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # ---- sharding --------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """sft.py: the losses against loops, GradCache against one plain pass of transformers, processes, resume, refusals."""
 
+import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +21,12 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import rl
 import sft
 from data import PairData
 from model import Embedder
 from sft import Settings, info_nce, lr_at, sft_step
-from support.run import Stopped, list_checkpoints, load_checkpoint, save_checkpoint
+from support.run import Stopped, list_checkpoints, load_checkpoint, make_optimizer, save_checkpoint, trained
 
 
 def twin_info_nce(query, target, tau, same=None):
@@ -345,6 +348,32 @@ def test_checkpoint_restores_model_and_optimizer(tmp_path):
     assert load_checkpoint(str(tmp_path / "checkpoints/step-3"), tmp_path, *small(), {"a": 1}) == 3
     with pytest.raises(SystemExit, match="a 1 -> 2"):
         load_checkpoint("auto", tmp_path, *small(), {"a": 2})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpoint_of_the_other_optimizer(tmp_path, fused):
+    """A checkpoint of AdamW's fused form, which GPUs run, goes on in the plain one and the reverse."""
+    model, _ = small()
+    args = SimpleNamespace(lr=0.1, beta2=0.999)
+    optimizer = make_optimizer(model, args)
+    assert optimizer.defaults["fused"] is False  # on the CPU
+    forms = {False: optimizer, True: torch.optim.AdamW(trained(model), args.lr, weight_decay=0.0, fused=True)}
+    train(model, forms[fused], 2)
+    save_checkpoint(tmp_path, model, forms[fused], 2, {})
+    assert load_checkpoint("auto", tmp_path, model, forms[not fused], {}) == 2
+    other = copy.deepcopy(model)
+    same = torch.optim.AdamW(trained(other), args.lr, weight_decay=0.0, fused=fused)
+    load_checkpoint("auto", tmp_path, other, same, {})
+    train(model, forms[not fused], 3)
+    train(other, same, 3)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b)
+    assert all(float(state["step"]) == 5 for state in forms[not fused].state.values())
+
+
+def test_toy_presets_are_fp32_everywhere():
+    """The README's figures are: a newcomer with a GPU must not get others."""
+    assert [stage.PRESETS["toy"].get("bf16") for stage in (sft, rl)] == [False, False]
 
 
 def test_starting_anew_forgets_old_checkpoints(tiny_dir, world, tmp_path, monkeypatch):
