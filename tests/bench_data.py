@@ -116,6 +116,7 @@ def check(rows, out):
     subprocess.run([sys.executable, ROOT / "data.py", "check", file, "--media_root", out], cwd=ROOT, check=True)
     seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu, size = used.ru_utime + used.ru_stime, file.stat().st_size / 1e9
-    print(f"{rows:,} rows, {size:.2f} GB: {seconds:.0f} s, {cpu:.0f} CPU seconds on {os.cpu_count()} cores, largest "
-          f"process {used.ru_maxrss / 2**20:.1f} GiB")  # fmt: skip
+    print(f"| data.py check, {os.cpu_count()} cores | GB | s | CPU s | GiB of the largest process |\n"
+          "|---|---|---|---|---|\n"
+          f"| {rows:,} rows | {size:.2f} | {seconds:.0f} | {cpu:.0f} | {used.ru_maxrss / 2**20:.1f} |")  # fmt: skip
     file.unlink()

@@ -1,7 +1,5 @@
 """`bench.py memory` and `bench.py sft`: memory plan of the real sizes, and our SFT step against the official recipe."""
 
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,10 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bench_peak import in_fresh_process, peak_above
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
+PAGE = 12_040  # patches of a page of 2.4 M pixels, the largest picture
 # of a forward pass and, of these, the prompt: both sides of --micro_batch pairs; a prompt and its G = 8 completions
 TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
 # Qwen/Qwen2-VL-2B-Instruct and 7B, config.json on the hub (public values, written down: there is no hub here)
@@ -69,8 +69,8 @@ def one_pass(embedder, stage):
     (embeddings.sum() - logp.mean()).backward()
 
 
-def measured(size, stage, fsdp):
-    """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
+def measured(values, stage, fsdp):
+    """Peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts. values: of SIZES.
 
     fsdp: sharded by model.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
     """
@@ -86,7 +86,7 @@ def measured(size, stage, fsdp):
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        embedder = Embedder(qwen2vl(**SIZES[size]), toy_tokenizer())
+        embedder = Embedder(qwen2vl(**values), toy_tokenizer())
         embedder.bf16 = True
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
@@ -151,6 +151,8 @@ def memory():
 # the real 2B, one of 151,936 the real logits
 SMALL = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2,
              num_hidden_layers=8, depth=4, embed_dim=320, heads=4, tie=True)  # fmt: skip
+TINY = SMALL | dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1,
+                    num_hidden_layers=2, depth=1, embed_dim=80, heads=1)  # fmt: skip
 
 
 def random_pairs(n, model, seed=0):
@@ -164,8 +166,9 @@ def random_pairs(n, model, seed=0):
     def row(length, picture):
         ids = rng.integers(10, 300, length)
         ids[np.isin(ids, [*model.media_ids, model.gen_id, model.disc_id])] = 9
-        n_prompt = 2 * length // 3 + (40 if picture else 0)
+        n_prompt = 2 * length // 3
         if picture:
+            n_prompt = max(n_prompt + 40, 260)  # <disc_emb> stands after the picture, not in it
             ids[5:245] = model.media_ids[0]
         ids[n_prompt - 10], ids[length - 2] = model.disc_id, model.gen_id
         grids = grid if picture else np.zeros((0, 3), int)
@@ -198,62 +201,57 @@ def official_step(model, pairs):
     return float(loss)
 
 
-def status(key):
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{key}:")[1].split()[0]) / 1024  # MiB
-
-
-def step_alone(who, n, vocabulary, micro_batch, repeats):
-    """In a process of its own: peak memory above the loaded model and rows (MiB), CPU seconds of the best of `repeats`
-    steps, loss."""
+def step_alone(who, n, vocabulary, micro_batch, repeats, tiny):
+    """In a process of its own: peak memory above the loaded model (MiB; the rows are in it), CPU seconds of the best of
+    `repeats` steps, loss."""
     from model import Embedder
     from sft import Settings, sft_step
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = Embedder(qwen2vl(vocab_size=vocabulary, **SMALL), toy_tokenizer()).train()
+    model = Embedder(qwen2vl(vocab_size=vocabulary, **(TINY if tiny else SMALL)), toy_tokenizer()).train()
     model.backbone.model.visual.requires_grad_(False)
     model.backbone.model.visual.merger.requires_grad_(True)
     model.backbone.config.image_token_id, model.backbone.config.video_token_id = model.media_ids
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds = []
-    for _ in range(repeats):
-        pairs = random_pairs(n, model)
-        began = time.process_time()
-        if who == "official":
-            loss = official_step(model, pairs)
-        else:
-            parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch))
-            loss = parts["loss"]
-        seconds.append(time.process_time() - began)
-        model.zero_grad()
-    return {"who": who, "pairs": n, "peak": status("VmHWM") - before, "all": status("VmHWM"), "seconds": min(seconds),
-            "loss": loss}  # fmt: skip
+
+    def steps():
+        for _ in range(repeats):
+            pairs = random_pairs(n, model)
+            began = time.process_time()
+            if who == "official":
+                loss = official_step(model, pairs)
+            else:
+                parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch))
+                loss = parts["loss"]
+            seconds.append(time.process_time() - began)
+            model.zero_grad()
+        return loss
+
+    peak, loss = peak_above(steps)
+    return {"who": who, "pairs": n, "peak": peak, "seconds": min(seconds), "loss": loss}
 
 
-def sft_table():
+def sft_table(tiny=False):
     """Ratios of one run; memory with the real vocabulary and by batch, time with the small one."""
+    real, small_v, many = (10_240, 2048, 12) if tiny else (151_936, 10_240, 64)
 
     def alone(*given):
-        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import json, bench_scale; "
-        code += f"print(json.dumps(bench_scale.step_alone{given!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        print(given, done.stdout.strip(), file=sys.stderr, flush=True)
-        return json.loads(done.stdout.splitlines()[-1])
+        found = in_fresh_process("bench_scale", f"step_alone{(*given, tiny)!r}")
+        print(given, found, file=sys.stderr, flush=True)
+        return found
 
-    official, ours = alone("official", 3, 151_936, 0, 1), alone("ours", 3, 151_936, 1, 1)
-    small, large = alone("ours", 8, 10_240, 4, 1), alone("ours", 64, 10_240, 4, 1)
+    official, ours = alone("official", 3, real, 0, 1), alone("ours", 3, real, 1, 1)
+    small, large = alone("ours", 8, small_v, 4, 1), alone("ours", many, small_v, 4, 1)
     slow, fast = [], []
-    for _ in range(2):  # taken in turns
-        slow.append(alone("official", 6, 10_240, 0, 2)["seconds"])
-        fast.append(alone("ours", 6, 10_240, 2, 2)["seconds"])
+    for _ in range(1 if tiny else 2):  # taken in turns
+        slow.append(alone("official", 6, small_v, 0, 2)["seconds"])
+        fast.append(alone("ours", 6, small_v, 2, 2)["seconds"])
     print("| SFT step | official recipe | ours | ratio |\n|---|---|---|---|")
-    print(f"| peak memory above the model, 3 pairs, V = 151,936, MiB | {official['peak']:.0f} | {ours['peak']:.0f} | "
+    print(f"| peak memory above the model, 3 pairs, V = {real:,}, MiB | {official['peak']:.0f} | {ours['peak']:.0f} | "
           f"{ours['peak'] / official['peak']:.2f} |")  # fmt: skip
-    print(f"| CPU seconds a pair, 6 pairs, V = 10,240 | {min(slow) / 6:.2f} | {min(fast) / 6:.2f} | "
+    print(f"| CPU seconds a pair, 6 pairs, V = {small_v:,} | {min(slow) / 6:.2f} | {min(fast) / 6:.2f} | "
           f"{min(fast) / min(slow):.2f} |")  # fmt: skip
-    print("\n| ours, --micro_batch 4 | 8 pairs | 64 pairs | ratio |\n|---|---|---|---|")
+    print(f"\n| ours, --micro_batch 4 | 8 pairs | {many} pairs | ratio |\n|---|---|---|---|")
     print(f"| peak memory above the model, MiB | {small['peak']:.0f} | {large['peak']:.0f} | "
           f"{large['peak'] / small['peak']:.2f} |")  # fmt: skip
     print(f"\nloss of the 3 pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
