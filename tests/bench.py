@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +40,8 @@ RECIPES = {
 }
 
 
-# flags that go to the scripts with --tiny
-TINY = {
-    "sft.py": ["--steps", 2, "--batch_size", 4, "--workers", 0],
-    "rl.py": ["--steps", 1, "--batch_size", 4, "--max_new_tokens", 8, "--workers", 0],
-    "eval.py": ["--max_new_tokens", 8, "--workers", 0],
-}
-
-
-def run(script, *flags, threads=1, more=None):
-    """One of the six scripts as a user would start it; its output goes to a file beside --out. more: {script: flags}"""
-    flags = [*flags, *more[script]] if more else flags
+def run(script, *flags, threads=1):
+    """One of the six scripts as a user would start it; its output goes to a file beside --out."""
     out = Path(flags[flags.index("--out") + 1])
     out.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"}
@@ -278,38 +268,25 @@ def main():
         p.add_argument("--tiny", action="store_true", help="smallest size, in seconds: does the command still run?")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
-    if args.tiny:
-        with tempfile.TemporaryDirectory() as folder:
-            args = shrink(args, Path(folder))
-            sys.exit(start(args))
-    sys.exit(start(args))
+    if not args.tiny:
+        sys.exit(start(args, run))
+    from bench_tiny import shrink
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(start(args, shrink(args, Path(folder))))
 
 
-def shrink(args, folder):
-    """The arguments at the smallest size; what is written goes to the folder."""
-    from support.toy import write_toy
-
-    smallest = dict(seeds=1, rows=2000, repeats=1, inputs=8, count=4, cross=[])
-    smallest |= dict(out=str(folder / "out"), data=str(folder / "world"))
-    for name in vars(args).keys() & smallest.keys():
-        setattr(args, name, smallest[name])
-    if args.command in ("toy", "data"):
-        write_toy(args.data, pairs=4, rl_pairs=4, dev=2, test=2, candidates=4)
-    return args
-
-
-def start(args):
-    """-> exit code"""
-    stage = partial(run, more=TINY) if args.tiny else run
+def start(args, run):
+    """One command. run: what starts a script -> exit code"""
     if args.command == "toy":
-        return toy(args, stage)
+        toy(args, run)
     elif args.command in ("data", "check"):
         import bench_data
 
         if args.command == "check":
             bench_data.check(args.rows, args.out)
         else:
-            bench_data.data(stage, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+            bench_data.data(run, args)
     elif args.command == "kills":
         import bench_kills
 

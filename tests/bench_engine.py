@@ -7,8 +7,8 @@ random Qwen2-VL (text 8 x 512, vision 4 x 320, frozen), the same prompts and the
 generate() by a logits processor and on ours by a script; both do the head and the sampling for every token.
 
 Time: CPU seconds of the process on one thread, median of 3, the two sides in turn. Memory: peak of a fresh process
-above that of the loaded model. A vocabulary of 10,240 gives the head the share of the work that it has in the real 2B;
-the real vocabulary, 151,936, is the honest one for memory.
+above that of the loaded model (bench_peak.py). A vocabulary of 10,240 gives the head the share of the work that it
+has in the real 2B; the real vocabulary, 151,936, is the honest one for memory.
 """
 
 import copy
@@ -292,10 +292,10 @@ def step_case(size):
 
 
 CASES = {  # name: what it is, and the two functions of a size
-    "rollout short": ("rollout, 2 prompts of {short:,} tokens, V = {small:,}", lambda size: rollout_case(size, 2, size.short)),
-    "rollout long": ("rollout, 1 prompt of {long:,} tokens, V = {small:,}", lambda size: rollout_case(size, 1, size.long)),
-    "update": ("update pass of a pair, {short:,}-token prompts, V = {real:,}", lambda size: update_case(size, "update")),
-    "reference": ("reference pass of the same pair, V = {real:,}", lambda size: update_case(size, "reference")),
+    "rollout short": ("rollout, 2 prompts of {short:,} tokens, V = {small:,}", lambda x: rollout_case(x, 2, x.short)),
+    "rollout long": ("rollout, 1 prompt of {long:,} tokens, V = {small:,}", lambda x: rollout_case(x, 1, x.long)),
+    "update": ("update pass of a pair, {short:,}-token prompts, V = {real:,}", lambda x: update_case(x, "update")),
+    "reference": ("reference pass of the same pair, V = {real:,}", lambda x: update_case(x, "reference")),
     "step": ("whole RL step of a pair, {short:,}-token prompts, V = {small:,}", step_case),
 }  # fmt: skip
 
@@ -321,7 +321,7 @@ def compare(names, repeats=3, tiny=False):
         both = case(size)
         times = [[seconds(f) for f in both] for _ in range(repeats)]
         a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
-        x, y = (in_fresh_process("bench_engine", f"peak({name!r}, {k}, {tiny})") for k in (0, 1))
+        x, y = (in_fresh_process("bench_engine", f"peak({name!r}, {k}, {tiny})", tiny) for k in (0, 1))
         cells = [f"{a:.2f}", f"{b:.2f}", f"**{a / b:.1f}x**", f"{x:.0f}", f"{y:.0f}", f"**{x / y:.1f}x**"]
         print(f"| {label.format(**vars(size))} | {' | '.join(cells)} |", flush=True)
 

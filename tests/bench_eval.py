@@ -32,7 +32,6 @@ from model import Embedder, add_embedding_tokens  # noqa: E402
 
 
 def random_model(tiny):
-    """heads: of 64 dimensions; the tiny one has a 16th of the layers' work."""
     heads, layers = (2, 2) if tiny else (8, 8)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +124,8 @@ def bench_eval(n, tiny=False, batch=8, repeats=3):
             out[name] = run(embedder, rows, completions, batch)
             seconds[name].append(time.process_time() - start)
     apart = [float((a - b).abs().max()) for a, b in zip(out["official"][:2], out["ours"][:2])]
-    megabytes = {name: in_fresh_process("bench_eval", f"peak({name!r}, {n}, {batch}, {tiny})") for name in seconds}
+    calls = {name: f"peak({name!r}, {n}, {batch}, {tiny})" for name in SIDES}
+    megabytes = {name: in_fresh_process("bench_eval", call, tiny) for name, call in calls.items()}
     median = {name: statistics.median(x) for name, x in seconds.items()}
     print(f"{n} inputs of {len(rows[0].ids)} tokens, {batch} at once, completions of {min(map(len, completions))} to "
           f"{max(map(len, completions))} tokens; largest difference disc {apart[0]:.1e}, gen {apart[1]:.1e}\n"

@@ -105,44 +105,86 @@ def measured(values, stage, fsdp):
     return sum(value for key, value in peak.items() if key not in lasting)
 
 
-def memory():
+def linear_weights(module, embedding):
+    """Numbers in the weights of the linear layers, without the head that is tied to the token embedding."""
+    linear = [m for m in module.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    return sum(m.weight.numel() for m in linear)
+
+
+def column(values, stage, fsdp):
+    """One column of the plan, bytes a GPU -> ({what lasts}, {of the pass}, {of the rollouts}, {parts of others})."""
+    with torch.device("meta"):
+        model = qwen2vl(**values)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
+    embedding = model.get_input_embeddings().weight
+    n, rl, L = GPUS if fsdp else 1, stage == "rl", TOKENS[stage][0]
+    trained = whole - visual + (0 if rl else merger)
+    # the reference is only multiplied with: bf16 where the weights are whole, fp32 shards where FSDP casts them itself
+    reference = 4 * whole / n if fsdp else 4 * whole - 2 * linear_weights(model, embedding)
+    lasting = {
+        "parameters (fp32)": 4 * whole / n,
+        "gradients (fp32)": 4 * trained / n,
+        "AdamW's moments": 8 * trained / n,
+        "AdamW's temporaries (fused)": 0,
+        "reference (linear weights bf16; sharded: fp32)": rl * reference,
+    }
+    in_pass = {"a pass": measured(values, stage, fsdp) * GIB}
+    decoder = 2 * (linear_weights(model.model.language_model, embedding) + embedding.numel())
+    rollouts = {
+        "rollouts: 64 x 3,548 keys and values": rl * 64 * (1500 + 2048) * kv_bytes(model),
+        "rollouts: the decoder's bf16 weights": rl * decoder,
+        "rollouts: the model put together in bf16": rl * fsdp * 2 * whole,
+    }
+    parts = {
+        "in the pass: tree mask (bool, SDPA's bf16 copy)": rl * 3 * L * L,
+        "not needed: temporaries of foreach AdamW": 4 * trained / n,  # its square root of the second moments
+    }
+    return lasting, in_pass, rollouts, parts
+
+
+def kv_bytes(model):
+    """Of a token's keys and values, in bf16."""
+    text = model.config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
+
+
+def memory(tiny=False):
     """The memory plan, GiB a GPU: what lasts from the parameter counts, what a pass needs from fake tensors."""
-    columns, lines = {}, []
-    for size, values in SIZES.items():
-        with torch.device("meta"):
-            model = qwen2vl(**values)
-        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
-        text = model.config.text_config
-        head_dim = text.hidden_size // text.num_attention_heads
-        kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes, bf16
-        lines.append(f"{size}: {whole / 1e9:.4f} B parameters, {visual / 1e9:.4f} B of them vision; "
-                     f"keys and values of a token: {kv_token:,} bytes")  # fmt: skip
+    sizes = {"2b": SIZES["2b"] | dict(num_hidden_layers=1, depth=1)} if tiny else SIZES
+    columns = {}
+    for size, values in sizes.items():
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
-            n, rl = GPUS if fsdp else 1, stage == "rl"
-            trained = whole - visual + (0 if rl else merger)
-            column = {"parameters (fp32)": 4 * whole / n, "gradients (fp32)": 4 * trained / n,
-                      "AdamW's moments": 8 * trained / n, "reference (fp32)": 4 * whole * rl / n}  # fmt: skip
-            column = {key: value / GIB for key, value in column.items()}
-            working, kv = measured(size, stage, fsdp), rl * 64 * (1500 + 2048) * kv_token / GIB
-            # in bf16: FSDP puts all parameters together to decode; autocast copies what is trained and multiplied
-            untied = 0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size
-            copy = rl * 2 * (whole if fsdp else whole - visual - untied) / GIB
-            tokens = ", ".join(f"{name} {n:,}" for name, (n, _) in TOKENS.items())
-            column |= {f"a pass (tokens: {tokens})": working, "rollouts: 64 x 3,548 keys and values": kv,
-                       "rollouts: the policy in bf16": copy}  # fmt: skip
+            lasting, in_pass, rollouts, parts = column(values, stage, fsdp)
             # a pass and the rollouts are not at one time, and while these are made there are no gradients
-            least = min(working + column["gradients (fp32)"], kv + copy)
-            column |= {"largest sum at one time": sum(column.values()) - least}
-            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = column
+            least = min(sum(in_pass.values()) + lasting["gradients (fp32)"], sum(rollouts.values()))
+            everything = lasting | in_pass | rollouts
+            everything["**largest sum at one time**"] = sum(everything.values()) - least
+            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = everything | parts
             print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
-    names = list(columns)
-    lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for key in columns[names[0]]:
-        lines.append(f"| {key} | {' | '.join(f'{columns[name][key]:.1f}' for name in names)} |")
-    fits = ["yes" if columns[name]["largest sum at one time"] < 0.95 * GPU_GIB else "no" for name in names]
-    lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(fits)} |")
-    print("\n".join(lines))
+    lines = [f"| GiB a GPU, {GPUS} GPUs | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key in next(iter(columns.values())):
+        lines.append(f"| {key} | {' | '.join(f'{column[key] / GIB:.1f}' for column in columns.values())} |")
+    fits = [column["**largest sum at one time**"] / GIB < 0.95 * GPU_GIB for column in columns.values()]
+    cells = ["yes" if x else "no" for x in fits]
+    lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(cells)} |")
+    tokens = ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items())
+    lines.append(f"\nTokens of a pass: {tokens}. The last rows before the verdict are in no sum.")
+    print("\n".join([*lines, "", *vision_lines()]))
+
+
+def vision_lines():
+    """The vision states of a step, which wait in the CPU's memory: bf16, a full page on both sides of every pair."""
+    pages = {"sft: before the merger, 1,280 wide": PAGE * 1280 * 2}  # bytes
+    for size, values in SIZES.items():
+        width = values["hidden_size"]
+        pages[f"rl {size}: merged, {width:,} wide"] = PAGE // 4 * width * 2
+    lines = ["| vision states in the CPU's memory, GiB a process | a page | 64 pairs | 128 pairs |"]
+    lines.append("|---|---|---|---|")
+    for name, page in pages.items():
+        lines.append(f"| {name} | {page / GIB:.3f} | {2 * 64 * page / GIB:.1f} | {2 * 128 * page / GIB:.1f} |")
+    return lines
 
 
 # ---- the SFT step against the official recipe ------------------------------------------------------------------
@@ -236,7 +278,7 @@ def sft_table(tiny=False):
     real, small_v, many = (10_240, 2048, 12) if tiny else (151_936, 10_240, 64)
 
     def alone(*given):
-        found = in_fresh_process("bench_scale", f"step_alone{(*given, tiny)!r}")
+        found = in_fresh_process("bench_scale", f"step_alone{(*given, tiny)!r}", tiny)
         print(given, found, file=sys.stderr, flush=True)
         return found
 
