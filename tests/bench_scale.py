@@ -150,6 +150,14 @@ def kv_bytes(model):
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
 
 
+def size_line(size, values):
+    with torch.device("meta"):
+        model = qwen2vl(**values)
+    whole, vision = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.visual))
+    return (f"{size}: {whole / 1e9:.4f} B parameters, {vision / 1e9:.4f} B of them vision; keys and values of a token: "
+            f"{kv_bytes(model):,} bytes")  # fmt: skip
+
+
 def memory(tiny=False):
     """The memory plan, GiB a GPU: what lasts from the parameter counts, what a pass needs from fake tensors."""
     sizes = {"2b": SIZES["2b"] | dict(num_hidden_layers=1, depth=1)} if tiny else SIZES
@@ -163,7 +171,8 @@ def memory(tiny=False):
             everything["**largest sum at one time**"] = sum(everything.values()) - least
             columns[f"{size} {stage}{' --fsdp' * fsdp}"] = everything | parts
             print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
-    lines = [f"| GiB a GPU, {GPUS} GPUs | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [size_line(size, values) for size, values in sizes.items()]
+    lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for key in next(iter(columns.values())):
         lines.append(f"| {key} | {' | '.join(f'{column[key] / GIB:.1f}' for column in columns.values())} |")
     fits = [column["**largest sum at one time**"] / GIB < 0.95 * GPU_GIB for column in columns.values()]
@@ -275,25 +284,26 @@ def step_alone(who, n, vocabulary, micro_batch, repeats, tiny):
 
 def sft_table(tiny=False):
     """Ratios of one run; memory with the real vocabulary and by batch, time with the small one."""
-    real, small_v, many = (10_240, 2048, 12) if tiny else (151_936, 10_240, 64)
+    real, small_v = (10_240, 2048) if tiny else (151_936, 10_240)  # vocabularies
+    three, six, eight, many = (2, 2, 2, 4) if tiny else (3, 6, 8, 64)  # pairs
 
     def alone(*given):
         found = in_fresh_process("bench_scale", f"step_alone{(*given, tiny)!r}", tiny)
         print(given, found, file=sys.stderr, flush=True)
         return found
 
-    official, ours = alone("official", 3, real, 0, 1), alone("ours", 3, real, 1, 1)
-    small, large = alone("ours", 8, small_v, 4, 1), alone("ours", many, small_v, 4, 1)
+    official, ours = alone("official", three, real, 0, 1), alone("ours", three, real, 1, 1)
+    small, large = alone("ours", eight, small_v, 4, 1), alone("ours", many, small_v, 4, 1)
     slow, fast = [], []
     for _ in range(1 if tiny else 2):  # taken in turns
-        slow.append(alone("official", 6, small_v, 0, 2)["seconds"])
-        fast.append(alone("ours", 6, small_v, 2, 2)["seconds"])
+        slow.append(alone("official", six, small_v, 0, 2)["seconds"])
+        fast.append(alone("ours", six, small_v, 2, 2)["seconds"])
     print("| SFT step | official recipe | ours | ratio |\n|---|---|---|---|")
-    print(f"| peak memory above the model, 3 pairs, V = {real:,}, MiB | {official['peak']:.0f} | {ours['peak']:.0f} | "
-          f"{ours['peak'] / official['peak']:.2f} |")  # fmt: skip
-    print(f"| CPU seconds a pair, 6 pairs, V = {small_v:,} | {min(slow) / 6:.2f} | {min(fast) / 6:.2f} | "
+    label = f"peak memory above the model, {three} pairs, V = {real:,}, MiB"
+    print(f"| {label} | {official['peak']:.0f} | {ours['peak']:.0f} | {ours['peak'] / official['peak']:.2f} |")
+    print(f"| CPU seconds a pair, {six} pairs, V = {small_v:,} | {min(slow) / six:.2f} | {min(fast) / six:.2f} | "
           f"{min(fast) / min(slow):.2f} |")  # fmt: skip
-    print(f"\n| ours, --micro_batch 4 | 8 pairs | {many} pairs | ratio |\n|---|---|---|---|")
+    print(f"\n| ours, --micro_batch 4 | {eight} pairs | {many} pairs | ratio |\n|---|---|---|---|")
     print(f"| peak memory above the model, MiB | {small['peak']:.0f} | {large['peak']:.0f} | "
           f"{large['peak'] / small['peak']:.2f} |")  # fmt: skip
-    print(f"\nloss of the 3 pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
+    print(f"\nloss of the {three} pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
