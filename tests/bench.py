@@ -9,8 +9,11 @@ python tests/bench.py embed             # decode steps of continuous batching
 python tests/bench.py sft               # SFT step: memory and time
 python tests/bench.py eval              # encoding for evaluation
 python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors
+python tests/bench.py plan              # time plan of the full recipe on 8 H100, beside the published hours
 python tests/bench.py gpu               # one GPU, the real 2B's sizes: measured beside what was expected
 python tests/bench.py kills             # runs killed at random moments against one that never was
+
+Every command takes --tiny: smallest sizes, whose figures mean nothing, to see that it still runs.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,11 +80,13 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     return out
 
 
-def toy(seeds, out, split, jobs, data, recipes):
-    """SFT, DUME and the RL recipes for each seed, all scored on the same scenes of `split`."""
+def toy(args, run):
+    """SFT, DUME and the RL recipes for each seed, all scored on the same scenes of --split. args: of the command line;
+    run: what starts a script."""
     from support.toy import write_toy
 
-    out, data = Path(out), Path(data)
+    seeds, split, recipes = args.seeds, args.split, args.recipes
+    out, data = Path(args.out), Path(args.data)
     if not (data / "sft.json").exists():
         write_toy(data, seed=0)
     tasks = [f"{split}/{path.stem}" for path in sorted((data / "tasks" / split).glob("*.json"))]
@@ -117,14 +123,13 @@ def toy(seeds, out, split, jobs, data, recipes):
         scores, per_query = evaluate(s, name)
         file = place(s, name) / "reward.json"
         code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; "
-        code += (
-            f"r = bench.held_out_reward({str(place(s, name))!r}, {str(data / f'rl_{split}.json')!r}, {str(data)!r}); "
-        )
+        given = [str(place(s, name)), str(data / f"rl_{split}.json"), str(data), *([1, 4] if args.tiny else [])]
+        code += f"r = bench.held_out_reward(*{given!r}); "
         subprocess.run([sys.executable, "-c", code + f"json.dump(r, open({str(file)!r}, 'w'))"], check=True)
         return scores, per_query, json.loads(file.read_text())
 
     results = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         for wave in (["sft"], [recipes[0], "dume", *recipes[1:]]):
             started = {(s, name): pool.submit(chain, s, name) for name in wave for s in range(seeds)}
             results |= {key: job.result() for key, job in started.items()}
@@ -252,25 +257,38 @@ def main():
         p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
     p.add_argument("--inputs", type=int, default=96)
-    commands.add_parser("embed", help="decode steps of Embedder.embed")
+    p = commands.add_parser("embed", help="decode steps of Embedder.embed")
+    p.add_argument("--inputs", type=int, default=1000)
     commands.add_parser("sft", help="SFT step beside the official recipe")
     commands.add_parser("memory", help="memory plan of the real sizes")
-    p = commands.add_parser("gpu", help="what one GPU makes of the real 2B with random weights")
-    p.add_argument("--tiny", action="store_true", help="small sizes, to try the command")
+    commands.add_parser("plan", help="time plan of the full recipe on 8 H100, by arithmetic")
+    commands.add_parser("gpu", help="what one GPU makes of the real 2B with random weights")
     p = commands.add_parser("kills", help="runs killed at random moments")
     p.add_argument("--count", type=int, default=64, help="kills in all")
     p.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    for p in commands.choices.values():
+        p.add_argument("--tiny", action="store_true", help="smallest size, in seconds: does the command still run?")
     args = parser.parse_args()
     os.chdir(ROOT)  # the stages run there too: one meaning of relative paths
+    if not args.tiny:
+        sys.exit(start(args, run))
+    from bench_tiny import shrink
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(start(args, shrink(args, Path(folder))))
+
+
+def start(args, run):
+    """One command. run: what starts a script -> exit code"""
     if args.command == "toy":
-        toy(args.seeds, args.out, args.split, args.jobs, args.data, args.recipes)
+        toy(args, run)
     elif args.command in ("data", "check"):
         import bench_data
 
         if args.command == "check":
             bench_data.check(args.rows, args.out)
         else:
-            bench_data.data(run, args.data, args.out, args.sft, args.split, args.cross, args.seed)
+            bench_data.data(run, args)
     elif args.command == "gpu":
         from bench_gpu import gpu
 
@@ -278,20 +296,28 @@ def main():
     elif args.command == "kills":
         import bench_kills
 
-        sys.exit(bench_kills.kills(args.count, args.seed))
+        return bench_kills.kills(args.count, args.seed)
     elif args.command == "eval":
         from bench_eval import bench_eval
 
-        sys.exit(bench_eval(args.inputs))
+        bench_eval(args.inputs, args.tiny)
     elif args.command in ("memory", "sft"):
         import bench_scale
 
-        sys.exit(bench_scale.memory() if args.command == "memory" else bench_scale.sft_table())
+        bench_scale.memory(args.tiny) if args.command == "memory" else bench_scale.sft_table(args.tiny)
+    elif args.command == "plan":
+        import bench_plan
+
+        bench_plan.plan()
     else:
         import bench_engine
 
-        cases = {"rollout": ["rollout 300", "rollout 1350"], "rl": ["update", "reference", "step"]}
-        bench_engine.embed() if args.command == "embed" else bench_engine.compare(cases[args.command], args.repeats)
+        cases = {"rollout": ["rollout short", "rollout long"], "rl": ["update", "reference", "step"]}
+        if args.command == "embed":
+            bench_engine.embed(args.inputs)
+        else:
+            bench_engine.compare(cases[args.command], args.repeats, args.tiny)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,24 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 EMPTY = "<think></think><answer><gen_emb>"  # a trace that says nothing
 
 
-def data(run, world, out, sft, split, cross, seed):
+def data(run, args):
     """Trains on annotations of the toy SFT model and with --cross_weight; scores them beside the SFT model itself.
 
-    run: bench.run; world: the toy world; sft: a trained SFT model, made where it is missing; cross: the weights.
+    run: what starts a script; args: of the command line. Without --sft the SFT model is trained first.
     """
-    world, out = Path(world), Path(out)
-    tasks = [f"{split}/{path.stem}" for path in sorted((world / "tasks" / split).glob("*.json"))]
-    sft = Path(sft) if sft else out / "sft"
+    world, out = Path(args.data), Path(args.out)
+    tasks = [f"{args.split}/{path.stem}" for path in sorted((world / "tasks" / args.split).glob("*.json"))]
+    sft = Path(args.sft) if args.sft else out / "sft"
     annotated = out / "annotated.json"
     jobs = {sft: [], out / "self": ["--data", annotated]}
-    jobs |= {out / f"cross_{w}": ["--cross_weight", w] for w in cross}
+    jobs |= {out / f"cross_{w}": ["--cross_weight", w] for w in args.cross}
     for folder, flags in jobs.items():  # finished ones are not trained again
         if folder.name == "self":
             command = ["annotate", "--pairs", world / "sft.json", "--media_root", world, "--teacher", sft, "--out",
                        annotated, "--batch_size", 64, "--max_new_tokens", 128]  # fmt: skip
             subprocess.run([sys.executable, ROOT / "data.py", *map(str, command)], cwd=ROOT, check=True)
         if not (folder / "model.safetensors").exists():
-            run("sft.py", "--data", world / "sft.json", "--media_root", world, "--seed", seed, "--out", folder, *flags)
+            run("sft.py", "--data", world / "sft.json", "--media_root", world, "--seed", args.seed, "--out", folder,
+                *flags)  # fmt: skip
     run("eval.py", "--root", world, "--tasks", *tasks, "--model", *jobs, "--out", out / "eval",
         "--samples", 0)  # fmt: skip
     names = ["sft", *(folder.name for folder in list(jobs)[1:])]
@@ -67,7 +68,7 @@ def score_lines(names, read):
 def reasoner_lines(run, models, tasks, world, out):
     """gen and fused hit@1 where one model reasons (rows) and another one reads its text and embeds (columns).
 
-    run: bench.run; models: {label: folder}. The last row is a file in which every answer says nothing.
+    run: what starts a script; models: {label: folder}. The last row is a file in which every answer says nothing.
     """
     from eval import model_names
 
@@ -116,6 +117,7 @@ def check(rows, out):
     subprocess.run([sys.executable, ROOT / "data.py", "check", file, "--media_root", out], cwd=ROOT, check=True)
     seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu, size = used.ru_utime + used.ru_stime, file.stat().st_size / 1e9
-    print(f"{rows:,} rows, {size:.2f} GB: {seconds:.0f} s, {cpu:.0f} CPU seconds on {os.cpu_count()} cores, largest "
-          f"process {used.ru_maxrss / 2**20:.1f} GiB")  # fmt: skip
+    print(f"| data.py check, {os.cpu_count()} cores | GB | s | CPU s | GiB of the largest process |\n"
+          "|---|---|---|---|---|\n"
+          f"| {rows:,} rows | {size:.2f} | {seconds:.0f} | {cpu:.0f} | {used.ru_maxrss / 2**20:.1f} |")  # fmt: skip
     file.unlink()

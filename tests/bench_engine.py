@@ -7,17 +7,16 @@ random Qwen2-VL (text 8 x 512, vision 4 x 320, frozen), the same prompts and the
 generate() by a logits processor and on ours by a script; both do the head and the sampling for every token.
 
 Time: CPU seconds of the process on one thread, median of 3, the two sides in turn. Memory: peak of a fresh process
-above that of the loaded model. A vocabulary of 10,240 gives the head the share of the work that it has in the real 2B;
-the real vocabulary, 151,936, is the honest one for memory.
+above that of the loaded model (bench_peak.py). A vocabulary of 10,240 gives the head the share of the work that it
+has in the real 2B; the real vocabulary, 151,936, is the honest one for memory.
 """
 
 import copy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from bench_peak import in_fresh_process, peak_above  # noqa: E402
 from conftest import picture, processor_inputs, scripted  # noqa: E402
 from toy_base import SPECIAL, toy_model, toy_tokenizer  # noqa: E402
 from transformers import LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
@@ -37,19 +37,42 @@ from model import Embedder, Rollouts, add_embedding_tokens  # noqa: E402
 from reward import embedding_reward, format_reward, group_advantages  # noqa: E402
 
 G = 8
-SMALL, REAL = 10_240, 151_936  # vocabularies
-SIDE = {300: 448, 1350: 1008}  # tokens of a prompt: side of its picture, 256 and 1,296 visual tokens
+SIDE = {300: 448, 1350: 1008, 120: 84}  # tokens of a prompt: side of its picture, with 256, 1,296 and 9 visual tokens
 
 
-def random_model(vocab):
+@dataclass(frozen=True)
+class Size:
+    """Of the compared model, its prompts and its completions."""
+
+    heads: int = 8  # of 64 dimensions
+    layers: int = 8
+    vision_heads: int = 4  # of 80 dimensions
+    vision_layers: int = 4
+    small: int = 10_240  # vocabularies
+    real: int = 151_936
+    short: int = 300  # tokens of a prompt
+    long: int = 1350
+    longest: int = 128  # tokens of a completion
+    median: int = 55
+
+
+FULL = Size()
+TINY = Size(heads=2, layers=2, vision_heads=1, vision_layers=1, small=2048, real=2048, short=120, long=120, longest=8,
+            median=6)  # fmt: skip
+
+
+def random_model(size, vocab):
     torch.manual_seed(0)
     tokenizer = toy_tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
-    text = {"vocab_size": vocab, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
-            "num_attention_heads": 8, "num_key_value_heads": 2, "rope_parameters": rope, "bos_token_id": None,
+    width = 64 * size.heads
+    text = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 4 * width,
+            "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+            "num_key_value_heads": size.heads // 4 or 1, "rope_parameters": rope, "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}  # fmt: skip
-    vision = {"depth": 4, "embed_dim": 320, "hidden_size": 512, "num_heads": 4}
+    vision = {"depth": size.vision_layers, "embed_dim": 80 * size.vision_heads, "hidden_size": width,
+              "num_heads": size.vision_heads}  # fmt: skip
     config = Qwen2VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
         **{f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")},
@@ -73,11 +96,11 @@ def prompts(embedder, n, tokens):
     return rows
 
 
-def completions(embedder, n, longest, median, seed=0):
+def completions(embedder, n, size, seed=0):
     """n lists of G completions: any tokens, then <gen_emb>; lognormal lengths with one of the longest in each group."""
     rng = np.random.default_rng(seed)
-    lengths = rng.lognormal(np.log(median), 0.5, (n, G)).clip(4, longest).astype(int)
-    lengths[:, 0] = longest
+    lengths = rng.lognormal(np.log(size.median), 0.5, (n, G)).clip(4, size.longest).astype(int)
+    lengths[:, 0] = size.longest
     words = np.setdiff1d(np.arange(len(embedder.tokenizer)), [*embedder.banned.tolist(), embedder.end_id])
     return [[[*rng.choice(words, length - 1).tolist(), embedder.gen_id] for length in group] for group in lengths]
 
@@ -206,32 +229,32 @@ def our_step(embedder, reference, optimizer, rows, script, args):
 # ---- the cases: name -> (official, ours), each a function without arguments ---------------------------------------
 
 
-def rollout_case(tokens, vocab=SMALL):
-    n = 2 if tokens == 300 else 1
-    embedder, args = random_model(vocab), rl.Settings(micro_batch=n, max_new_tokens=512, bf16=False)
-    rows, script = prompts(embedder, n, tokens), completions(embedder, n, 128, 55)
+def rollout_case(size, n, tokens):
+    embedder, args = random_model(size, size.small), rl.Settings(micro_batch=n, max_new_tokens=512, bf16=False)
+    rows, script = prompts(embedder, n, tokens), completions(embedder, n, size)
     inputs = official_inputs(embedder, rows)
     return lambda: official_rollout(embedder, inputs, script), lambda: our_rollout(embedder, rows, script, args)
 
 
-def update_case(part, vocab=REAL):
+def update_case(size, part):
     """One pair: a query and a target prompt of 300 tokens, 8 completions each. part: "update" or "reference".
 
     Of the update, the time of the rows' features is not counted on our side: the rollout has paid for them.
     """
-    embedder, args = random_model(vocab), rl.Settings(max_new_tokens=512, bf16=False)
+    embedder, args = random_model(size, size.real), rl.Settings(max_new_tokens=512, bf16=False)
     embedder.train()
-    rows, script = prompts(embedder, 2, 300), completions(embedder, 2, 128, 55)
+    rows, script = prompts(embedder, 2, size.short), completions(embedder, 2, size)
     script.sort(key=lambda group: sum(map(len, group)))  # the order in which rl.update takes them
+    inputs = [official_inputs(embedder, [row]) for row in rows]  # now: share_vision lets the pixels go
     embedder.share_vision(rows, 2)  # the rollout did it
     rollouts = []
     for group in script:
         ids = [c + [embedder.end_id] for c in group]
-        zeros = torch.zeros(512), torch.zeros(G, 512), torch.ones(G, dtype=torch.bool)
+        zeros = torch.zeros(embedder.width), torch.zeros(G, embedder.width), torch.ones(G, dtype=torch.bool)
         rollouts.append(Rollouts(*zeros, ids, [[0.0] * len(c) for c in ids], [len(c) - 2 for c in ids]))
     sides = []
-    for row, r in zip(rows, rollouts):
-        x, longest = official_inputs(embedder, [row]), max(map(len, r.ids))
+    for x, r in zip(inputs, rollouts):
+        longest = max(map(len, r.ids))
         tail = torch.tensor([c + [embedder.pad_id] * (longest - len(c)) for c in r.ids])
         sides.append((x, torch.cat([x["input_ids"], tail], 1)))
     if part == "reference":
@@ -242,7 +265,7 @@ def update_case(part, vocab=REAL):
     old = [torch.full((sum(map(len, r.ids)),), -10.0) for r in rollouts]
     batches = []
     for group, logp in zip(groups_of(rows, rollouts, A), old):
-        batches.append(rl.UpdateBatch([group], logp, logp, torch.zeros(1 + G, 512)))
+        batches.append(rl.UpdateBatch([group], logp, logp, torch.zeros(1 + G, embedder.width)))
 
     def official():
         official_loss(embedder, sides, refs, A)
@@ -255,12 +278,12 @@ def update_case(part, vocab=REAL):
     return official, ours
 
 
-def step_case(vocab=SMALL):
+def step_case(size):
     """One pair, 300 tokens each side: rollout, reference, rewards, update, optimiser."""
-    embedder, args = random_model(vocab), rl.Settings(micro_batch=2, max_new_tokens=512, bf16=False)
+    embedder, args = random_model(size, size.small), rl.Settings(micro_batch=2, max_new_tokens=512, bf16=False)
     reference = copy.deepcopy(embedder).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in embedder.parameters() if p.requires_grad], lr=1e-6)
-    rows, script = prompts(embedder, 2, 300), completions(embedder, 2, 128, 55)
+    rows, script = prompts(embedder, 2, size.short), completions(embedder, 2, size)
     inputs = [official_inputs(embedder, rows[:1]), official_inputs(embedder, rows[1:])]
     return (
         lambda: official_step(embedder, reference, optimizer, inputs, script),
@@ -268,13 +291,13 @@ def step_case(vocab=SMALL):
     )
 
 
-CASES = {
-    "rollout 300": (lambda: rollout_case(300), f"rollout, 2 prompts of 300 tokens, V = {SMALL:,}"),
-    "rollout 1350": (lambda: rollout_case(1350), f"rollout, 1 prompt of 1,350 tokens, V = {SMALL:,}"),
-    "update": (lambda: update_case("update"), f"update pass of a pair, 300-token prompts, V = {REAL:,}"),
-    "reference": (lambda: update_case("reference"), f"reference pass of the same pair, V = {REAL:,}"),
-    "step": (step_case, f"whole RL step of a pair, 300-token prompts, V = {SMALL:,}"),
-}
+CASES = {  # name: what it is, and the two functions of a size
+    "rollout short": ("rollout, 2 prompts of {short:,} tokens, V = {small:,}", lambda x: rollout_case(x, 2, x.short)),
+    "rollout long": ("rollout, 1 prompt of {long:,} tokens, V = {small:,}", lambda x: rollout_case(x, 1, x.long)),
+    "update": ("update pass of a pair, {short:,}-token prompts, V = {real:,}", lambda x: update_case(x, "update")),
+    "reference": ("reference pass of the same pair, V = {real:,}", lambda x: update_case(x, "reference")),
+    "step": ("whole RL step of a pair, {short:,}-token prompts, V = {small:,}", step_case),
+}  # fmt: skip
 
 
 def seconds(function):
@@ -283,41 +306,24 @@ def seconds(function):
     return time.process_time() - began
 
 
-def status(key):
-    """A figure of /proc/self/status in MB: VmRSS now, VmHWM the peak."""
-    return next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith(key)) / 1024
+def peak(name, which, tiny):
+    """Peak MiB of one side above the loaded model; for a fresh process."""
+    sides = CASES[name][1](TINY if tiny else FULL)
+    return peak_above(sides[which])[0]
 
 
-def peak(name, which):
-    """Peak MB above the loaded model; run in a fresh process."""
-    function = CASES[name][0]()[which]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of building the case does not count
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
-
-def fresh_peak(name, which):
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench_engine as b; "
-    code += f"b.torch.set_num_threads(1); print(b.peak({name!r}, {which}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    if out.returncode:
-        raise RuntimeError(out.stderr[-2000:])
-    return float(out.stdout.split()[-1])
-
-
-def compare(names, repeats=3):
+def compare(names, repeats=3, tiny=False):
     torch.set_num_threads(1)
+    size = TINY if tiny else FULL
     print("| | official s | ours s | faster | official MB | ours MB | less |\n|---|---|---|---|---|---|---|")
     for name in names:
-        both = CASES[name][0]()
+        label, case = CASES[name]
+        both = case(size)
         times = [[seconds(f) for f in both] for _ in range(repeats)]
         a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
-        x, y = (fresh_peak(name, k) for k in (0, 1))
-        print(
-            f"| {CASES[name][1]} | {a:.2f} | {b:.2f} | **{a / b:.1f}x** | {x:.0f} | {y:.0f} | **{x / y:.1f}x** |",
-            flush=True,
-        )
+        x, y = (in_fresh_process("bench_engine", f"peak({name!r}, {k}, {tiny})", tiny) for k in (0, 1))
+        cells = [f"{a:.2f}", f"{b:.2f}", f"**{a / b:.1f}x**", f"{x:.0f}", f"{y:.0f}", f"**{x / y:.1f}x**"]
+        print(f"| {label.format(**vars(size))} | {' | '.join(cells)} |", flush=True)
 
 
 def embed(n=1000, slots=16):
@@ -363,8 +369,8 @@ def trl(steps=3):
     except ImportError as error:
         print(f"TRL's GRPOTrainer was not run: {error}")
         return
-    embedder = random_model(SMALL)
-    texts, script = ["!" * 400 + str(i) for i in range(2)], completions(embedder, 2, 128, 55)
+    embedder = random_model(FULL, FULL.small)
+    texts, script = ["!" * 400 + str(i) for i in range(2)], completions(embedder, 2, FULL)
     texts = [embedder.tokenizer.decode(embedder.tokenizer(t).input_ids[:300]) for t in texts]
     rows = [encode_input(embedder.tokenizer, {"text": t}, blank_image=False, name=str(i)) for i, t in enumerate(texts)]
     flat, times = [c + [embedder.end_id] for group in script for c in group], []
@@ -400,4 +406,4 @@ def trl(steps=3):
     optimizer = torch.optim.AdamW([p for p in embedder.parameters() if p.requires_grad], lr=1e-6)
     ours = [seconds(lambda: our_step(embedder, reference, optimizer, rows, script, args)) for _ in range(steps)]
     a, b = statistics.median(times), statistics.median(ours)
-    print(f"| TRL's GRPOTrainer, text prompts of 300 tokens, V = {SMALL:,} | {a:.2f} | {b:.2f} | {a / b:.1f}x |")
+    print(f"| TRL's GRPOTrainer, text prompts of 300 tokens, V = {FULL.small:,} | {a:.2f} | {b:.2f} | {a / b:.1f}x |")

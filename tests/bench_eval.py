@@ -10,7 +10,6 @@ two sides in turn. Memory: peak of a fresh process above that of the loaded mode
 """
 
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from bench_peak import in_fresh_process, peak_above  # noqa: E402
 from conftest import generate_all, picture, processor_inputs  # noqa: E402
 from toy_base import toy_model  # noqa: E402
 from transformers import AutoTokenizer, LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
@@ -31,17 +31,20 @@ from data import encode_input  # noqa: E402
 from model import Embedder, add_embedding_tokens  # noqa: E402
 
 
-def random_model():
+def random_model(tiny):
+    heads, layers = (2, 2) if tiny else (8, 8)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         toy_model(folder)
         config, tokenizer = Qwen2VLConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text, vision = (part.to_dict() for part in (config.text_config, config.vision_config))
     del text["layer_types"]
-    text |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
-             "num_key_value_heads": 2, "vocab_size": 10_240}  # fmt: skip
+    text |= {"hidden_size": 64 * heads, "intermediate_size": 256 * heads, "num_hidden_layers": layers,
+             "num_attention_heads": heads, "num_key_value_heads": heads // 4 or 1,
+             "vocab_size": 2048 if tiny else 10_240}  # fmt: skip
     text["rope_parameters"]["mrope_section"] = [8, 12, 12]
-    vision |= {"embed_dim": 320, "depth": 4, "num_heads": 4, "hidden_size": 512, "mlp_ratio": 4}
+    vision |= {"embed_dim": 40 * heads, "depth": layers // 2, "num_heads": heads // 2, "hidden_size": 64 * heads,
+               "mlp_ratio": 4}  # fmt: skip
     more = {name: getattr(config, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id",
                                                       "vision_end_token_id", "tie_word_embeddings")}  # fmt: skip
     backbone = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **more))
@@ -100,29 +103,29 @@ def ours(embedder, rows, completions, batch):
     return torch.stack([r.disc for r in done]), torch.cat([r.gen for r in done]), len(steps)
 
 
-def high_water():
-    """Most memory the process had at once, in MB (Linux)."""
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+SIDES = {"official": official, "ours": ours}
 
 
-def peak(side, n, batch):
-    """Peak memory in MB of a fresh process above that of the loaded model."""
-    command = [sys.executable, __file__, side, str(n), str(batch)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def peak(side, n, batch, tiny):
+    """Peak MiB of one side above the loaded model; for a fresh process."""
+    embedder = random_model(tiny)
+    rows, completions = work(embedder, n)
+    return peak_above(lambda: SIDES[side](embedder, rows, completions, batch))[0]
 
 
-def bench_eval(n, batch=8, repeats=3):
+def bench_eval(n, tiny=False, batch=8, repeats=3):
     torch.set_num_threads(1)
-    embedder = random_model()
+    embedder = random_model(tiny)
     rows, completions = work(embedder, n)
     seconds, out = {"official": [], "ours": []}, {}
     for _ in range(repeats):
-        for name, run in (("official", official), ("ours", ours)):
+        for name, run in SIDES.items():
             start = time.process_time()
             out[name] = run(embedder, rows, completions, batch)
             seconds[name].append(time.process_time() - start)
     apart = [float((a - b).abs().max()) for a, b in zip(out["official"][:2], out["ours"][:2])]
-    megabytes = {name: peak(name, n, batch) for name in seconds}
+    calls = {name: f"peak({name!r}, {n}, {batch}, {tiny})" for name in SIDES}
+    megabytes = {name: in_fresh_process("bench_eval", call, tiny) for name, call in calls.items()}
     median = {name: statistics.median(x) for name, x in seconds.items()}
     print(f"{n} inputs of {len(rows[0].ids)} tokens, {batch} at once, completions of {min(map(len, completions))} to "
           f"{max(map(len, completions))} tokens; largest difference disc {apart[0]:.1e}, gen {apart[1]:.1e}\n"
@@ -132,13 +135,3 @@ def bench_eval(n, batch=8, repeats=3):
     ratios = [median["official"] / median["ours"], out["official"][2] / out["ours"][2],
               megabytes["official"] / megabytes["ours"]]  # fmt: skip
     print(f"| official / ours | {' | '.join(f'{x:.2f}' for x in ratios)} |")
-
-
-if __name__ == "__main__":  # one side in a fresh process, for its memory
-    torch.set_num_threads(1)
-    model = random_model()
-    task = work(model, int(sys.argv[2]))
-    Path("/proc/self/clear_refs").write_text("5")  # building the model had a peak too: count anew from here
-    before = high_water()
-    {"official": official, "ours": ours}[sys.argv[1]](model, *task, int(sys.argv[3]))
-    print(high_water() - before)

@@ -1,7 +1,5 @@
 """`bench.py memory` and `bench.py sft`: memory plan of the real sizes, and our SFT step against the official recipe."""
 
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,10 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bench_peak import in_fresh_process, peak_above
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
+PAGE = 12_040  # patches of a page of 2.4 M pixels, the largest picture
 # of a forward pass and, of these, the prompt: both sides of --micro_batch pairs; a prompt and its G = 8 completions
 TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
 # Qwen/Qwen2-VL-2B-Instruct and 7B, config.json on the hub (public values, written down: there is no hub here)
@@ -69,8 +69,8 @@ def one_pass(embedder, stage):
     (embeddings.sum() - logp.mean()).backward()
 
 
-def measured(size, stage, fsdp):
-    """Peak GiB of a forward and backward pass on fake tensors of the real size: the whole, and its parts at the peak.
+def measured(values, stage, fsdp):
+    """Peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts. values: of SIZES.
 
     fsdp: sharded by model.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
     """
@@ -86,7 +86,7 @@ def measured(size, stage, fsdp):
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        embedder = Embedder(qwen2vl(**SIZES[size]), toy_tokenizer())
+        embedder = Embedder(qwen2vl(**values), toy_tokenizer())
         embedder.bf16 = True
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
@@ -105,44 +105,95 @@ def measured(size, stage, fsdp):
     return sum(value for key, value in peak.items() if key not in lasting)
 
 
-def memory():
+def linear_weights(module, embedding):
+    """Numbers in the weights of the linear layers, without the head that is tied to the token embedding."""
+    linear = [m for m in module.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    return sum(m.weight.numel() for m in linear)
+
+
+def column(values, stage, fsdp):
+    """One column of the plan, bytes a GPU -> ({what lasts}, {of the pass}, {of the rollouts}, {parts of others})."""
+    with torch.device("meta"):
+        model = qwen2vl(**values)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
+    embedding = model.get_input_embeddings().weight
+    n, rl, L = GPUS if fsdp else 1, stage == "rl", TOKENS[stage][0]
+    trained = whole - visual + (0 if rl else merger)
+    # the reference is only multiplied with: bf16 where the weights are whole, fp32 shards where FSDP casts them itself
+    reference = 4 * whole / n if fsdp else 4 * whole - 2 * linear_weights(model, embedding)
+    lasting = {
+        "parameters (fp32)": 4 * whole / n,
+        "gradients (fp32)": 4 * trained / n,
+        "AdamW's moments": 8 * trained / n,
+        "AdamW's temporaries (fused)": 0,
+        "reference (linear weights bf16; sharded: fp32)": rl * reference,
+    }
+    in_pass = {"a pass": measured(values, stage, fsdp) * GIB}
+    decoder = 2 * (linear_weights(model.model.language_model, embedding) + embedding.numel())
+    rollouts = {
+        "rollouts: 64 x 3,548 keys and values": rl * 64 * (1500 + 2048) * kv_bytes(model),
+        "rollouts: the decoder's bf16 weights": rl * decoder,
+        "rollouts: the model put together in bf16": rl * fsdp * 2 * whole,
+    }
+    parts = {
+        "in the pass: tree mask (bool, SDPA's bf16 copy)": rl * 3 * L * L,
+        "not needed: temporaries of foreach AdamW": 4 * trained / n,  # its square root of the second moments
+    }
+    return lasting, in_pass, rollouts, parts
+
+
+def kv_bytes(model):
+    """Of a token's keys and values, in bf16."""
+    text = model.config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
+
+
+def size_line(size, values):
+    with torch.device("meta"):
+        model = qwen2vl(**values)
+    whole, vision = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.visual))
+    return (f"{size}: {whole / 1e9:.4f} B parameters, {vision / 1e9:.4f} B of them vision; keys and values of a token: "
+            f"{kv_bytes(model):,} bytes")  # fmt: skip
+
+
+def memory(tiny=False):
     """The memory plan, GiB a GPU: what lasts from the parameter counts, what a pass needs from fake tensors."""
-    columns, lines = {}, []
-    for size, values in SIZES.items():
-        with torch.device("meta"):
-            model = qwen2vl(**values)
-        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
-        text = model.config.text_config
-        head_dim = text.hidden_size // text.num_attention_heads
-        kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes, bf16
-        lines.append(f"{size}: {whole / 1e9:.4f} B parameters, {visual / 1e9:.4f} B of them vision; "
-                     f"keys and values of a token: {kv_token:,} bytes")  # fmt: skip
+    sizes = {"2b": SIZES["2b"] | dict(num_hidden_layers=1, depth=1)} if tiny else SIZES
+    columns = {}
+    for size, values in sizes.items():
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
-            n, rl = GPUS if fsdp else 1, stage == "rl"
-            trained = whole - visual + (0 if rl else merger)
-            column = {"parameters (fp32)": 4 * whole / n, "gradients (fp32)": 4 * trained / n,
-                      "AdamW's moments": 8 * trained / n, "reference (fp32)": 4 * whole * rl / n}  # fmt: skip
-            column = {key: value / GIB for key, value in column.items()}
-            working, kv = measured(size, stage, fsdp), rl * 64 * (1500 + 2048) * kv_token / GIB
-            # in bf16: FSDP puts all parameters together to decode; autocast copies what is trained and multiplied
-            untied = 0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size
-            copy = rl * 2 * (whole if fsdp else whole - visual - untied) / GIB
-            tokens = ", ".join(f"{name} {n:,}" for name, (n, _) in TOKENS.items())
-            column |= {f"a pass (tokens: {tokens})": working, "rollouts: 64 x 3,548 keys and values": kv,
-                       "rollouts: the policy in bf16": copy}  # fmt: skip
+            lasting, in_pass, rollouts, parts = column(values, stage, fsdp)
             # a pass and the rollouts are not at one time, and while these are made there are no gradients
-            least = min(working + column["gradients (fp32)"], kv + copy)
-            column |= {"largest sum at one time": sum(column.values()) - least}
-            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = column
+            least = min(sum(in_pass.values()) + lasting["gradients (fp32)"], sum(rollouts.values()))
+            everything = lasting | in_pass | rollouts
+            everything["**largest sum at one time**"] = sum(everything.values()) - least
+            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = everything | parts
             print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
-    names = list(columns)
-    lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for key in columns[names[0]]:
-        lines.append(f"| {key} | {' | '.join(f'{columns[name][key]:.1f}' for name in names)} |")
-    fits = ["yes" if columns[name]["largest sum at one time"] < 0.95 * GPU_GIB else "no" for name in names]
-    lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(fits)} |")
-    print("\n".join(lines))
+    lines = [size_line(size, values) for size, values in sizes.items()]
+    lines += ["", f"| GiB a GPU, {GPUS} GPUs | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key in next(iter(columns.values())):
+        lines.append(f"| {key} | {' | '.join(f'{column[key] / GIB:.1f}' for column in columns.values())} |")
+    fits = [column["**largest sum at one time**"] / GIB < 0.95 * GPU_GIB for column in columns.values()]
+    cells = ["yes" if x else "no" for x in fits]
+    lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(cells)} |")
+    tokens = ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items())
+    lines.append(f"\nTokens of a pass: {tokens}. The last rows before the verdict are in no sum.")
+    print("\n".join([*lines, "", *vision_lines()]))
+
+
+def vision_lines():
+    """The vision states of a step, which wait in the CPU's memory: bf16, a full page on both sides of every pair."""
+    pages = {"sft: before the merger, 1,280 wide": PAGE * 1280 * 2}  # bytes
+    for size, values in SIZES.items():
+        width = values["hidden_size"]
+        pages[f"rl {size}: merged, {width:,} wide"] = PAGE // 4 * width * 2
+    lines = ["| vision states in the CPU's memory, GiB a process | a page | 64 pairs | 128 pairs |"]
+    lines.append("|---|---|---|---|")
+    for name, page in pages.items():
+        lines.append(f"| {name} | {page / GIB:.3f} | {2 * 64 * page / GIB:.1f} | {2 * 128 * page / GIB:.1f} |")
+    return lines
 
 
 # ---- the SFT step against the official recipe ------------------------------------------------------------------
@@ -151,6 +202,8 @@ def memory():
 # the real 2B, one of 151,936 the real logits
 SMALL = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2,
              num_hidden_layers=8, depth=4, embed_dim=320, heads=4, tie=True)  # fmt: skip
+TINY = SMALL | dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1,
+                    num_hidden_layers=2, depth=1, embed_dim=80, heads=1)  # fmt: skip
 
 
 def random_pairs(n, model, seed=0):
@@ -164,8 +217,9 @@ def random_pairs(n, model, seed=0):
     def row(length, picture):
         ids = rng.integers(10, 300, length)
         ids[np.isin(ids, [*model.media_ids, model.gen_id, model.disc_id])] = 9
-        n_prompt = 2 * length // 3 + (40 if picture else 0)
+        n_prompt = 2 * length // 3
         if picture:
+            n_prompt = max(n_prompt + 40, 260)  # <disc_emb> stands after the picture, not in it
             ids[5:245] = model.media_ids[0]
         ids[n_prompt - 10], ids[length - 2] = model.disc_id, model.gen_id
         grids = grid if picture else np.zeros((0, 3), int)
@@ -198,62 +252,58 @@ def official_step(model, pairs):
     return float(loss)
 
 
-def status(key):
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{key}:")[1].split()[0]) / 1024  # MiB
-
-
-def step_alone(who, n, vocabulary, micro_batch, repeats):
-    """In a process of its own: peak memory above the loaded model and rows (MiB), CPU seconds of the best of `repeats`
-    steps, loss."""
+def step_alone(who, n, vocabulary, micro_batch, repeats, tiny):
+    """In a process of its own: peak memory above the loaded model (MiB; the rows are in it), CPU seconds of the best of
+    `repeats` steps, loss."""
     from model import Embedder
     from sft import Settings, sft_step
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = Embedder(qwen2vl(vocab_size=vocabulary, **SMALL), toy_tokenizer()).train()
+    model = Embedder(qwen2vl(vocab_size=vocabulary, **(TINY if tiny else SMALL)), toy_tokenizer()).train()
     model.backbone.model.visual.requires_grad_(False)
     model.backbone.model.visual.merger.requires_grad_(True)
     model.backbone.config.image_token_id, model.backbone.config.video_token_id = model.media_ids
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds = []
-    for _ in range(repeats):
-        pairs = random_pairs(n, model)
-        began = time.process_time()
-        if who == "official":
-            loss = official_step(model, pairs)
-        else:
-            parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch))
-            loss = parts["loss"]
-        seconds.append(time.process_time() - began)
-        model.zero_grad()
-    return {"who": who, "pairs": n, "peak": status("VmHWM") - before, "all": status("VmHWM"), "seconds": min(seconds),
-            "loss": loss}  # fmt: skip
+
+    def steps():
+        for _ in range(repeats):
+            pairs = random_pairs(n, model)
+            began = time.process_time()
+            if who == "official":
+                loss = official_step(model, pairs)
+            else:
+                parts, _ = sft_step(model, pairs, Settings(micro_batch=micro_batch))
+                loss = parts["loss"]
+            seconds.append(time.process_time() - began)
+            model.zero_grad()
+        return loss
+
+    peak, loss = peak_above(steps)
+    return {"who": who, "pairs": n, "peak": peak, "seconds": min(seconds), "loss": loss}
 
 
-def sft_table():
+def sft_table(tiny=False):
     """Ratios of one run; memory with the real vocabulary and by batch, time with the small one."""
+    real, small_v = (10_240, 2048) if tiny else (151_936, 10_240)  # vocabularies
+    three, six, eight, many = (2, 2, 2, 4) if tiny else (3, 6, 8, 64)  # pairs
 
     def alone(*given):
-        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import json, bench_scale; "
-        code += f"print(json.dumps(bench_scale.step_alone{given!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        print(given, done.stdout.strip(), file=sys.stderr, flush=True)
-        return json.loads(done.stdout.splitlines()[-1])
+        found = in_fresh_process("bench_scale", f"step_alone{(*given, tiny)!r}", tiny)
+        print(given, found, file=sys.stderr, flush=True)
+        return found
 
-    official, ours = alone("official", 3, 151_936, 0, 1), alone("ours", 3, 151_936, 1, 1)
-    small, large = alone("ours", 8, 10_240, 4, 1), alone("ours", 64, 10_240, 4, 1)
+    official, ours = alone("official", three, real, 0, 1), alone("ours", three, real, 1, 1)
+    small, large = alone("ours", eight, small_v, 4, 1), alone("ours", many, small_v, 4, 1)
     slow, fast = [], []
-    for _ in range(2):  # taken in turns
-        slow.append(alone("official", 6, 10_240, 0, 2)["seconds"])
-        fast.append(alone("ours", 6, 10_240, 2, 2)["seconds"])
+    for _ in range(1 if tiny else 2):  # taken in turns
+        slow.append(alone("official", six, small_v, 0, 2)["seconds"])
+        fast.append(alone("ours", six, small_v, 2, 2)["seconds"])
     print("| SFT step | official recipe | ours | ratio |\n|---|---|---|---|")
-    print(f"| peak memory above the model, 3 pairs, V = 151,936, MiB | {official['peak']:.0f} | {ours['peak']:.0f} | "
-          f"{ours['peak'] / official['peak']:.2f} |")  # fmt: skip
-    print(f"| CPU seconds a pair, 6 pairs, V = 10,240 | {min(slow) / 6:.2f} | {min(fast) / 6:.2f} | "
+    label = f"peak memory above the model, {three} pairs, V = {real:,}, MiB"
+    print(f"| {label} | {official['peak']:.0f} | {ours['peak']:.0f} | {ours['peak'] / official['peak']:.2f} |")
+    print(f"| CPU seconds a pair, {six} pairs, V = {small_v:,} | {min(slow) / six:.2f} | {min(fast) / six:.2f} | "
           f"{min(fast) / min(slow):.2f} |")  # fmt: skip
-    print("\n| ours, --micro_batch 4 | 8 pairs | 64 pairs | ratio |\n|---|---|---|---|")
+    print(f"\n| ours, --micro_batch 4 | {eight} pairs | {many} pairs | ratio |\n|---|---|---|---|")
     print(f"| peak memory above the model, MiB | {small['peak']:.0f} | {large['peak']:.0f} | "
           f"{large['peak'] / small['peak']:.2f} |")  # fmt: skip
-    print(f"\nloss of the 3 pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
+    print(f"\nloss of the {three} pairs: official {official['loss']:.5f}, ours {ours['loss']:.5f}")
