@@ -84,7 +84,9 @@ class Decoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.layers = [LayerWeights(layer, self.heads, self.kv_heads, dtype) for layer in model.layers]
         self.norm, self.eps = model.norm.weight, config.rms_norm_eps
-        self.rotary = model.rotary_emb
+        # the rotation of (a, b) is (a cos - b sin, b cos + a sin): the first half's angles are negative, cos is even
+        self.frequencies = torch.cat([-model.rotary_emb.inv_freq, model.rotary_emb.inv_freq]).float()  # [N]
+        self.rotary_scale = model.rotary_emb.attention_scaling
         self.slots = slots
         self.forget_graphs()
 
@@ -127,12 +129,12 @@ class Decoder:
         """The step itself. inputs int [3, R] as above; K: keys that all rows look at, at least -> [R, D]"""
         tokens, index, positions = inputs
         rows = torch.arange(len(tokens), device=self.device)
-        angles = positions[:, None, None] * self.rotary.inv_freq.float()  # [R, 1, N/2]
-        cos = torch.cat([angles.cos()] * 2, -1) * self.rotary.attention_scaling  # [R, 1, N]
-        sin = torch.cat([-angles.sin(), angles.sin()], -1) * self.rotary.attention_scaling
+        angles = positions[:, None, None] * self.frequencies  # [R, 1, N]
+        cos = angles.cos() * self.rotary_scale
+        sin = angles.sin() * self.rotary_scale
         hidden = torch.arange(K, device=self.device) > index[:, None]  # [R, K]
-        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))
-        mask = mask[:, None, None]  # [R, 1, 1, K]
+        mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [R, 1, 1, K]
         x = F.embedding(tokens, self.embeddings)  # [R, D]
         for w, kv in zip(self.layers, self.cache.kv):
             # attention: the heads of queries and keys are rotated together
@@ -141,13 +143,14 @@ class Decoder:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
             if w.qk_norm is not None:
                 qk = F.rms_norm(qk, qk.shape[-1:], None, self.eps) * w.qk_norm
-            qk = (qk * cos + qk.roll(qk.shape[-1] // 2, -1) * sin).to(self.dtype)
+            qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin).to(self.dtype)
             q, k = qk.split([self.heads, self.kv_heads], 1)
             kv[0][rows, :, index] = k
             kv[1][rows, :, index] = v
             keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
             q = q.unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: heads that share keys, as rows of one
-            x = x + project(attend(q, keys, values, mask).flatten(1), w.o)
+            out = F.scaled_dot_product_attention(q, keys, values, mask)
+            x = x + project(out.flatten(1), w.o)
             # feed-forward
             h = self.rms_norm(x, w.mlp_norm).to(self.dtype)
             gate, up = project(h, w.gate_up).chunk(2, -1)
@@ -189,20 +192,6 @@ def project(h, matrices):
     """The outputs of linear layers that read h [R, n], side by side."""
     parts = [F.linear(h, weight, bias) for weight, bias in matrices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def attend(q, keys, values, mask):
-    """softmax(q k^T / sqrt(N) + mask) v, the softmax in fp32. q [R, H_kv, M, N], keys and values [R, H_kv, K, N], mask
-    fp32 [R, 1, 1, K] -> [R, H_kv, M, N]"""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, keys, values, mask.to(q.dtype))
-    # Two products: with a mask the kernel of scaled_dot_product_attention works through all keys of a head in one block
-    # of the GPU. On an H100 that takes 88 us for 2,304 keys, be it 1 row or 8; this takes 20 to 24; for 64 rows
-    # they are even.
-    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)  # not rounded
-    scores = torch.add(mask, scores.unflatten(0, q.shape[:2]), alpha=q.shape[-1] ** -0.5)  # [R, H_kv, M, K]
-    p = scores.softmax(-1).to(values.dtype)
-    return torch.bmm(p.flatten(0, 1), values.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 class StepGraph:
