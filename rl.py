@@ -105,7 +105,7 @@ class Settings:
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
     prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; memory and time only")
-    update_batch: int = setting(1, "groups per forward pass of the update; memory and time only")
+    update_batch: int = setting(2, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
     inner_steps: int = setting(1, "optimiser steps per batch of rollouts; an end after the first of several falls back "
                                   "to the last checkpoint")
@@ -143,7 +143,7 @@ class Settings:
 PRESETS = {
     "2b": {},
     # the paper gives no values for 7B: these are the 2B ones
-    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "fsdp": True},
+    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "update_batch": 1, "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
         "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,

@@ -81,7 +81,7 @@ class Settings:
     # the paper's, where nothing else is said
     steps: int = setting(5000, "optimiser steps")
     batch_size: int = setting(1024, "pairs per optimiser step over all processes, each other's negatives")
-    micro_batch: int = setting(4, "pairs per forward pass; changes memory and time only")
+    micro_batch: int = setting(8, "pairs per forward pass; changes memory and time only")
     lr: float = setting(5e-5, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
     lr_floor: float = setting(0.0, "final learning rate as a share of the peak (cosine)")

@@ -19,6 +19,7 @@ import sft
 from data import Row, mrope_positions
 from model import Embedder, Prompt, head, pad_rows, sample
 from support.decode import Decoder
+from support.run import start_processes
 
 TINY = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=2000,
             num_hidden_layers=3, depth=2, tie=True)  # fmt: skip
@@ -147,7 +148,7 @@ def decode_step(table, model, slots, keys, expected):
     moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
     for layer in decoder.layers:
         moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w, _ in part)
-    table.row(told + "bytes of weights, keys and values, TB/s", f"{moved / took / 1e9:.2f}", "3.0")
+    table.row(told + "that is, TB/s of weights, keys and values", f"{moved / took / 1e9:.2f}", "3.0")
     hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
     measured("the head and the sampling beside it", lambda: sample_once(model, hidden, decoder), "")
 
@@ -197,43 +198,45 @@ def rollouts(table, model, n_prompt, n_tokens):
     table.row("the same: a token of all 64, sampling and graphs included, ms", f"{each:.2f}", "5 to 8")
 
 
-def sft_steps(table, model, n):
+def sft_steps(table, model, n, micro_batch):
     backbone = model.backbone
     model.train()
     pairs = random_pairs(n, model)
-    args = sft.Settings(micro_batch=4)
-    sft.sft_step(model, random_pairs(8, model), args)
+    args = sft.Settings(micro_batch=micro_batch)
+    sft.sft_step(model, random_pairs(n, model), args)  # kernels are loaded when they are first used
     took = seconds(lambda: sft.sft_step(model, pairs, args))
-    peak = peak_gib(lambda: sft.sft_step(model, random_pairs(8, model), args))
     pairs = random_pairs(n, model)
+    peak = peak_gib(lambda: sft.sft_step(model, pairs, args))
     tokens = sum(len(row.ids) for pair in pairs for row in (pair.query, pair.target))
     layers = sum(p.numel() for p in backbone.model.language_model.layers.parameters())
     flops = (2 + 2 + 2 + 4) * layers * tokens  # pass 1; pass 3 forward, again for the backward, backward
-    table.row(f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch 4, tokens/s", f"{tokens / took:,.0f}")
-    table.row("the same: share of 989 TFLOP/s, layers only", f"{flops / took / PEAK:.0%}", "> 30 %")
-    table.row("the same: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
+    told = f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch {micro_batch}"
+    share = f"{flops / took / PEAK:.0%} of 989 TFLOP/s, layers only"
+    table.row(f"{told}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
+    table.row(f"{told}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
 
 
-def update_passes(table, model, prompt, length):
-    """One group: a prompt and 8 completions, reference and policy."""
+def update_passes(table, model, prompt, length, n):
+    """n groups in one pass: each a prompt and 8 completions; reference and policy."""
     row = text_prompt(model, prompt)
     completions = [[7] * (length - 2) + [model.gen_id, model.end_id] for _ in range(8)]
     done = rl.Rollouts(
         disc=torch.zeros(model.width, device="cuda"), gen=torch.zeros(8, model.width, device="cuda"),
         valid=torch.ones(8, dtype=torch.bool), ids=completions, logp=[[0.0] * length] * 8, gen_at=[length - 2] * 8,
     )  # fmt: skip
-    group = rl.Group(row, done, torch.linspace(-1, 1, 8, device="cuda"), True)
+    groups = [rl.Group(row, done, torch.linspace(-1, 1, 8, device="cuda"), True)] * n
 
     def run():
-        rl.update(model, model, rl.update_batches([group], 1), rl.Settings())
+        rl.update(model, model, rl.update_batches(groups, n), rl.Settings())
 
     model.train()
+    run()
     peak = peak_gib(run)
     took = seconds(run)
-    tokens = prompt + 8 * length
+    tokens = n * (prompt + 8 * length)
     layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
     share = (2 + 2 + 2 + 4) * layers * tokens / took / PEAK
-    told = f"RL update of a group, {prompt:,} + 8 x {length:,} tokens"
+    told = f"RL update of {n} group(s), {prompt:,} + 8 x {length:,} tokens each"
     table.row(f"{told}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
     table.row(f"{told}, peak, GiB", f"{peak:.1f}", "< 60")
 
@@ -264,6 +267,7 @@ def evaluation(table, model, inputs, side, tokens, slots):
 
 
 def gpu(tiny=False):
+    start_processes()  # switches cuDNN's attention off
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"commit {commit or 'unknown'}; random weights in the sizes of Qwen2-VL-2B\n")  # fmt: skip
@@ -279,11 +283,12 @@ def gpu(tiny=False):
     rollouts(table, model, 100 if tiny else 1500, 20 if tiny else 400)
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.merger.requires_grad_(True)
-    sft_steps(table, model, 4 if tiny else 64)
+    for n, micro_batch in ((4, 2),) if tiny else ((16, 4), (16, 8), (16, 16)):
+        sft_steps(table, model, n, micro_batch)
     optimisers(table, model)
     model.backbone.model.visual.requires_grad_(False)
-    for prompt, length in ((60, 30),) if tiny else ((1500, 300), (1500, 2048)):
-        update_passes(table, model, prompt, length)
+    for case in ((60, 30, 2),) if tiny else ((500, 400, 1), (500, 400, 2), (500, 400, 4), (1500, 2048, 1)):
+        update_passes(table, model, *case)
     del model
     torch.cuda.empty_cache()
     model = make_model(size, torch.bfloat16).eval()

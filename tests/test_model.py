@@ -93,6 +93,21 @@ def test_positions_equal_get_rope_index(embedder, left):
         assert row.next_position == len(row.ids) + int(delta[b])
 
 
+def test_norms_equal_transformers(writer_dir):
+    """torch's RMSNorms in the place of transformers' give the same logits and gradients, under the same names."""
+    plain = Qwen2VLForConditionalGeneration.from_pretrained(writer_dir)
+    model = Embedder.from_pretrained(writer_dir)
+    kinds = [type(module) for module in model.backbone.modules()]
+    assert kinds.count(torch.nn.RMSNorm) == 1 + 2 * len(model.backbone.model.language_model.layers)
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in model.backbone.named_parameters()]
+    ids = torch.randint(10, 200, (2, 30), generator=torch.Generator().manual_seed(0))
+    want, got = plain(input_ids=ids).logits, model.backbone(input_ids=ids).logits
+    torch.testing.assert_close(got, want, **CLOSE)
+    want.square().mean().backward()
+    got.square().mean().backward()
+    assert_same_gradients(gradients(model.backbone), gradients(plain))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch, bias):
