@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 SMALL = 2**24  # numbers in a matrix that may be there twice: those of a 2B, 1.7 GB in all in bf16
-KEY_STEP = 256  # room for keys grows by this many; on a GPU a step looks at a multiple of it
+KEY_STEP = {"cuda": 256, "cpu": 64}  # room for keys grows by this many; on a GPU a step looks at a multiple of it
 
 
 class SlotCache:
@@ -27,17 +27,21 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, slots, config.num_key_value_heads, 0, head_dim)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.key_step = KEY_STEP[device.type]
 
     @property
     def capacity(self):
         return self.kv[0].shape[3]
 
     def grow(self, length):
-        """Room for `length` tokens, in steps of 256: a copy as rare as that costs nothing. Layer by layer, so that only
-        one layer is there twice."""
-        extra = -(-length // KEY_STEP) * KEY_STEP - self.capacity
+        """Room for `length` tokens, in steps: a copy as rare as that costs nothing. Layer by layer, so that only one layer
+        is there twice."""
+        extra = self.rounded(length) - self.capacity
         for i, layer in enumerate(self.kv):
             self.kv[i] = F.pad(layer, (0, 0, 0, extra))
+
+    def rounded(self, length):
+        return -(-length // self.key_step) * self.key_step
 
     def move(self, source, target):
         for layer in self.kv:
@@ -119,7 +123,7 @@ class Decoder:
             return self.read(inputs.to(self.device), K)
         # rows and keys in few sizes, so that few graphs serve; the added rows write token 0 into free slots
         R = min(self.slots, 1 << (A - 1).bit_length())
-        K = -(-K // KEY_STEP) * KEY_STEP
+        K = self.cache.rounded(K)
         inputs = F.pad(inputs, (0, R - A))
         if (R, K) not in self.graphs:
             self.graphs[R, K] = StepGraph(self, inputs, K)
