@@ -34,8 +34,8 @@ class SlotCache:
         return self.kv[0].shape[3]
 
     def grow(self, length):
-        """Room for `length` tokens, in steps: a copy as rare as that costs nothing. Layer by layer, so that only one layer
-        is there twice."""
+        """Room for `length` tokens, in steps: a copy as rare as that costs nothing. Layer by layer, so that only one
+        layer is there twice."""
         extra = self.rounded(length) - self.capacity
         for i, layer in enumerate(self.kv):
             self.kv[i] = F.pad(layer, (0, 0, 0, extra))
