@@ -133,7 +133,7 @@ def column(values, stage, fsdp):
     decoder = 2 * (linear_weights(model.model.language_model, embedding) + embedding.numel())
     rollouts = {
         "rollouts: 64 x 3,548 keys and values": rl * 64 * (1500 + 2048) * kv_bytes(model),
-        "rollouts: the decoder's bf16 weights": rl * decoder,
+        "rollouts: bf16 weights of the decoder and, in a prefill, of autocast": rl * decoder * (1 if fsdp else 2),
         "rollouts: the model put together in bf16": rl * fsdp * 2 * whole,
     }
     parts = {
