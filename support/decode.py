@@ -1,9 +1,9 @@
 """The decode step: one new token of each live completion through the language model, on their keys and values.
 
 Why not transformers' own: under autocast it is 1,400 small operations at 28 layers, and where few rows are decoded the
-time goes into starting them. The same arithmetic on the same weights is a third of that, takes no decision on the host,
-and so can be recorded once and replayed by a GPU as one CUDA graph. The passes over whole prompts, and all passes with
-gradients, stay transformers'.
+time goes into starting them. The same arithmetic on the same weights is half of that, takes no decision on the host,
+and so can be recorded once and replayed by a GPU as one CUDA graph (a 2B on an H100: 33 ms and 5; docs/results.md). The
+passes over whole prompts, and all passes with gradients, stay transformers'.
 
 Shapes: S slots, A of them live, R rows of a step (A, on a GPU rounded up), K keys that a step looks at, D hidden size,
 H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G completions of each, L tokens, V
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 SMALL = 2**24  # numbers in a matrix that may be there twice: those of a 2B, 1.7 GB in all in bf16
-KEY_STEP = {"cuda": 256, "cpu": 64}  # room for keys grows by this many; on a GPU a step looks at a multiple of it
 
 
 class SlotCache:
@@ -27,7 +26,7 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, slots, config.num_key_value_heads, 0, head_dim)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.key_step = KEY_STEP[device.type]
+        self.key_step = 256 if device.type == "cuda" else 64  # on a GPU, a graph for each number of steps
 
     @property
     def capacity(self):
@@ -92,6 +91,11 @@ class Decoder:
         self.frequencies = torch.cat([-model.rotary_emb.inv_freq, model.rotary_emb.inv_freq]).float()  # [N]
         self.rotary_scale = model.rotary_emb.attention_scaling
         self.slots = slots
+        self.can_record = self.device.type == "cuda" and torch.cuda.is_available()
+        self.attention = F.scaled_dot_product_attention
+        if self.can_record and dtype != torch.float32:
+            self.attention = attention_of_few_rows
+        self.side = torch.cuda.Stream(self.device) if self.can_record else None  # graphs are recorded on it
         self.forget_graphs()
 
     def make_room(self, length):
@@ -102,7 +106,7 @@ class Decoder:
     def forget_graphs(self):
         self.graphs = {}  # (R, K) -> StepGraph
         self.pool = None  # the memory that they share: a new one each time, torch takes it down with its last graph
-        if self.device.type == "cuda":
+        if self.can_record:
             self.pool = torch.cuda.graph_pool_handle()
 
     def prompt_cache(self, first_slot, G, length):
@@ -119,15 +123,16 @@ class Decoder:
         A, K = len(tokens), max(index) + 1
         self.make_room(K)
         inputs = torch.tensor([tokens, index, positions])  # [3, A]
-        if self.device.type != "cuda":
+        if not self.can_record:
             return self.read(inputs.to(self.device), K)
         # rows and keys in few sizes, so that few graphs serve; the added rows write token 0 into free slots
         R = min(self.slots, 1 << (A - 1).bit_length())
         K = self.cache.rounded(K)
         inputs = F.pad(inputs, (0, R - A))
-        if (R, K) not in self.graphs:
-            self.graphs[R, K] = StepGraph(self, inputs, K)
-        return self.graphs[R, K].replay(inputs)[:A]
+        with torch.cuda.device(self.device):  # it may be another than the current one
+            if (R, K) not in self.graphs:
+                self.graphs[R, K] = StepGraph(self, inputs, K)
+            return self.graphs[R, K].replay(inputs)[:A]
 
     def read(self, inputs, K):
         """The step itself. inputs int [3, R] as above; K: keys that all rows look at, at least -> [R, D]"""
@@ -137,8 +142,8 @@ class Decoder:
         cos = angles.cos() * self.rotary_scale
         sin = angles.sin() * self.rotary_scale
         hidden = torch.arange(K, device=self.device) > index[:, None]  # [R, K]
-        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))
-        mask = mask[:, None, None]  # [R, 1, 1, K]
+        mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [R, 1, 1, K]
         x = F.embedding(tokens, self.embeddings)  # [R, D]
         for w, kv in zip(self.layers, self.cache.kv):
             # attention: the heads of queries and keys are rotated together
@@ -153,7 +158,7 @@ class Decoder:
             kv[1][rows, :, index] = v
             keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
             q = q.unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: heads that share keys, as rows of one
-            x = x + project(attend(q, keys, values, mask).flatten(1), w.o)
+            x = x + project(self.attention(q, keys, values, mask).flatten(1), w.o)
             # feed-forward
             h = self.rms_norm(x, w.mlp_norm).to(self.dtype)
             gate, up = project(h, w.gate_up).chunk(2, -1)
@@ -197,13 +202,13 @@ def project(h, matrices):
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def attend(q, keys, values, mask):
-    """softmax(q k^T / sqrt(N) + mask) v, the softmax in fp32. q [R, H_kv, M, N], keys and values [R, H_kv, K, N], mask
-    fp32 [R, 1, 1, K] -> [R, H_kv, M, N]"""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, keys, values, mask.to(q.dtype))
-    # Two products: with a mask the kernel of scaled_dot_product_attention works through all keys of a head in one block
-    # of the GPU. A whole step of the 2B took 5.4 ms for 1 row and 6.0 for 64 so, 3.2 and 5.3 with the products (H100).
+def attention_of_few_rows(q, keys, values, mask):
+    """scaled_dot_product_attention as two products, for bf16 on a GPU. q [R, H_kv, M, N], keys and values
+    [R, H_kv, K, N], mask [R, 1, 1, K], 0 or -inf -> [R, H_kv, M, N]
+
+    With a mask its kernel works through all keys of a head in one block of the GPU: a whole step of the 2B took 5.4 ms
+    for 1 row and 6.0 for 64 so, 3.2 and 5.3 with the products (H100). Scores and softmax are in fp32.
+    """
     scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)  # not rounded
     scores = torch.add(mask, scores.unflatten(0, q.shape[:2]), alpha=q.shape[-1] ** -0.5)  # [R, H_kv, M, K]
     p = scores.softmax(-1).to(values.dtype)
@@ -211,16 +216,15 @@ def attend(q, keys, values, mask):
 
 
 class StepGraph:
-    """Decoder.read for R rows and K keys as one CUDA graph: 500 kernels for the price of one launch."""
+    """Decoder.read for R rows and K keys as one CUDA graph: 800 kernels for the price of one launch."""
 
     def __init__(self, decoder, inputs, K):
         """inputs [3, R] of the first step. A graph wants a run beforehand; it writes the keys and values that the
         replay writes again, so nothing has to be undone."""
         self.inputs = inputs.to(decoder.device)
         self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        decoder.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(decoder.side):
             decoder.read(self.inputs, K)
             # Not torch.cuda.graph(), which empties the allocator's cache each time. thread_local: nccl's watchdog
             # thread asks the GPU things that a global recording would forbid.
@@ -229,7 +233,7 @@ class StepGraph:
                 self.states = decoder.read(self.inputs, K)  # [R, D]
             finally:  # a signal may break it off, and then there is a checkpoint to write
                 self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(decoder.side)
 
     def replay(self, inputs):
         self.inputs.copy_(inputs)

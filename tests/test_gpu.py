@@ -22,7 +22,7 @@ import rl
 import sft
 from data import PairData
 from model import Embedder, Prompt, pad_rows
-from support.decode import Decoder, attend
+from support.decode import Decoder, attention_of_few_rows
 from support.run import all_sum, distribute, end_processes, gather, start_processes, unsharded
 
 pytestmark = [
@@ -166,7 +166,7 @@ def test_attention_of_the_step(R):
     attention = torch.nn.functional.scaled_dot_product_attention
     exact = attention(q.double(), kv[0].double(), kv[1].double(), mask.double())
     theirs = attention(q, *kv, mask.bfloat16())
-    assert relative(attend(q, *kv, mask), exact) < max(1.2 * relative(theirs, exact), 4e-3)
+    assert relative(attention_of_few_rows(q, *kv, mask), exact) < max(1.2 * relative(theirs, exact), 4e-3)
 
 
 def attention_of(run):
@@ -193,7 +193,7 @@ def test_attention_kernels(real_2b):
         decoder = Decoder(real_2b.backbone, 4, torch.bfloat16)
         decoder.make_room(300)
         inputs = torch.tensor([[5] * 4, [270] * 4, [200] * 4], device="cuda")
-        assert attention_of(lambda: decoder.read(inputs, 512)) == set()  # two plain products: see attend()
+        assert attention_of(lambda: decoder.read(inputs, 512)) == set()  # two plain products: see attention_of_few_rows
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
