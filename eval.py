@@ -39,9 +39,9 @@ another model, which is run first, or from a file of lines {"key", "answer"} tha
 writes it: support/answers.py). The results then go to OUT/<model name>-reads-<reasoner>.
 
 Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
-tokenizer, configuration, settings, versions and the text of model.py and data.py, and by a hash of the input's text
-and its media's bytes: none is ever stale. All media are read for it at every start, each by one process (an estimated
-50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
+tokenizer, configuration, settings, versions and the text of model.py, data.py and decode.py, and by a hash of the
+input's text and its media's bytes: none is ever stale. All media are read for it at every start, each by one process
+(an estimated 50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
@@ -274,7 +274,8 @@ class DistinctInputs:
 def hash_model(embedder):
     """Everything that decides an embedding, but for the input and the settings."""
     about = [embedder.backbone.config.to_json_string(), embedder.tokenizer.backend_tokenizer.to_str()]
-    about += [Path(__file__).with_name(name).read_text() for name in ("model.py", "data.py")]
+    code = [Path(__file__).parent / name for name in ("model.py", "data.py", "support/decode.py")]
+    about += [path.read_text() for path in code]
     about += [torch.__version__, transformers.__version__, embedder.device.type]
     found = hashlib.blake2b(repr(about).encode(), digest_size=16)
     for name, p in embedder.named_parameters():

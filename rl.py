@@ -104,7 +104,8 @@ class Settings:
     steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
-    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; memory and time only")
+    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of the language model's pass over prompts; memory and "
+                                                  "time only")
     update_batch: int = setting(2, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
     inner_steps: int = setting(1, "optimiser steps per batch of rollouts; an end after the first of several falls back "

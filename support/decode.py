@@ -10,6 +10,8 @@ H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G 
 vocabulary.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +28,7 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, slots, config.num_key_value_heads, 0, head_dim)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.key_step = 256 if device.type == "cuda" else 64  # on a GPU, a graph for each number of steps
+        self.key_step = 256 if device.type == "cuda" else 64  # on a GPU each multiple of it has graphs of its own
 
     @property
     def capacity(self):
@@ -93,9 +95,10 @@ class Decoder:
         self.slots = slots
         self.can_record = self.device.type == "cuda" and torch.cuda.is_available()
         self.attention = F.scaled_dot_product_attention
-        if self.can_record and dtype != torch.float32:
+        if self.can_record and dtype in (torch.bfloat16, torch.float16):
             self.attention = attention_of_few_rows
-        self.side = torch.cuda.Stream(self.device) if self.can_record else None  # graphs are recorded on it
+        if self.can_record:
+            torch.cuda.empty_cache()  # the memory of the graphs of the Decoder before: torch gives it back only so
         self.forget_graphs()
 
     def make_room(self, length):
@@ -191,7 +194,8 @@ def matrices(linears, dtype):
     rounded) or is small. Large ones of this dtype are used as they are: a GPU that holds a 7B may not hold two."""
     weights = [linear.weight.to(dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
-    if linears[0].weight.dtype == dtype and max(map(torch.numel, weights)) > SMALL:
+    copied_anyway = linears[0].weight.dtype != dtype
+    if len(linears) == 1 or (not copied_anyway and max(map(torch.numel, weights)) > SMALL):
         return list(zip(weights, biases))
     return [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
 
@@ -215,6 +219,12 @@ def attention_of_few_rows(q, keys, values, mask):
     return torch.bmm(p.flatten(0, 1), values.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
+@cache
+def recording_stream(device):
+    """One for all graphs: cuBLAS keeps 32 MiB for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class StepGraph:
     """Decoder.read for R rows and K keys as one CUDA graph: 800 kernels for the price of one launch."""
 
@@ -223,17 +233,19 @@ class StepGraph:
         replay writes again, so nothing has to be undone."""
         self.inputs = inputs.to(decoder.device)
         self.graph = torch.cuda.CUDAGraph()
-        decoder.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(decoder.side):
+        side = recording_stream(decoder.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             decoder.read(self.inputs, K)
-            # Not torch.cuda.graph(), which empties the allocator's cache each time. thread_local: nccl's watchdog
-            # thread asks the GPU things that a global recording would forbid.
-            self.graph.capture_begin(pool=decoder.pool, capture_error_mode="thread_local")
             try:
+                # Not torch.cuda.graph(), which empties the allocator's cache each time. thread_local: nccl's watchdog
+                # thread asks the GPU things that a global recording would forbid.
+                self.graph.capture_begin(pool=decoder.pool, capture_error_mode="thread_local")
                 self.states = decoder.read(self.inputs, K)  # [R, D]
-            finally:  # a signal may break it off, and then there is a checkpoint to write
-                self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(decoder.side)
+            finally:  # a signal may break it off at any place, and then there is a checkpoint to write
+                if torch.cuda.is_current_stream_capturing():
+                    self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
 
     def replay(self, inputs):
         self.inputs.copy_(inputs)

@@ -243,7 +243,8 @@ def update_passes(table, model, prompt, length, n):
 
 def optimisers(table, model):
     for fused in (False, True):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], fused=fused)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        optimizer = torch.optim.AdamW(parameters, foreach=not fused, fused=fused)
         optimizer.step()
         before = torch.cuda.memory_allocated() / GIB
         peak = peak_gib(optimizer.step) - before

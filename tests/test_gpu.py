@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench_scale import SIZES, qwen2vl, random_pairs, toy_tokenizer
-from conftest import ROOT, encoded, generate_all, gradients, inputs, transformers_read
+from conftest import ROOT, encoded, generate_all, gradients, inputs, read_log, transformers_read
 from safetensors.torch import load_file
 
 import rl
@@ -189,7 +189,7 @@ def test_attention_kernels(real_2b):
         assert attention_of(lambda: real_2b(batch, read=read)) == {"flash_attention"}
         L = batch.ids.shape[1]
         tree = batch._replace(mask=torch.ones(2, 1, L, L, dtype=torch.bool, device="cuda").tril())
-        assert attention_of(lambda: real_2b(tree, read=read)) <= {"flash_attention", "efficient_attention"}
+        assert attention_of(lambda: real_2b(tree, read=read)) == {"flash_attention", "efficient_attention"}
         decoder = Decoder(real_2b.backbone, 4, torch.bfloat16)
         decoder.make_room(300)
         inputs = torch.tensor([[5] * 4, [270] * 4, [200] * 4], device="cuda")
@@ -253,11 +253,11 @@ def peak_gib(run):
 
 
 def test_memory_of_training_passes(real_2b):
-    """With the fp32 weights (8.2 GiB) and gradients there: an SFT micro-batch of 4 pairs, and an RL pass over a prompt
-    of 1,500 tokens with 8 completions of 2,048."""
+    """With the fp32 weights (8.2 GiB) and gradients there, as in the 2b presets: an SFT micro-batch of 8 pairs, and an
+    RL pass over two prompts of 1,500 tokens with 8 completions of 2,048 each."""
     pairs = random_pairs(8, real_2b)
     real_2b.backbone.model.visual.merger.requires_grad_(True)
-    assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=4))) < 45
+    assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=8))) < 45
     real_2b.backbone.model.visual.merger.requires_grad_(False)
     row = long_prompt(real_2b, 1500)
     completions = [[7] * 2046 + [real_2b.gen_id, real_2b.end_id] for _ in range(8)]
@@ -267,7 +267,7 @@ def test_memory_of_training_passes(real_2b):
     )  # fmt: skip
     group = rl.Group(row, rollouts, torch.linspace(-1, 1, 8, device="cuda"), True)
     args = rl.Settings()
-    assert peak_gib(lambda: rl.update(real_2b, real_2b, rl.update_batches([group], 1), args)) < 60
+    assert peak_gib(lambda: rl.update(real_2b, real_2b, rl.update_batches([group, group], 2), args)) < 60
     real_2b.zero_grad(set_to_none=True)
 
 
@@ -281,8 +281,8 @@ def long_prompt(model, n):
 
 
 def test_memory_of_a_long_rollout(real_2b):
-    """64 completions that grow to 1,024 tokens: the allocator holds at most half as much again as is used, and the
-    host's memory does not grow with the steps."""
+    """64 completions that grow to 1,024 tokens: the allocator holds at most half as much again as is used. Further
+    rollouts hold no more: the graphs of each are given back."""
     rows = [long_prompt(real_2b, 600 + 30 * k) for k in range(8)]
     prompts = [Prompt(k, row, script=[[7] * (1024 - 16 * g) for g in range(8)]) for k, row in enumerate(rows)]
     torch.cuda.empty_cache()
@@ -290,6 +290,11 @@ def test_memory_of_a_long_rollout(real_2b):
     done = list(real_2b.generate(prompts, G=8, slots=64))
     assert len(done) == 8
     assert torch.cuda.max_memory_reserved() < 1.5 * torch.cuda.max_memory_allocated()
+    held = []
+    for _ in range(6):
+        list(real_2b.generate([Prompt(0, rows[0], script=[[7] * 300] * 8)], G=8, slots=64))
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[-1][0] <= held[1][0] and held[-1][1] <= 1.05 * held[1][1]
 
 
 # ---- processes, kill and resume --------------------------------------------------------------------------------
@@ -343,6 +348,7 @@ def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
     start("sft.py", tmp_path / "cut", *flags)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     before = load_file(writer_dir / "model.safetensors")
+    assert [line["step"] for line in read_log(tmp_path / "cut")] == [3, 4]
     for name in a:
         moved = (a[name] - before[name]).norm() if name in before and before[name].shape == a[name].shape else 1.0
         assert (a[name] - b[name]).norm() <= 0.02 * moved + 1e-6, name
