@@ -5,6 +5,7 @@ python tests/bench.py data              # toy world: own annotations, another mo
 python tests/bench.py check             # data.py check on 1.46 million rows
 python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts
 python tests/bench.py rl                # update pass, reference pass and a whole RL step
+python tests/bench.py decode            # a decode step beside transformers' own
 python tests/bench.py embed             # decode steps of continuous batching
 python tests/bench.py sft               # SFT step: memory and time
 python tests/bench.py eval              # encoding for evaluation
@@ -257,6 +258,8 @@ def main():
         p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     p = commands.add_parser("eval", help="time and memory of encoding for evaluation")
     p.add_argument("--inputs", type=int, default=96)
+    p = commands.add_parser("decode", help="a decode step beside transformers' own, on a CPU")
+    p.add_argument("--repeats", type=int, default=7)
     p = commands.add_parser("embed", help="decode steps of Embedder.embed")
     p.add_argument("--inputs", type=int, default=1000)
     commands.add_parser("sft", help="SFT step beside the official recipe")
@@ -315,6 +318,8 @@ def start(args, run):
         cases = {"rollout": ["rollout short", "rollout long"], "rl": ["update", "reference", "step"]}
         if args.command == "embed":
             bench_engine.embed(args.inputs)
+        elif args.command == "decode":
+            bench_engine.decode(args.repeats)
         else:
             bench_engine.compare(cases[args.command], args.repeats, args.tiny)
     return 0

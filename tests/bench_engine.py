@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bench_peak import in_fresh_process, peak_above  # noqa: E402
-from conftest import picture, processor_inputs, scripted  # noqa: E402
+from conftest import picture, processor_inputs, scripted, transformers_read  # noqa: E402
 from toy_base import SPECIAL, toy_model, toy_tokenizer  # noqa: E402
 from transformers import LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
 
@@ -35,6 +35,7 @@ import rl  # noqa: E402
 from data import encode_input  # noqa: E402
 from model import Embedder, Rollouts, add_embedding_tokens  # noqa: E402
 from reward import embedding_reward, format_reward, group_advantages  # noqa: E402
+from support.decode import Decoder  # noqa: E402
 
 G = 8
 SIDE = {300: 448, 1350: 1008, 120: 84}  # tokens of a prompt: side of its picture, with 256, 1,296 and 9 visual tokens
@@ -324,6 +325,30 @@ def compare(names, repeats=3, tiny=False):
         x, y = (in_fresh_process("bench_engine", f"peak({name!r}, {k}, {tiny})", tiny) for k in (0, 1))
         cells = [f"{a:.2f}", f"{b:.2f}", f"**{a / b:.1f}x**", f"{x:.0f}", f"{y:.0f}", f"**{x / y:.1f}x**"]
         print(f"| {label.format(**vars(size))} | {' | '.join(cells)} |", flush=True)
+
+
+@torch.no_grad()
+def decode(repeats=7, steps=40):
+    """A decode step of the toy base model beside transformers' own on the same slots; in turns, the best of each."""
+    torch.set_num_threads(1)
+    backbone = Embedder.from_pretrained(ROOT / "assets/toy_base").backbone
+
+    def milliseconds(rows, read):
+        decoder = Decoder(backbone, rows, torch.float32)
+        if read:
+            decoder.read = lambda *given: read(decoder, *given)
+        decoder.make_room(128)
+        for step in range(steps + 5):
+            if step == 5:
+                began = time.process_time()
+            decoder.step([11 + (step + n) % 50 for n in range(rows)], [50 + step] * rows, [40 + step] * rows)
+        return 1000 * (time.process_time() - began) / steps
+
+    print("| CPU ms of a decode step of the toy model, about 70 keys | transformers | own | ratio |\n|---|---|---|---|")
+    for rows in (1, 8, 48, 192):
+        times = [[milliseconds(rows, read) for read in (transformers_read(backbone), None)] for _ in range(repeats)]
+        theirs, own = (min(column) for column in zip(*times))
+        print(f"| {rows} rows | {theirs:.2f} | {own:.2f} | **{theirs / own:.2f}x** |", flush=True)
 
 
 def embed(n=1000, slots=16):

@@ -9,7 +9,7 @@ import pytest
 from bench_peak import in_fresh_process
 from conftest import ROOT
 
-COMMANDS = ["toy", "data", "check", "rollout", "rl", "embed", "sft", "eval", "memory", "plan", "kills"]
+COMMANDS = ["toy", "data", "check", "rollout", "rl", "decode", "embed", "sft", "eval", "memory", "plan", "kills"]
 
 
 @pytest.mark.slow
