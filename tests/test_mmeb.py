@@ -539,8 +539,8 @@ def test_a_killed_reading_goes_on(mini, writer_dir, reader_dir, tmp_path, monkey
     whole = reason(mini, reader_dir, writer_dir, tmp_path / "whole")
     real = Embedder.read
 
-    def killed(self, prompts, batch_size):
-        for n, result in enumerate(real(self, prompts, batch_size)):
+    def killed(self, prompts, *sizes):
+        for n, result in enumerate(real(self, prompts, *sizes)):
             if n == 40:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield result
