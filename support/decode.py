@@ -15,7 +15,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-SMALL = 2**24  # numbers in a matrix that may be there twice: those of a 2B, 1.7 GB in all in bf16
+# numbers in a matrix that may be there twice, where one product of several saves time: on a GPU those of a 2B (1.7 GB
+# in all in bf16), on a CPU those of a toy
+SMALL = {"cuda": 2**24, "cpu": 2**18}
 
 
 class SlotCache:
@@ -195,7 +197,8 @@ def matrices(linears, dtype):
     weights = [linear.weight.to(dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
     copied_anyway = linears[0].weight.dtype != dtype
-    if len(linears) == 1 or (not copied_anyway and max(map(torch.numel, weights)) > SMALL):
+    large = max(map(torch.numel, weights)) > SMALL["cuda" if weights[0].is_cuda else "cpu"]
+    if len(linears) == 1 or (large and not copied_anyway):
         return list(zip(weights, biases))
     return [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
 

@@ -82,7 +82,7 @@ def test_large_weights_are_not_copied(monkeypatch):
     theirs = {p.data_ptr() for p in backbone.parameters()}
     for layer in Decoder(backbone, 1, torch.float32).layers:  # these stand alone: there is nothing to put together
         assert {layer.o[0][0].data_ptr(), layer.down[0][0].data_ptr()} <= theirs
-    monkeypatch.setattr(decode, "SMALL", 0)
+    monkeypatch.setitem(decode.SMALL, "cpu", 0)
     decoder = Decoder(backbone, 1, torch.float32)
     for layer in decoder.layers:
         for weight, _ in layer.qkv + layer.o + layer.gate_up + layer.down:
