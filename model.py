@@ -52,7 +52,7 @@ from support.run import (
 )
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
-PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels; about 4 GB for the 2B
+PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels
 REFILL = 16  # waiting prompts are prefilled when one in 16 of the slots is free; rarer leaves more slots idle
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
@@ -235,9 +235,7 @@ class Embedder(nn.Module):
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            patches = torch.from_numpy(np.concatenate([row.patches for row in part])).to(self.device)
-            grids = np.concatenate([row.grids for row in part])
-            states = self(Batch(None, None, patches, grids)).vision_states.cpu()  # no tokens are read
+            states = self(Batch(None, None, *pictures_of(part, self.device))).vision_states.cpu()  # no tokens are read
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
@@ -263,7 +261,7 @@ class Embedder(nn.Module):
 
     def run_language_model(self, x, positions, mask=None, cache=None):
         """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. positions [3, B, L]; mask bool, None:
-        causal; cache: what holds the keys and values of earlier tokens, and takes these."""
+        causal; cache: takes the keys and values (PromptCache in support/decode.py)."""
         return self.backbone.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
@@ -563,12 +561,17 @@ def pad_rows(rows, pad_id, device, mask=None):
         tokens[1:, b, : len(row.ids)] = row.positions
     tokens = torch.from_numpy(tokens).to(device)
     ids, positions = tokens[0], tokens[1:]
-    patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
-    grids = np.concatenate([row.grids for row in rows])
+    patches, grids = pictures_of(rows, device)
     known = [row.vision_states for row in rows if row.num_patches]
     if known and all(states is not None for states in known):
         return Batch(ids, positions, patches, grids, torch.cat(known).to(device), mask)
     return Batch(ids, positions, patches, grids, None, mask)
+
+
+def pictures_of(rows, device):
+    """All pictures of the rows -> patches uint8 [n, patch_values] on the device, grids [m, 3] as in Batch."""
+    patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
+    return patches, np.concatenate([row.grids for row in rows])
 
 
 def int_tensors(device, *lists):

@@ -1,6 +1,6 @@
 """`bench.py gpu`: what an H100 makes of the real 2B with random weights, beside what was expected without one.
 
-About four minutes on one card of 80 GB. The first column of estimates was written before anything had run on a GPU.
+About two minutes on one card of 80 GB. The column `expected` was written before anything had run on a GPU.
 """
 
 import statistics

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from bench_gpu import peak_gib, text_prompt
 from bench_scale import SIZES, qwen2vl, random_pairs, toy_tokenizer
 from conftest import ROOT, encoded, generate_all, gradients, inputs, read_log, transformers_read
 from safetensors.torch import load_file
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
 ]
 CLOSE = dict(rtol=1e-3, atol=1e-4)  # fp32 on both: another order of additions
-GIB = 2**30
 
 
 def on_gpu(path, bf16=False):
@@ -245,13 +245,6 @@ def test_synchronisations(writer_dir, world):
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def peak_gib(run):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() / GIB
-
-
 def test_memory_of_training_passes(real_2b):
     """With the fp32 weights (8.2 GiB) and gradients there, as in the 2b presets: an SFT micro-batch of 8 pairs, and an
     RL pass over two prompts of 1,500 tokens with 8 completions of 2,048 each."""
@@ -259,7 +252,7 @@ def test_memory_of_training_passes(real_2b):
     real_2b.backbone.model.visual.merger.requires_grad_(True)
     assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=8))) < 45
     real_2b.backbone.model.visual.merger.requires_grad_(False)
-    row = long_prompt(real_2b, 1500)
+    row = text_prompt(real_2b, 1500)
     completions = [[7] * 2046 + [real_2b.gen_id, real_2b.end_id] for _ in range(8)]
     rollouts = rl.Rollouts(
         disc=torch.zeros(1536, device="cuda"), gen=torch.zeros(8, 1536, device="cuda"),
@@ -271,19 +264,10 @@ def test_memory_of_training_passes(real_2b):
     real_2b.zero_grad(set_to_none=True)
 
 
-def long_prompt(model, n):
-    pair = random_pairs(1, model)[0]
-    row = pair.target
-    ids = torch.randint(10, 300, (n,), generator=torch.Generator().manual_seed(0)).numpy()
-    ids[n - 5] = model.disc_id
-    positions = torch.arange(n).expand(3, -1).numpy()
-    return replace(row, ids=ids, positions=positions, n_prompt=n, disc_at=n - 5, gen_at=-1)
-
-
 def test_memory_of_a_long_rollout(real_2b):
     """64 completions that grow to 1,024 tokens: the allocator holds at most half as much again as is used. Further
     rollouts hold no more: the graphs of each are given back."""
-    rows = [long_prompt(real_2b, 600 + 30 * k) for k in range(8)]
+    rows = [text_prompt(real_2b, 600 + 30 * k) for k in range(8)]
     prompts = [Prompt(k, row, script=[[7] * (1024 - 16 * g) for g in range(8)]) for k, row in enumerate(rows)]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
