@@ -32,7 +32,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -41,7 +41,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from support.rows import Rows
 from support.run import BadInput, Stopped, check_bounds, forked_loader, one_ahead, run_script
@@ -60,6 +65,7 @@ DISC = "<disc_emb>"  # added to the tokenizer after GEN
 IMAGE_MARK = "<image>"  # where media stand in the human text of SFT files
 VIDEO_MARK = "<video>"
 NUM_FRAMES = 8  # of a video
+FRAME_RATE = 2  # frames a second: files of frames do not tell, and Qwen's own tools take this for them
 BLANK_SIZE = (28, 28)  # of the white picture that stands for "no picture": images/blank.jpg in the published files
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
 MAX_DECODED = 200_000_000  # pixels; a larger picture is refused before it is decoded (decompression bombs)
@@ -92,11 +98,12 @@ class Family:
     video_pixels: tuple  # of one frame of a video
     image_pad: str  # the token in whose places a picture's states go
     video_pad: str
-    media_text: Callable  # (pad token, grid in tokens) -> how a picture or video stands in the text
-    media_positions: Callable  # (grid in tokens) -> rotary positions of its tokens [3, n], and where the text goes on
-    vision_states: Callable  # (vision tower, pixels, grids, merged) -> its states [n, D_vit]; merged: [n / merge^2, D]
-    merge_states: Callable  # (vision tower, states [n, D_vit]) -> what the language model reads, [n / merge^2, D]
-    mergers: Callable  # (vision tower) -> its modules that the paper trains in SFT
+    time_step: int  # rotary positions from one step of a video (`depth` frames) to the next
+    timestamps: bool  # each step of a video stands alone in the text, after its time; else all are one run of pads
+    vision_layout: Callable  # (vision tower, grids, device) -> what it works out of the grids, worked out beforehand
+    # K: layers of the language model that get states of their own (DeepStack), 0 in most families
+    vision_states: Callable  # (tower, pixels, layout, merged) -> [n, (1 + K) D_vit]; merged: [n / merge^2, (1 + K) D]
+    mergers: Callable  # (tower) -> its 1 + K mergers, which the paper trains in SFT
 
     @property
     def token_side(self):
@@ -114,33 +121,70 @@ class Family:
         return t, h // self.merge, w // self.merge
 
 
-def run_of_pads(pad, grid):
-    """Qwen2-VL's media_text: one pad token for every visual token."""
-    t, h, w = grid
-    return f"<|vision_start|>{pad * (t * h * w)}<|vision_end|>"
-
-
-def grid_positions(grid):
-    """Time, height and width each count up by one; the text goes on after the larger side of the picture, as in
-    transformers: time does not count there."""
-    t, h, w = grid
-    return np.indices(grid).reshape(3, -1), max(h, w)
-
-
-def vision_layout(tower, grids, device):
+def plain_layout(tower, grids, device):
     """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
     the CPU: they would do it on the GPU, where every layer waits to read the lengths."""
     return {
+        "grid_thw": grids,  # [m, 3]
         "position_ids": get_vision_position_ids(grids, tower.spatial_merge_size).to(device),  # [n, 2]
         "cu_seqlens": get_vision_cu_seqlens(grids),  # where each frame's patches begin; stays, attention reads it here
     }
 
 
-def last_states(tower, pixels, grids, merged):
-    """Qwen2-VL's vision_states: the last layer's, after the merger or before it."""
-    grids = torch.from_numpy(grids)
-    out = tower(pixels, grid_thw=grids, **vision_layout(tower, grids, pixels.device))
+def window_layout(tower, grids, device):
+    """Qwen2.5-VL: most layers look at windows of 8 x 8 patches, and the tower sorts the tokens by window."""
+    index, cu_window_seqlens = get_vision_window_index(
+        grids, tower.spatial_merge_size, tower.window_size, tower.patch_size
+    )
+    windows = {"window_index": index.to(device), "cu_window_seqlens": cu_window_seqlens}
+    return plain_layout(tower, grids, device) | windows
+
+
+def interpolated_layout(tower, grids, device):
+    """Qwen3-VL: besides rotary ones there are learned positions, a table that is stretched over each picture."""
+    index, weights = get_vision_interpolation_indices_and_weights(
+        grids, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners,
+        tower.spatial_merge_size,
+    )  # fmt: skip
+    table = {"interp_indices": index.to(device), "interp_weights": weights.to(device)}
+    return plain_layout(tower, grids, device) | table
+
+
+def last_states(tower, pixels, layout, merged):
+    """Qwen2-VL: the last layer's states, after the merger or before it."""
+    out = tower(pixels, **layout)
     return out.pooler_output if merged else out.last_hidden_state
+
+
+def window_states(tower, pixels, layout, merged):
+    """Qwen2.5-VL: the same; before the merger they come sorted by window, and are put back into the order of the
+    patches."""
+    states = last_states(tower, pixels, layout, merged)
+    if merged:
+        return states
+    of_token = states.unflatten(0, (-1, tower.spatial_merge_unit))  # [n / merge^2, merge^2, D_vit]
+    return of_token[layout["window_index"].argsort()].flatten(0, 1)
+
+
+def deepstack_states(tower, pixels, layout, merged):
+    """Qwen3-VL: beside the last layer's states those of K earlier ones, which have mergers of their own and go to the
+    first K layers of the language model. The tower does not give them before their mergers: they are caught there."""
+    read = {}
+    hooks = []
+    for merger in deepstack_mergers(tower):
+        hooks.append(merger.register_forward_pre_hook(lambda module, args: read.update({module: args[0]})))
+    try:
+        out = tower(pixels, **layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if merged:
+        return torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
+    return torch.cat([read[merger] for merger in deepstack_mergers(tower)], dim=-1)
+
+
+def deepstack_mergers(tower):
+    return [tower.merger, *tower.deepstack_merger_list]
 
 
 QWEN2_VL = Family(
@@ -155,13 +199,42 @@ QWEN2_VL = Family(
     video_pixels=(3_136, 25_088),
     image_pad="<|image_pad|>",
     video_pad="<|video_pad|>",
-    media_text=run_of_pads,
-    media_positions=grid_positions,
+    time_step=1,
+    timestamps=False,
+    vision_layout=plain_layout,
     vision_states=last_states,
-    merge_states=lambda tower, states: tower.merger(states),
     mergers=lambda tower: [tower.merger],
 )
-FAMILIES = {"qwen2_vl": QWEN2_VL}  # by the model_type of config.json
+QWEN2_5_VL = replace(
+    QWEN2_VL,
+    model_class="Qwen2_5_VLForConditionalGeneration",
+    time_step=2,  # of the released models; family_of() reads it
+    vision_layout=window_layout,
+    vision_states=window_states,
+)
+QWEN3_VL = replace(
+    QWEN2_VL,
+    model_class="Qwen3VLForConditionalGeneration",
+    patch=16,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    image_pixels=(1_024, 3_081_528),  # as many tokens as Qwen2-VL's: 1 to 3,009
+    video_pixels=(4_096, 32_768),  # 4 to 32
+    timestamps=True,
+    vision_layout=interpolated_layout,
+    vision_states=deepstack_states,
+    mergers=deepstack_mergers,
+)
+FAMILIES = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_5_VL, "qwen3_vl": QWEN3_VL}  # by the model_type of config.json
+
+
+def family_of(config):
+    """The record of a model, by its config.json, where one number of Qwen2.5-VL's stands: how fast time counts."""
+    family = FAMILIES[config.model_type]
+    positions_a_second = getattr(config.vision_config, "tokens_per_second", None)
+    if positions_a_second is None:
+        return family
+    return replace(family, time_step=int(positions_a_second * family.depth / FRAME_RATE))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -347,24 +420,27 @@ class Row:
 
     @property
     def next_position(self):
-        """Rotary position (all three axes) of the token after the last one."""
-        return int(self.positions.max()) + 1
+        """Rotary position (all three axes) of the token after the last one, which is text."""
+        return int(self.positions[0, -1]) + 1
 
 
 def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
     """The rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
 
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
-    After a picture the count goes on at its largest index + 1, so position = index + delta for text after media.
+    After a picture the text goes on at its larger side, as in transformers: time does not count there.
     """
-    grids = iter(grids)
+    runs = iter([run for grid in grids for run in runs_of_pads(family.in_tokens(grid), family)])
     is_media = np.isin(ids, media_ids)
     positions = []
     start = 0  # the position that the next token begins with
     i = 0
     while i < len(ids):
         if is_media[i]:
-            block, following = family.media_positions(family.in_tokens(next(grids)))
+            t, h, w = next(runs)
+            block = np.indices((t, h, w)).reshape(3, -1)
+            block[0] *= family.time_step
+            following = max(h, w)
         else:
             following = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
             block = np.broadcast_to(np.arange(following), (3, following))
@@ -372,6 +448,22 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
         start += following
         i += block.shape[1]
     return np.concatenate(positions, axis=1)
+
+
+def runs_of_pads(grid, family):
+    """The grid (in tokens) of a picture or video -> the grids of its runs of pads in the text."""
+    t, h, w = grid
+    return [(1, h, w)] * t if family.timestamps else [grid]
+
+
+def media_text(pad, grid, num_frames, family):
+    """How a picture or video stands in the text: one pad token for every visual token of its grid (in tokens)."""
+    runs = [f"<|vision_start|>{pad * math.prod(run)}<|vision_end|>" for run in runs_of_pads(grid, family)]
+    if pad == family.video_pad and family.timestamps:
+        frames = np.arange(len(runs) * family.depth).clip(max=num_frames - 1)  # the last one may be there twice
+        times = frames.reshape(len(runs), family.depth)[:, [0, -1]].mean(axis=1) / FRAME_RATE
+        runs = [f"<{time:.1f} seconds>{run}" for time, run in zip(times, runs)]
+    return "".join(runs)
 
 
 def chat_prompt(user):
@@ -479,7 +571,7 @@ def place_media(item, marks, root, family):
             pad = family.video_pad
         frames = [open_picture(source, root) for source in sources]
         x, grid = patch_bytes(frames, *bounds, family)
-        text = text.replace(mark, family.media_text(pad, family.in_tokens(grid)), 1)
+        text = text.replace(mark, media_text(pad, family.in_tokens(grid), len(frames), family), 1)
         patches.append(x)
         grids.append(grid)
     return text, np.concatenate(patches), np.array(grids, dtype=np.int64).reshape(-1, 3)

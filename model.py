@@ -36,7 +36,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from data import DISC, FAMILIES, FORMS, GEN, Row, Skip, check_input, check_text, encode_input, normalise
+from data import DISC, FAMILIES, FORMS, GEN, Row, Skip, check_input, check_text, encode_input, family_of, normalise
 from support.decode import Decoder
 from support.run import (
     BadInput,
@@ -144,7 +144,7 @@ class Embedder(nn.Module):
         fuse_norms(backbone)
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.family = FAMILIES[backbone.config.model_type]
+        self.family = family_of(backbone.config)
         self.bf16 = False  # run forward and generate in bf16 autocast over the fp32 master weights
         names = [GEN, DISC, "<|im_end|>", self.family.image_pad, self.family.video_pad]
         self.gen_id, self.disc_id, self.end_id, *self.media_ids = tokenizer.convert_tokens_to_ids(names)
@@ -210,14 +210,22 @@ class Embedder(nn.Module):
     # ---- pictures -----------------------------------------------------------------------------------------------
 
     def encode_vision(self, patches, grids):
-        """What all passes can share: the ViT's states before the merger [n, D_vit]; where the merger is frozen too (as
-        in RL) the merged tokens [n / merge^2, D]. patches uint8 [n, patch_values], grids array [m, 3]; no pictures:
-        empty."""
+        """What all passes can share: the ViT's states before its mergers [n, (1 + K) D_vit]; where these are frozen too
+        (as in RL) the merged tokens [n / merge^2, (1 + K) D]. K: layers of the language model that get states of their
+        own (Family). patches uint8 [n, patch_values], grids array [m, 3]; no pictures: empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
-        pixels = normalise(patches, self.family)
-        return self.family.vision_states(tower, pixels, grids, merged=self.vision_frozen)
+        layout = self.family.vision_layout(tower, torch.from_numpy(grids), self.device)
+        return self.family.vision_states(tower, normalise(patches, self.family), layout, merged=self.vision_frozen)
+
+    def merge_states(self, states):
+        """Each merger reads its part: [n, (1 + K) D_vit] -> [n / merge^2, (1 + K) D]"""
+        mergers = self.family.mergers(self.backbone.model.visual)
+        merged = []
+        for merger, part in zip(mergers, states.chunk(len(mergers), dim=-1)):
+            merged.append(merger(part.contiguous()))
+        return torch.cat(merged, dim=-1)
 
     def vision_states_of(self, batch):
         """Those that the batch brings along, else those of its patches."""
@@ -243,31 +251,36 @@ class Embedder(nn.Module):
                 row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 
     def embed_tokens(self, ids, vision_states):
-        """Token embeddings with the merged picture states instead of the pad tokens'. ids [B, L] -> [B, L, D]"""
+        """Token embeddings with the merged picture states instead of the pad tokens'. ids [B, L] -> [B, L, D], and what
+        the language model takes besides: the states for its first K layers."""
         x = self.backbone.get_input_embeddings()(ids)
-        tower, merge = self.backbone.model.visual, self.family.merge
         if len(vision_states):
-            merged = vision_states if self.vision_frozen else self.family.merge_states(tower, vision_states)
+            merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
             is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
-            return x.masked_scatter(is_media[..., None], merged.to(x.dtype))
+            first, *deepstack = merged.split(self.width, dim=-1)
+            x = x.masked_scatter(is_media[..., None], first.to(x.dtype))
+            return x, {"visual_pos_masks": is_media, "deepstack_visual_embeds": deepstack} if deepstack else {}
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
+            merge = self.family.merge
             patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
             blank = self.encode_vision(patches, np.array([[1, merge, merge]]))
-            x = x + 0 * self.family.merge_states(tower, blank).sum().to(x.dtype)
-        return x
+            x = x + 0 * self.merge_states(blank).sum().to(x.dtype)
+        return x, {}
 
     # ---- one pass, with gradients -------------------------------------------------------------------------------
 
-    def run_language_model(self, x, positions, mask=None, cache=None):
-        """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. positions [3, B, L]; mask bool, None:
-        causal; cache: takes the keys and values (PromptCache in support/decode.py)."""
+    def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
+        """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. deepstack: from embed_tokens();
+        positions [3, B, L]; mask bool [B, 1, L, L], None: causal; cache: takes the keys and values (PromptCache in
+        support/decode.py)."""
         return self.backbone.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
-            attention_mask={"full_attention": mask},  # a dict is taken as it is
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            **deepstack,
         ).last_hidden_state
 
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
@@ -282,8 +295,8 @@ class Embedder(nn.Module):
             states = self.vision_states_of(batch)
             if read is None and labels is None:
                 return Output(vision_states=states)
-            x = self.embed_tokens(batch.ids, states)  # [B, L, D]
-            hidden = self.run_language_model(x, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
+            x, deepstack = self.embed_tokens(batch.ids, states)  # [B, L, D]
+            hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
             embeddings = logp = entropy = None
             if read is not None:
                 embeddings = F.normalize(hidden[read].float(), dim=-1)
@@ -368,8 +381,8 @@ class Embedder(nn.Module):
         batch = pad_rows(rows, self.pad_id, self.device)
         cache = decoder.prompt_cache(first_slot, G, length=batch.ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
-            hidden = self.run_language_model(x, batch.positions, cache=cache)  # [P, L, D]
+            x, deepstack = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
+            hidden = self.run_language_model(x, deepstack, batch.positions, cache=cache)  # [P, L, D]
         p = torch.arange(len(rows), device=self.device)
         last = hidden[p, torch.tensor([row.n_prompt - 1 for row in rows], device=self.device)]
         disc = hidden[p, torch.tensor([row.disc_at for row in rows], device=self.device)]
@@ -827,8 +840,9 @@ def load_tokenizer(name_or_path):
         raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}")
-    family = FAMILIES[config.model_type]
+        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}, each of "
+                       "which is one record of FAMILIES in data.py: add another there")  # fmt: skip
+    family = family_of(config)
     pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
     if pads != [config.image_token_id, config.video_token_id]:
         raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
@@ -836,9 +850,9 @@ def load_tokenizer(name_or_path):
     return tokenizer
 
 
-def family_of(name_or_path):
+def load_family(name_or_path):
     """The Family of a model that load_tokenizer() has accepted."""
-    return FAMILIES[AutoConfig.from_pretrained(name_or_path).model_type]
+    return family_of(AutoConfig.from_pretrained(name_or_path))
 
 
 def load_pretrained(name_or_path, dtype):
@@ -847,7 +861,7 @@ def load_pretrained(name_or_path, dtype):
     token embeddings may be missing."""
     tokenizer = load_tokenizer(name_or_path)
     try:
-        backbone, found = getattr(transformers, family_of(name_or_path).model_class).from_pretrained(
+        backbone, found = getattr(transformers, load_family(name_or_path).model_class).from_pretrained(
             name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data import DISC, GEN, QWEN2_VL, PairData, RowCheck, Skip, content_key, find_picture, side_of
-from model import Embedder, check_model, family_of, load_tokenizer
+from model import Embedder, check_model, load_family, load_tokenizer
 from support.rows import Rows, dataset_of
 from support.run import BadInput, Progress, forked_loader, hold, open_checkpoint, restore, text_table, weights_digest
 
@@ -57,7 +57,7 @@ def check(args):
     tokenizer, family = None, QWEN2_VL
     if args.model:
         tokenizer = load_tokenizer(args.model)  # says so where the family is not known
-        family = family_of(args.model)
+        family = load_family(args.model)
         tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
     rows = Rows([args.file])
     kind = "rl" if len(rows) and "qry_text" in rows[0][1] else "sft"

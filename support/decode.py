@@ -54,7 +54,7 @@ class SlotCache:
 class PromptCache:
     """For a pass of transformers over P prompts: puts their keys and values into G slots each, from `first` on.
 
-    Has the two methods that transformers' attention calls. It gives back what it gets: the prompts are new, their
+    Has the methods that transformers' language models call. It gives back what it gets: the prompts are new, their
     tokens see nothing that was there before.
     """
 
@@ -72,6 +72,12 @@ class PromptCache:
 
     def get_seq_length(self, _layer=0):
         return 0
+
+    def get_query_offset(self, _layer=0):
+        return 0
+
+    def get_mask_sizes(self, query_length, _layer=0):
+        return query_length, 0
 
 
 class Decoder:

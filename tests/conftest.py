@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny random Qwen2-VL with a toy tokenizer, a dataset, and transformers' own forward pass."""
+"""Shared by the tests: tiny random models with a toy tokenizer, a dataset, and transformers' own forward pass."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,54 @@ torch.set_num_threads(1)
 def picture(seed=0, width=70, height=56, mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+# model type -> configuration of a small random one. Sections of the rotary positions: half a head's width. Qwen2.5-VL:
+# a layer with windows of 2 x 2 tokens and one without, time that counts by 4, an untied head. Qwen3-VL: two layers of
+# DeepStack.
+TEXT = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=300, max_position_embeddings=4096, initializer_range=0.1)  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+VISION = dict(num_heads=2, initializer_range=0.05)
+MODELS = {
+    "qwen2_vl": ("Qwen2VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
+                 dict(VISION, depth=1, embed_dim=32, hidden_size=128)),
+    "qwen2_5_vl": ("Qwen2_5_VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
+                   dict(VISION, depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=128, window_size=56,
+                        fullatt_block_indexes=[1])),
+    "qwen3_vl": ("Qwen3VL", dict(TEXT, head_dim=48, rope_parameters={**ROPE, "mrope_section": [8, 8, 8]}),
+                 dict(VISION, depth=4, hidden_size=32, intermediate_size=48, out_hidden_size=128,
+                      num_position_embeddings=16, deepstack_visual_indexes=[0, 2])),
+}  # fmt: skip
+
+
+def random_backbone(model_type, vocabulary=300, **ids):
+    """Norms and biases random too: ones and zeros would hide a pass that leaves them out."""
+    name, text, vision = MODELS[model_type]
+    text = dict(text, vocab_size=vocabulary)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=model_type != "qwen2_5_vl", **ids
+    )
+    backbone = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for p in backbone.parameters():
+            if p.dim() == 1:
+                p += 0.3 * torch.randn_like(p)
+    return backbone
+
+
+def save_random_model(path, model_type):
+    """A folder of a small random model with the toy's tokenizer, without the two embedding tokens."""
+    from toy_base import toy_tokenizer
+
+    tokenizer = toy_tokenizer()
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    ids = dict(image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
+    random_backbone(model_type, len(tokenizer) + 2, **ids).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +109,11 @@ ANSWERS = [
 
 @pytest.fixture(scope="session")
 def writer_dir(tiny_dir, tmp_path_factory):
-    """The tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
+    return train_writer(tmp_path_factory.mktemp("writer"), tiny_dir)
+
+
+def train_writer(path, tiny_dir, steps=12):
+    """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
     <gen_emb>, in different places, and some do not. A random model hardly ever writes one, so it would test
     nothing."""
     from data import encode_input
@@ -68,16 +121,15 @@ def writer_dir(tiny_dir, tmp_path_factory):
 
     model = Embedder.from_pretrained(tiny_dir)
     items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
-    rows = [encode_input(model.tokenizer, x, ANSWERS[n % 2], blank_image=False) for n, x in enumerate(items)]
+    rows = encoded(model, items)
     batch = pad_rows(rows, model.pad_id, "cpu")
     at = answer_places(rows, batch.ids.shape[1])
     labels = batch.ids.flatten()[at + 1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(12):
+    for _ in range(steps):
         (-model(batch, predict=at, labels=labels).logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    path = tmp_path_factory.mktemp("writer")
     model.save_pretrained(path)
     return path
 
@@ -130,8 +182,7 @@ def scripted(model, script):
 
 
 def processor_inputs(model, rows, left=False):
-    """What transformers' processor would hand to Qwen2VLForConditionalGeneration for these rows, and where row b
-    begins."""
+    """What transformers' processor would hand to the model for these rows, and where row b begins."""
     from data import normalise
 
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
@@ -142,15 +193,14 @@ def processor_inputs(model, rows, left=False):
     for b, row in enumerate(rows):
         ids[b, begin[b] : begin[b] + len(row.ids)] = torch.from_numpy(row.ids)
         mask[b, begin[b] : begin[b] + len(row.ids)] = 1
-        token, patch = 0, 0
+        pads, patch = [token for token in row.ids if token in media], 0
         for grid in row.grids:
-            while row.ids[token] not in media:
-                token += 1
             n = int(grid.prod())
             patches = torch.from_numpy(row.patches[patch : patch + n])
-            media[row.ids[token]][0].append(normalise(patches, model.family))
-            media[row.ids[token]][1].append(torch.from_numpy(grid))
-            token, patch = token + n // model.family.merge**2, patch + n
+            kind = pads[patch // model.family.merge**2]
+            media[kind][0].append(normalise(patches, model.family))
+            media[kind][1].append(torch.from_numpy(grid))
+            patch += n
     out = {"input_ids": ids, "attention_mask": mask}
     out["mm_token_type_ids"] = (ids == image_id).long() + 2 * (ids == video_id).long()
     for kind, (x, g) in (("image", media[image_id]), ("video", media[video_id])):
@@ -321,11 +371,6 @@ class StepCache:
         return self.K - 1
 
 
-def mask_of(backbone, mask):
-    """A finished mask in the form that the family's language model takes as it is."""
-    return mask if backbone.config.model_type == "qwen3_vl" else {"full_attention": mask}
-
-
 def transformers_read(backbone, bf16=False):
     """-> what can stand in the place of support.decode.Decoder.read."""
 
@@ -336,7 +381,7 @@ def transformers_read(backbone, bf16=False):
             return backbone.model.language_model(
                 inputs_embeds=backbone.get_input_embeddings()(tokens)[:, None],
                 position_ids=positions.expand(3, -1)[..., None],
-                attention_mask=mask_of(backbone, visible[:, None, None]),
+                attention_mask=visible[:, None, None],
                 past_key_values=StepCache(decoder.cache, index, K),
                 use_cache=True,
             ).last_hidden_state[:, 0]

@@ -149,7 +149,7 @@ def update_once(model, reference, groups, given):
 @pytest.fixture(scope="module")
 def sampled(writer):
     """Prompts of every kind and three sampled completions of each."""
-    rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
+    rows = [encode_input(writer.tokenizer, x, blank_image=False, family=writer.family) for x in inputs()]
     rollouts = rollout(writer, rows, range(10, 15), args())
     valid = torch.stack([r.valid for r in rollouts])
     assert valid.any() and not valid.all() and len({len(ids) for r in rollouts for ids in r.ids}) > 2
@@ -245,7 +245,7 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
         packed = pack_groups(writer, groups_of(*sampled))
         asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
         found = [*writer(packed.batch, **asked)[:3]]
-        rows = [encode_input(writer.tokenizer, x, "<think>a</think><answer>b<gen_emb>") for x in inputs()]
+        rows = [encode_input(writer.tokenizer, x, "<think>a</think><answer>b<gen_emb>", family=writer.family) for x in inputs()]
         local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
         emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
@@ -273,7 +273,7 @@ def test_rollout_and_update_see_the_same(writer, sampled):
 
 def test_rollout_keeps_the_order_of_the_rows(writer):
     """Rollouts come back in the order of the prompts, whatever order they were decoded in."""
-    rows = [encode_input(writer.tokenizer, x, blank_image=False) for x in inputs()]
+    rows = [encode_input(writer.tokenizer, x, blank_image=False, family=writer.family) for x in inputs()]
     together = rollout(writer, rows, [3, 1, 4, 1, 5], args(micro_batch=1))
     for row, r, seed in zip(rows, together, [3, 1, 4, 1, 5]):
         assert rollout(writer, [row], [seed], args())[0].ids == r.ids
@@ -291,7 +291,7 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
         rows = [replace(row) for row in sampled[0]]
         if shared:
             model.share_vision(rows, 2)
-            assert [len(row.vision_states) for row in rows] == [row.num_patches // 4 for row in rows]  # merged tokens
+            assert [len(row.vision_states) for row in rows] == [row.num_patches // model.family.merge**2 for row in rows]
         looks.clear()
         rollouts = rollout(model, rows, range(10, 15), args())
         stats = update_once(model, reference, groups_of(rows, rollouts, A), args(w_anchor=1.0))
@@ -310,7 +310,8 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
 
 @pytest.fixture(scope="module")
 def rl_pairs(writer, world):
-    data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC])
+    data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC],
+                    family=writer.family)  # fmt: skip
     pairs = [data[i] for i in (0, 1, 2, 5)]  # 0 and 1 have the same target; 0 and 3 of the files have videos
     assert pairs[0].target_key == pairs[1].target_key != pairs[2].target_key
     rollouts = rollout(writer, [p.query for p in pairs] + [p.target for p in pairs], range(8), args(G=3))

@@ -96,14 +96,16 @@ def plain_step(model, pairs, tau, w, mask_same_target):
 
 def trainable(path):
     model = Embedder.from_pretrained(path)
-    model.backbone.model.visual.requires_grad_(False)
-    model.backbone.model.visual.merger.requires_grad_(True)
+    tower = model.backbone.model.visual.requires_grad_(False)
+    for merger in model.family.mergers(tower):
+        merger.requires_grad_(True)
     return model.train()
 
 
 def some_pairs(model, world, skip=False):
     """Six pairs with pictures, videos and text; two of them have the same target, one may be a skipped one."""
-    data = PairData([world / "sft.json"], model.tokenizer, kind="sft", batch_size=6, seed=0, root=world)
+    data = PairData([world / "sft.json"], model.tokenizer, kind="sft", batch_size=6, seed=0, root=world,
+                    family=model.family)  # fmt: skip
     pairs = [data[i] for i in (0, 1, 2, 4, 5, 8)]
     assert pairs[0].target_key == pairs[1].target_key and len({p.target_key for p in pairs}) == 4
     assert {len(p.query.grids) for p in pairs} == {1, 2} and {len(p.target.grids) for p in pairs} == {0, 1}
