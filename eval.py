@@ -31,7 +31,8 @@ Departures from the official evaluation:
 5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
    scores.json has that value beside ours, as "published_ndcg".
 6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
-7. Frames of at most 25,088 pixels, as in training; the official evaluation sets no bound (--video_max_pixels).
+7. Frames of at most 25,088 pixels (32 tokens), as in training; the official evaluation sets no bound
+    (--video_max_pixels).
    MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
 
 With --reasoner the answers (reasoning and summary) come from elsewhere and the model only reads and embeds them: from
@@ -145,7 +146,7 @@ class Settings:
     prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts: speed and memory only")
     seed: int = setting(0, "of the samples")
     blank_image: bool = setting(True, "put a blank picture on inputs without media")
-    video_max_pixels: int = setting(QWEN2_VL.video_pixels[1], "of a video's frame; the official code has no bound")
+    video_max_pixels: int = setting(0, "of a frame of a video; 0: 32 tokens, as in training; official: no bound")
     vidore_instruction: bool = setting(True, "false: ViDoRe and OOD without instructions, as in tables before 2025-11")
     ablate: Literal["none", "trace"] = setting("none", "trace: embed again without, and with another input's reasoning")
     save_every: int = setting(256, "inputs per process that a killed run has to encode again")
@@ -1205,8 +1206,7 @@ def main(argv=None):
 
 
 def check_settings(settings):
-    if settings.video_max_pixels < (least := QWEN2_VL.video_pixels[0]):
-        raise BadInput(f"--video_max_pixels {settings.video_max_pixels}: must be at least {least}")
+    check_video_pixels(settings.video_max_pixels, QWEN2_VL)  # of all families the one with the smallest frames
     if settings.export:
         if settings.check:
             raise BadInput("--check and --export: give one of them")
@@ -1223,12 +1223,20 @@ def check_settings(settings):
         raise BadInput(f"--reasoner {settings.reasoner}: neither a model's folder nor a file of lines, NAME.jsonl")
 
 
+def check_video_pixels(most, family):
+    least, _ = family.video_pixels
+    if 0 < most < least:
+        raise BadInput(f"--video_max_pixels {most}: must be at least {least} ({family.model_class})")
+
+
 def load_embedder(model, settings, device):
     """In bf16 on a GPU, fp32 on the CPU, with the frame size of --video_max_pixels."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     embedder = Embedder.from_pretrained(model, device=device, dtype=dtype)
-    least, _ = embedder.family.video_pixels
-    embedder.family = replace(embedder.family, video_pixels=(least, settings.video_max_pixels))
+    if settings.video_max_pixels:
+        check_video_pixels(settings.video_max_pixels, embedder.family)
+        least, _ = embedder.family.video_pixels
+        embedder.family = replace(embedder.family, video_pixels=(least, settings.video_max_pixels))
     return embedder
 
 

@@ -165,7 +165,8 @@ def keys_of_sides(pairs):
 
 
 def own_teacher(args, device):
-    """A Qwen2-VL, read by our decode loop: one with the embedding tokens speaks our format, others are asked for it."""
+    """A model of our families, read by our decode loop: one with the embedding tokens speaks our format, others are
+    asked for it."""
     ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # Embedder would add it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     embedder = Embedder.from_pretrained(args.teacher, device=device, dtype=dtype)

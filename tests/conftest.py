@@ -44,10 +44,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def random_backbone(model_type, vocabulary=300, **ids):
+def random_backbone(model_type, vocabulary=300, tokens=None, **ids):
     """Norms and biases random too: ones and zeros would hide a pass that leaves them out."""
     name, text, vision = MODELS[model_type]
-    text = dict(text, vocab_size=vocabulary)
+    text = dict(text, vocab_size=vocabulary, bos_token_id=None, **(tokens or {}))
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         text_config=text, vision_config=vision, tie_word_embeddings=model_type != "qwen2_5_vl", **ids
@@ -62,13 +62,18 @@ def random_backbone(model_type, vocabulary=300, **ids):
 
 def save_random_model(path, model_type):
     """A folder of a small random model with the toy's tokenizer, without the two embedding tokens."""
-    from toy_base import toy_tokenizer
+    from toy_base import SPECIAL, toy_tokenizer
 
     tokenizer = toy_tokenizer()
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
-    ids = dict(image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
-    random_backbone(model_type, len(tokenizer) + 2, **ids).save_pretrained(path)
+    id_of = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
+    ids = {
+        "image_token_id": id_of["<|image_pad|>"],
+        "video_token_id": id_of["<|video_pad|>"],
+        "vision_start_token_id": id_of["<|vision_start|>"],
+        "vision_end_token_id": id_of["<|vision_end|>"],
+    }
+    tokens = dict(eos_token_id=id_of["<|im_end|>"], pad_token_id=id_of["<|endoftext|>"])
+    random_backbone(model_type, len(tokenizer) + 2, tokens, **ids).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -116,7 +121,6 @@ def train_writer(path, tiny_dir, steps=12):
     """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
     <gen_emb>, in different places, and some do not. A random model hardly ever writes one, so it would test
     nothing."""
-    from data import encode_input
     from model import Embedder, pad_rows
 
     model = Embedder.from_pretrained(tiny_dir)

@@ -1,13 +1,17 @@
 """Qwen2.5-VL and Qwen3-VL: the equality tests of the other files again, on tiny random models of these families, and
-what only they have: times in the text, windows, DeepStack. The stages on real pictures are marked slow."""
+what only they have: times in the text, windows, DeepStack. test_families_slow.py has shards and the stages on real
+pictures."""
 
+import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, encoded, inputs, picture, save_random_model, train_writer
+from conftest import picture, random_backbone, save_random_model, train_writer
 
 # these take their models from the fixtures below
 from test_model import (  # noqa: F401
@@ -32,16 +36,19 @@ from test_rl import (  # noqa: F401
     test_rollout_and_update_see_the_same,
     test_update_equals_a_plain_pass,
 )
-from test_scale import test_fsdp_equals_ddp, test_gradients_of_two_processes, test_rl_in_shards_equals_replicas  # noqa: F401
+from test_scale import test_gradients_of_two_processes  # noqa: F401
 from test_sft import test_step_equals_one_plain_pass, test_two_processes_equal_one  # noqa: F401
+from transformers import AutoImageProcessor
 from transformers.video_utils import VideoMetadata
 
-from data import FAMILIES, FRAME_RATE, patchify
+from data import FAMILIES, FRAME_RATE, encode_input, family_of, patchify
 from model import Embedder
 from support.run import BadInput
 
+STEPS = {"qwen2_5_vl": 10, "qwen3_vl": 7}  # of the writer's training: afterwards most answers hold <gen_emb>, not all
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+
+@pytest.fixture(scope="module", params=STEPS)
 def tiny_dir(request, tmp_path_factory):
     return save_random_model(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -53,9 +60,76 @@ def embedder(tiny_dir):
 
 @pytest.fixture(scope="module")
 def writer_dir(tiny_dir, tmp_path_factory):
-    return train_writer(tmp_path_factory.mktemp("writer"), tiny_dir, steps=24)
+    steps = STEPS[Embedder.from_pretrained(tiny_dir).backbone.config.model_type]
+    return train_writer(tmp_path_factory.mktemp("writer"), tiny_dir, steps)
 
 
 @pytest.fixture(scope="module")
 def writer(writer_dir):
     return Embedder.from_pretrained(writer_dir)
+
+
+def video_text(family, num_frames, processor):
+    """What transformers' own processor makes of the place of a video of one-token frames."""
+    steps = -(-num_frames // family.depth)
+    frames = VideoMetadata(total_num_frames=num_frames, fps=FRAME_RATE, frames_indices=[*range(num_frames)])
+    given = {"video_grid_thw": np.array([[steps, family.merge, family.merge]]), "video_metadata": [frames]}
+    return processor.replace_video_token(given, 0)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 4, 5])
+def test_text_of_a_video_is_that_of_the_processor(embedder, num_frames):
+    """Qwen3-VL writes the time before each step of a video, the mean of its frames' times, in a run of pads of its own;
+    Qwen2.5-VL none. transformers' processor, which needs torchvision to be made, is asked for the text only."""
+    family = embedder.family
+    name = family.model_class.replace("ForConditionalGeneration", "Processor")
+    processor = object.__new__(getattr(transformers, name))
+    processor.video_processor = SimpleNamespace(merge_size=family.merge, temporal_patch_size=family.depth)
+    processor.video_token, processor.vision_start_token = "<|video_pad|>", "<|vision_start|>"
+    processor.vision_end_token = "<|vision_end|>"
+    want = video_text(family, num_frames, processor)
+    if not family.timestamps:  # it leaves the two tokens around the place of a video to the chat template
+        want = f"<|vision_start|>{want}<|vision_end|>"
+    item = {"text": "x", "video": [picture(i, 20, 20) for i in range(num_frames)]}
+    row = encode_input(embedder.tokenizer, item, family=replace(family, video_pixels=(1, family.token_side**2)))
+    text = embedder.tokenizer.decode(row.ids[: row.n_prompt])
+    assert text.split("user\n")[1].startswith(f"{want}x\n")
+    if family.timestamps and num_frames == 5:
+        assert want.count("seconds") == 3 and "<0.2 seconds>" in want and "<2.0 seconds>" in want
+
+
+@pytest.mark.parametrize("size", [(300, 200), (17, 400), (1, 1)])
+def test_patches_of_a_picture_are_those_of_the_processor(writer, writer_dir, size):
+    """The picture processor that a saved folder names makes the same patches and grids: size, mean and spread of the
+    family are in its settings."""
+    family = writer.family
+    low, high = family.image_pixels
+    image = picture(3, *size)
+    patches, grid = patchify([image], min_pixels=low, max_pixels=high, family=family)
+    processor = AutoImageProcessor.from_pretrained(writer_dir, backend="pil")
+    want = processor(image, return_tensors="pt")
+    assert torch.equal(patches, want["pixel_values"]) and torch.equal(grid, want["image_grid_thw"][0])
+
+
+def test_bounds_of_pixels_are_equal_numbers_of_tokens():
+    """1 to 3,009 tokens a picture, 4 to 32 a frame, whatever a token's side is."""
+    for family in FAMILIES.values():
+        for bounds, tokens in ((family.image_pixels, (1, 3009)), (family.video_pixels, (4, 32))):
+            assert tuple(pixels // family.token_side**2 for pixels in bounds) == tokens
+
+
+def test_time_counts_as_the_config_says(tmp_path):
+    """Qwen2.5-VL's positions a second stand in config.json, not in the record: 2 in the released models, 4 here."""
+    backbone = random_backbone("qwen2_5_vl")
+    assert family_of(backbone.config).time_step == 4
+    backbone.config.vision_config.tokens_per_second = 2
+    assert family_of(backbone.config) == FAMILIES["qwen2_5_vl"]
+    assert family_of(random_backbone("qwen3_vl").config) is FAMILIES["qwen3_vl"]
+
+
+def test_an_unknown_family_is_told_the_known_ones(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    with pytest.raises(BadInput, match="the family qwen2; .* qwen2_vl, qwen2_5_vl, qwen3_vl, .*FAMILIES in data.py"):
+        Embedder.from_pretrained(tmp_path)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import model as model_file
-from data import DISC, GEN, QWEN2_VL, encode_input
+from data import DISC, GEN, encode_input
 from model import Embedder, TokenLogp, pad_rows, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
@@ -93,7 +93,7 @@ def test_positions_equal_get_rope_index(embedder, left):
     batch, begin = processor_inputs(embedder, rows, left)
     want, delta = embedder.backbone.model.get_rope_index(
         batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], batch["video_grid_thw"],
-        batch["attention_mask"],
+        attention_mask=batch["attention_mask"],
     )  # fmt: skip
     for b, row in enumerate(rows):
         np.testing.assert_array_equal(row.positions, want[:, b, begin[b] : begin[b] + len(row.ids)])
@@ -124,7 +124,8 @@ def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch,
     plain = AutoModelForImageTextToText.from_pretrained(tiny_dir)
     assert list(model.backbone.state_dict()) == list(plain.state_dict())
     layer = model.backbone.model.visual.patch_embed
-    if bias and layer.proj.bias is None:  # as in Qwen3-VL
+    add_bias = bias and layer.proj.bias is None  # Qwen3-VL has one
+    if add_bias:
         layer.proj.bias = torch.nn.Parameter(torch.randn(len(layer.proj.weight)))
     family = model.family
     x = torch.randn(12, family.patch_values)
@@ -133,7 +134,7 @@ def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch,
     torch.testing.assert_close(layer(x), want, **CLOSE)
     assert Embedder(model.backbone, model.tokenizer).backbone.model.visual.patch_embed(x).equal(layer(x))
     monkeypatch.undo()
-    if family is QWEN2_VL:
+    if add_bias:
         layer.proj.bias = None
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).model.visual.patch_embed

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import (
     ROOT,
     assert_same_gradients,
+    encoded,
     gradients,
     inputs,
     read_log,
@@ -245,7 +246,7 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
         packed = pack_groups(writer, groups_of(*sampled))
         asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
         found = [*writer(packed.batch, **asked)[:3]]
-        rows = [encode_input(writer.tokenizer, x, "<think>a</think><answer>b<gen_emb>", family=writer.family) for x in inputs()]
+        rows = encoded(writer, inputs())
         local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
         emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
@@ -291,7 +292,8 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
         rows = [replace(row) for row in sampled[0]]
         if shared:
             model.share_vision(rows, 2)
-            assert [len(row.vision_states) for row in rows] == [row.num_patches // model.family.merge**2 for row in rows]
+            merged = model.family.merge**2  # patches in a token
+            assert [len(row.vision_states) for row in rows] == [row.num_patches // merged for row in rows]
         looks.clear()
         rollouts = rollout(model, rows, range(10, 15), args())
         stats = update_once(model, reference, groups_of(rows, rollouts, A), args(w_anchor=1.0))
