@@ -263,7 +263,8 @@ def main():
     p = commands.add_parser("embed", help="decode steps of Embedder.embed")
     p.add_argument("--inputs", type=int, default=1000)
     commands.add_parser("sft", help="SFT step beside the official recipe")
-    commands.add_parser("memory", help="memory plan of the real sizes")
+    p = commands.add_parser("memory", help="memory plan of the real sizes")
+    p.add_argument("--family", choices=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), default="qwen2_vl")
     commands.add_parser("plan", help="time plan of the full recipe on 8 H100, by arithmetic")
     commands.add_parser("gpu", help="what one GPU makes of the real 2B with random weights")
     p = commands.add_parser("kills", help="runs killed at random moments")
@@ -304,10 +305,14 @@ def start(args, run):
         from bench_eval import bench_eval
 
         bench_eval(args.inputs, args.tiny)
-    elif args.command in ("memory", "sft"):
+    elif args.command == "memory":
         import bench_scale
 
-        bench_scale.memory(args.tiny) if args.command == "memory" else bench_scale.sft_table(args.tiny)
+        bench_scale.memory(args.family, args.tiny)
+    elif args.command == "sft":
+        import bench_scale
+
+        bench_scale.sft_table(args.tiny)
     elif args.command == "plan":
         import bench_plan
 

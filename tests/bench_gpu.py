@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import transformers
-from bench_scale import SIZES, qwen2vl, random_pairs, toy_tokenizer
+from bench_scale import SIZES, random_model, random_pairs, toy_tokenizer
 from conftest import transformers_read
 
 import rl
@@ -78,7 +78,7 @@ class Table:
 def make_model(size, dtype=torch.float32):
     torch.manual_seed(0)
     with torch.device("cuda"):
-        backbone = qwen2vl(**size).to(dtype)
+        backbone = random_model(**size).to(dtype)
     model = Embedder(backbone, toy_tokenizer()).to("cuda")
     model.banned = torch.arange(300, 330, device="cuda")  # as many as the real tokenizer has; the toy's is far smaller
     backbone.config.image_token_id, backbone.config.video_token_id = model.media_ids

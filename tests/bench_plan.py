@@ -8,7 +8,7 @@ token: forward 2 N, backward 4 N, recomputation under checkpointing 2 N, GradCac
 from dataclasses import dataclass, field, fields
 
 import torch
-from bench_scale import SIZES, qwen2vl
+from bench_scale import SIZES, random_model
 
 G = 8
 FORWARD, TRAIN, RECOMPUTE = 1, 3, 1  # passes, in units of a forward pass: 2 N a token
@@ -65,7 +65,7 @@ class Counts:
 def counts(size):
     """size: of bench_scale.SIZES -> Counts"""
     with torch.device("meta"):
-        model = qwen2vl(**SIZES[size])
+        model = random_model(**SIZES[size])
     number = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     text, vision = model.config.text_config, model.config.vision_config
     head_dim = text.hidden_size // text.num_attention_heads

@@ -16,28 +16,66 @@ GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
 PAGE = 12_040  # patches of a page of 2.4 M pixels, the largest picture
 # of a forward pass and, of these, the prompt: both sides of --micro_batch pairs; a prompt and its G = 8 completions
 TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
-# Qwen/Qwen2-VL-2B-Instruct and 7B, config.json on the hub (public values, written down: there is no hub here)
+# config.json of Qwen's models on the hub (public values, written down: there is no hub here)
 SIZES = {
     "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
                vocab_size=151_936, tie=True),
     "7b": dict(hidden_size=3584, intermediate_size=18_944, num_attention_heads=28, num_key_value_heads=4,
                vocab_size=152_064, tie=False),
 }  # fmt: skip
+WINDOWS = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
+DEEPSTACK = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, deepstack_visual_indexes=[5, 11, 17])
+LARGE_DEEPSTACK = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
+                       deepstack_visual_indexes=[8, 16, 24])  # fmt: skip
+FAMILY_SIZES = {
+    "qwen2_vl": SIZES,
+    "qwen2_5_vl": {
+        "3b": dict(hidden_size=2048, intermediate_size=11_008, num_attention_heads=16, num_key_value_heads=2,
+                   num_hidden_layers=36, vocab_size=151_936, tie=True, vision=WINDOWS),
+        "7b": SIZES["7b"] | dict(vision=WINDOWS),
+    },
+    "qwen3_vl": {
+        "2b": dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8,
+                   head_dim=128, vocab_size=151_936, tie=True, vision=DEEPSTACK),
+        "4b": dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8,
+                   head_dim=128, num_hidden_layers=36, vocab_size=151_936, tie=True, vision=DEEPSTACK),
+        "8b": dict(hidden_size=4096, intermediate_size=12_288, num_attention_heads=32, num_key_value_heads=8,
+                   head_dim=128, num_hidden_layers=36, vocab_size=151_936, tie=False, vision=LARGE_DEEPSTACK),
+    },
+}  # fmt: skip
 
 
-def qwen2vl(hidden_size, tie, depth=32, embed_dim=1280, num_hidden_layers=28, heads=16, **text):
-    """A model of transformers' class with random weights, on whatever device is the default."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+def random_model(hidden_size, tie, family="qwen2_vl", vision=None, depth=32, embed_dim=1280, num_hidden_layers=28,
+                 heads=16, **text):  # fmt: skip
+    """A model of transformers' class with random weights, on whatever device is the default. vision: configuration of
+    another family's tower."""
+    import transformers
 
-    dim = hidden_size // text["num_attention_heads"]  # 128 in the real ones: sections 16, 24, 24
+    from data import FAMILIES
+
+    model_class = getattr(transformers, FAMILIES[family].model_class)
+    dim = text.get("head_dim") or hidden_size // text["num_attention_heads"]  # 128 in the real ones: 16, 24, 24
     rope = {"rope_type": "default", "mrope_section": [dim // 8, dim * 3 // 16, dim * 3 // 16], "rope_theta": 1e6}
-    config = Qwen2VLConfig(
+    vision = vision and dict(vision, out_hidden_size=hidden_size)
+    config = model_class.config_class(
         text_config=dict(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, rope_parameters=rope,
                          max_position_embeddings=32_768, rms_norm_eps=1e-6, **text),
-        vision_config=dict(depth=depth, embed_dim=embed_dim, num_heads=heads, hidden_size=hidden_size),
+        vision_config=vision or dict(depth=depth, embed_dim=embed_dim, num_heads=heads, hidden_size=hidden_size),
         tie_word_embeddings=tie, attn_implementation="sdpa",
     )  # fmt: skip
-    return Qwen2VLForConditionalGeneration(config)
+    return model_class(config)
+
+
+def vision_width(model):
+    """(1 + K) D_vit: of the states that wait between the vision tower and its mergers."""
+    config = model.config.vision_config
+    return len(mergers_of(model)) * getattr(config, "embed_dim", config.hidden_size)
+
+
+def mergers_of(model):
+    from data import family_of
+
+    return family_of(model.config).mergers(model.model.visual)
 
 
 def toy_tokenizer():
@@ -56,13 +94,17 @@ def one_pass(embedder, stage):
     from model import Batch
 
     L, prompt = TOKENS[stage]
+    # fake tensors cannot be indexed by a mask, as Qwen3-VL's DeepStack does it; this needs as much memory
+    embedder.backbone.model.language_model._deepstack_process = lambda hidden, is_media, states: (
+        hidden.masked_scatter(is_media[..., None], states.to(hidden.dtype))
+    )
     read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
     batch = Batch(
         ids=torch.zeros(1, L, dtype=torch.long),
         positions=torch.zeros(3, 1, L, dtype=torch.long),
         patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
         grids=np.zeros((0, 3), int),
-        vision_states=torch.zeros(2 * prompt, 1280, dtype=torch.bfloat16),
+        vision_states=torch.zeros(2 * prompt, vision_width(embedder.backbone), dtype=torch.bfloat16),
         mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )
     embeddings, logp, *_ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
@@ -70,7 +112,8 @@ def one_pass(embedder, stage):
 
 
 def measured(values, stage, fsdp):
-    """Peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts. values: of SIZES.
+    """Peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts. values: of
+    FAMILY_SIZES.
 
     fsdp: sharded by model.shard over a pretended group of 8 processes; else a replica of fp32 under bf16 autocast.
     """
@@ -86,7 +129,7 @@ def measured(values, stage, fsdp):
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        embedder = Embedder(qwen2vl(**values), toy_tokenizer())
+        embedder = Embedder(random_model(**values), toy_tokenizer())
         embedder.bf16 = True
         embedder.backbone.activation_checkpointing_enable({"use_reentrant": False})
         embedder.train()
@@ -114,9 +157,9 @@ def linear_weights(module, embedding):
 def column(values, stage, fsdp):
     """One column of the plan, bytes a GPU -> ({what lasts}, {of the pass}, {of the rollouts}, {parts of others})."""
     with torch.device("meta"):
-        model = qwen2vl(**values)
+        model = random_model(**values)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    whole, visual, merger = count(model), count(model.model.visual), count(model.model.visual.merger)
+    whole, visual, merger = count(model), count(model.model.visual), sum(map(count, mergers_of(model)))
     embedding = model.get_input_embeddings().weight
     n, rl, L = GPUS if fsdp else 1, stage == "rl", TOKENS[stage][0]
     trained = whole - visual + (0 if rl else merger)
@@ -146,21 +189,24 @@ def column(values, stage, fsdp):
 def kv_bytes(model):
     """Of a token's keys and values, in bf16."""
     text = model.config.text_config
-    head_dim = text.hidden_size // text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
 
 
 def size_line(size, values):
     with torch.device("meta"):
-        model = qwen2vl(**values)
+        model = random_model(**values)
     whole, vision = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.visual))
     return (f"{size}: {whole / 1e9:.4f} B parameters, {vision / 1e9:.4f} B of them vision; keys and values of a token: "
             f"{kv_bytes(model):,} bytes")  # fmt: skip
 
 
-def memory(tiny=False):
+def memory(family="qwen2_vl", tiny=False):
     """The memory plan, GiB a GPU: what lasts from the parameter counts, what a pass needs from fake tensors."""
-    sizes = {"2b": SIZES["2b"] | dict(num_hidden_layers=1, depth=1)} if tiny else SIZES
+    sizes = {size: values | dict(family=family) for size, values in FAMILY_SIZES[family].items()}
+    if tiny:
+        size, values = next(iter(sizes.items()))
+        sizes = {size: values | dict(num_hidden_layers=4, depth=1)}
     columns = {}
     for size, values in sizes.items():
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
@@ -180,15 +226,19 @@ def memory(tiny=False):
     lines.append(f"| fits 80 GB ({GPU_GIB:.1f} GiB, 5 % left free) | {' | '.join(cells)} |")
     tokens = ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items())
     lines.append(f"\nTokens of a pass: {tokens}. The last rows before the verdict are in no sum.")
-    print("\n".join([*lines, "", *vision_lines()]))
+    print("\n".join([*lines, "", *vision_lines(sizes)]))
 
 
-def vision_lines():
+def vision_lines(sizes):
     """The vision states of a step, which wait in the CPU's memory: bf16, a full page on both sides of every pair."""
-    pages = {"sft: before the merger, 1,280 wide": PAGE * 1280 * 2}  # bytes
-    for size, values in SIZES.items():
-        width = values["hidden_size"]
-        pages[f"rl {size}: merged, {width:,} wide"] = PAGE // 4 * width * 2
+    pages = {}  # bytes
+    for size, values in sizes.items():
+        with torch.device("meta"):
+            model = random_model(**values)
+        width = vision_width(model)
+        merged = len(mergers_of(model)) * values["hidden_size"]
+        pages[f"sft {size}: before the merger, {width:,} wide"] = PAGE * width * 2
+        pages[f"rl {size}: merged, {merged:,} wide"] = PAGE // 4 * merged * 2
     lines = ["| vision states in the CPU's memory, GiB a process | a page | 64 pairs | 128 pairs |"]
     lines.append("|---|---|---|---|")
     for name, page in pages.items():
@@ -259,7 +309,7 @@ def step_alone(who, n, vocabulary, micro_batch, repeats, tiny):
     from sft import Settings, sft_step
 
     torch.manual_seed(0)
-    model = Embedder(qwen2vl(vocab_size=vocabulary, **(TINY if tiny else SMALL)), toy_tokenizer()).train()
+    model = Embedder(random_model(vocab_size=vocabulary, **(TINY if tiny else SMALL)), toy_tokenizer()).train()
     model.backbone.model.visual.requires_grad_(False)
     model.backbone.model.visual.merger.requires_grad_(True)
     model.backbone.config.image_token_id, model.backbone.config.video_token_id = model.media_ids

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench_gpu import peak_gib, text_prompt
-from bench_scale import SIZES, qwen2vl, random_pairs, toy_tokenizer
+from bench_scale import SIZES, random_model, random_pairs, toy_tokenizer
 from conftest import ROOT, encoded, generate_all, gradients, inputs, read_log, transformers_read
 from safetensors.torch import load_file
 
@@ -54,7 +54,7 @@ def real_2b():
     """The real 2B's sizes with random weights, made on the GPU in fp32, as a stage trains it."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        backbone = qwen2vl(**SIZES["2b"])
+        backbone = random_model(**SIZES["2b"])
     model = Embedder(backbone, toy_tokenizer()).to("cuda")
     backbone.config.image_token_id, backbone.config.video_token_id = model.media_ids
     backbone.model.visual.requires_grad_(False)
