@@ -428,7 +428,9 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
     """The rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
 
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
-    After a picture the text goes on at its larger side, as in transformers: time does not count there.
+    After a picture or video the text goes on at its larger side: time does not count there, as in transformers 5. (In
+    4, and when the models were made, it did: another number where a video has more steps than its frames have tokens on
+    a side.)
     """
     runs = iter([run for grid in grids for run in runs_of_pads(family.in_tokens(grid), family)])
     is_media = np.isin(ids, media_ids)

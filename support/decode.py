@@ -162,7 +162,7 @@ class Decoder:
             qkv = project(h, w.qkv).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))  # [R, H + 2 H_kv, N]
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
             if w.qk_norm is not None:
-                qk = F.rms_norm(qk, qk.shape[-1:], None, self.eps) * w.qk_norm
+                qk = F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * w.qk_norm
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin).to(self.dtype)
             q, k = qk.split([self.heads, self.kv_heads], 1)
             kv[0][rows, :, index] = k

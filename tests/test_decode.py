@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import MODELS, encoded, generate_all, inputs, random_backbone, transformers_read
+from torch.nn.functional import rms_norm
 
-from model import Embedder, Prompt, Waiting
+from model import Embedder, Prompt, Waiting, fuse_norms
 from support import decode
 from support.decode import Decoder, PromptCache
 
@@ -61,14 +62,18 @@ def test_large_weights_are_not_copied(monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_bf16_step_rounds_no_more_than_autocast(model_type):
-    """In bf16 over fp32 weights the step is as close to fp32 as transformers' under autocast: the residual stream and
-    the rotation stay in fp32."""
+def test_bf16_step_rounds_as_autocast(model_type, monkeypatch):
+    """In bf16 over fp32 weights the step rounds where transformers' does under autocast on a GPU, which takes norms in
+    fp32: the residual stream, the rotation and Qwen3's norms of queries and keys are in fp32. Bug story: these
+    were rounded to bf16 between norm and rotation, and log-probabilities were off by 0.009 for 0.0003."""
     backbone = random_backbone(model_type)
+    fuse_norms(backbone)
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: rms_norm(x.float(), norm.weight.shape,
+                                                                              norm.weight, norm.eps))  # fmt: skip
     exact = run_steps(backbone, torch.float32)
     theirs = run_steps(backbone, torch.bfloat16, transformers_read(backbone, bf16=True))
     ours = run_steps(backbone, torch.bfloat16)
-    assert (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.1 * exact.norm()
+    assert (ours - theirs).norm() < 0.05 * (theirs - exact).norm() < 0.005 * exact.norm()
 
 
 def test_rollouts_equal_those_of_transformers_step(writer, monkeypatch):

@@ -37,7 +37,11 @@ from test_rl import (  # noqa: F401
     test_update_equals_a_plain_pass,
 )
 from test_scale import test_gradients_of_two_processes  # noqa: F401
-from test_sft import test_step_equals_one_plain_pass, test_two_processes_equal_one  # noqa: F401
+from test_sft import (  # noqa: F401
+    test_resume_is_bit_equal,
+    test_step_equals_one_plain_pass,
+    test_two_processes_equal_one,
+)
 from transformers import AutoImageProcessor
 from transformers.video_utils import VideoMetadata
 
