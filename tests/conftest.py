@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -287,6 +288,15 @@ def world(tmp_path_factory):
     (root / "sft.jsonl").write_text("\n".join(json.dumps(row) for row in sft))
     (root / "rl.json").write_text(json.dumps(rl))
     return root
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """192 SFT and 96 RL pairs in the published formats over pictures of two emoji fonts (its README names their
+    licences)."""
+    path = tmp_path_factory.mktemp("real")
+    shutil.unpack_archive(ROOT / "tests/data/real_data.tar.gz", path)
+    return path / "real_data"
 
 
 # ---- running the scripts ---------------------------------------------------------------------------------------

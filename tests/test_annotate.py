@@ -24,8 +24,6 @@ from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
 from support.rows import write_rows
 
-REAL = ROOT.parent / "shared" / "real_data"
-
 
 def run(*argv):
     """A command of data.py in this process -> its exit code."""
@@ -476,21 +474,20 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
-def test_the_chain_on_real_pictures(writer_dir, tmp_path):
-    """The README's chain (smaller numbers) on bare pairs of real pictures: annotate, filters, check, sft.py. The
+def test_the_chain_on_real_pictures(writer_dir, real, tmp_path):
+    """The chain of docs/data.md (smaller numbers) on bare pairs of real pictures: annotate, filters, check, sft.py. The
     teacher is the tiny model that learned the form (what it says of a picture is nonsense). Everything is killed with
     SIGKILL in annotate (twice), in check and in sft.py, and started again: same rows, same report, same weights."""
-    (block,) = [part for part in (ROOT / "README.md").read_text().split("```")[1::2] if "TEACHER=" in part]
+    (block,) = [part for part in (ROOT / "docs/data.md").read_text().split("```")[1::2] if "TEACHER=" in part]
     first, *commands = block.strip().splitlines()
     assert re.fullmatch("PAIRS=.* MEDIA=.* TEACHER=.* OUT=.*", first) and len(commands) == 3, block
     commands[0] = commands[0].replace("--max_new_tokens 128", "--max_new_tokens 50 --batch_size 1")
     commands[2] += f" --steps 6 --batch_size 4 --save_every 2 --cache {tmp_path}"
-    write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([REAL / "sft.json"])[::3]))
+    write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([real / "sft.json"])[::3]))
 
     def start(out, due=None):
         """Runs the chain -> (exit code, what it printed); due: is it time to kill it?"""
-        names = f"PAIRS={tmp_path}/pairs.json MEDIA={REAL} TEACHER={writer_dir} OUT={out}"
+        names = f"PAIRS={tmp_path}/pairs.json MEDIA={real} TEACHER={writer_dir} OUT={out}"
         script = "\n".join([names, *commands]).replace("python ", f"{sys.executable} ")
         with open(log, "w") as file:
             child = subprocess.Popen(["bash", "-c", script], cwd=ROOT, start_new_session=True, stdout=file,

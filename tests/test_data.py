@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture, turn_pair
+from conftest import picture, turn_pair
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -39,7 +39,6 @@ from support import toy
 from support.rows import Rows, read_rows
 from support.run import BadInput, one_ahead
 
-REAL = ROOT.parent / "shared" / "real_data"
 # Qwen2-VL-Instruct's published chat template
 TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -351,15 +350,14 @@ def test_jsonl_with_unicode_line_separators(tokenizer, tmp_path):
     assert read_rows(path) == rows
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/real_data")
 @pytest.mark.parametrize("name, kind", [("sft.json", "sft"), ("sft.jsonl", "sft"), ("rl.json", "rl")])
-def test_real_files_load(tokenizer, name, kind):
+def test_real_files_load(tokenizer, real, name, kind):
     """Every row of the small real files becomes a pair with both sides' places; .json and .jsonl are the same
     rows."""
     if name == "sft.jsonl":
-        assert read_rows(REAL / name) == read_rows(REAL / "sft.json")
+        assert read_rows(real / name) == read_rows(real / "sft.json")
         return
-    pairs = pairs_of(REAL / name, tokenizer, kind, needs=[DISC, GEN] if kind == "sft" else [DISC])
+    pairs = pairs_of(real / name, tokenizer, kind, needs=[DISC, GEN] if kind == "sft" else [DISC])
     assert len(pairs) == {"sft": 192, "rl": 96}[kind]
     for pair in pairs:
         assert pair.ok, pair.reason

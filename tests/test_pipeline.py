@@ -1,4 +1,4 @@
-"""The stages as a user starts them: README commands with tiny sizes, and the real pictures of ../shared/real_data."""
+"""The stages as a user starts them: the commands of README and docs/ with tiny sizes, and real pictures."""
 
 import json
 import math
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, picture
-
-REAL = ROOT.parent / "shared" / "real_data"
 
 
 def start(script, *flags, ok=True):
@@ -93,26 +91,25 @@ def test_unknown_flag_and_preset_are_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="shared/real_data is not beside the repository")
-def test_real_pictures(tmp_path):
+def test_real_pictures(real, tmp_path):
     """Published formats, real pictures: SFT's losses fall in 60 steps, RL runs 20 steps from there, KL starts at 0."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
-    start("sft.py", "--data", REAL / "sft.json", "--media_root", REAL, "--out", sft, "--steps", 60, "--batch_size", 16,
+    start("sft.py", "--data", real / "sft.json", "--media_root", real, "--out", sft, "--steps", 60, "--batch_size", 16,
           "--tau_steps", 20)  # fmt: skip
     log = read_log(sft)
     for part in ("disc", "gen", "ce_query", "ce_target"):
         first, last = (sum(line[part] for line in lines) / 10 for lines in (log[:10], log[-10:]))
         assert last < first, (part, first, last)
     assert all(line["skipped"] == 0 for line in log)
-    start("rl.py", "--model", sft, "--data", REAL / "rl.json", "--media_root", REAL, "--out", rl, "--steps", 20,
+    start("rl.py", "--model", sft, "--data", real / "rl.json", "--media_root", real, "--out", rl, "--steps", 20,
           "--batch_size", 8, "--max_new_tokens", 96)  # fmt: skip
     log = read_log(rl)
     assert len(log) == 20 and all(math.isfinite(value) for line in log for value in line.values())
     assert log[0]["kl"] == 0 and log[0]["logp_mismatch"] < 1e-4
 
 
-# Every line of the README's code blocks that starts a program, by its first words, and what runs for it here: {} is the
-# line itself after SMALL's replacements. Lines that only fetch from the hub cannot run.
+# Every line of the code blocks of README and docs/ that starts a program, by its first words, and what runs for it:
+# {} is the line itself after SMALL's replacements. Lines that only fetch from the hub cannot run.
 SMALL = {
     "torchrun --nproc_per_node 8": "torchrun --nproc_per_node 2", "--batch_size 1024": "--batch_size 4",
     "--preset 2b": "--preset toy", "Qwen/Qwen2-VL-2B-Instruct": "tiny", "zai-org/GLM-4.1V-9B-Thinking": "tiny",
@@ -146,14 +143,15 @@ COMMANDS = {
     "mkdir -p /tmp/mini": "{}",
     "python eval.py --model assets/toy_base": "{} --workers 0",
 }
+STARTS = r"(python3?|torchrun|mkdir|\.venv|hf|tar|cat|source|pip|PYTHONPATH=\S*) "
 ELSEWHERE = (  # CI runs its own two commands, test_annotate.py the chain on real pictures; the rest is the download
     "python3 -m venv", ".venv/bin/", "source .venv", "PAIRS=", "python data.py annotate --pairs $",
     "python data.py check $", "python sft.py --data $", "hf ", "python - <<", "D=", "$D", "F=", "tar ", "cat ",
-    "mkdir -p ROOT",
+    "mkdir -p ROOT", "pip install mteb", "PYTHONPATH=. python docs/mteb_model.py",  # test_mteb.py has it
 )  # fmt: skip
 
 
-# what the README's client of a server sees here, where there is none
+# what the client of a server in docs/mmeb.md sees here, where there is none
 STAND_IN_FOR_OPENAI = """
 from types import SimpleNamespace as Name
 def create(model, messages, temperature):
@@ -167,7 +165,7 @@ OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme(toy_data, tiny_dir, writer_dir, tmp_path):
+def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_path):
     """Bug story: the README's command for the miniature of MMEB, typed in as it stands, ended in a KeyError after all
     its work. Every line that starts a program runs here, one after the other as a reader would, at a small size, and
     the Python too; a new line fails the test until it runs."""
@@ -175,7 +173,9 @@ def test_every_command_of_the_readme(toy_data, tiny_dir, writer_dir, tmp_path):
     (tmp_path / "tiny").symlink_to(tiny_dir)
     shutil.copytree(writer_dir, tmp_path / "writer")
     shutil.unpack_archive(ROOT / "tests/data/mini_mmeb_root.tar.gz", tmp_path)
-    picture(0).save(tmp_path / "star.png")
+    (tmp_path / "pictures").mkdir()
+    for name in ("star.png", "pictures/0.png", "pictures/1.png"):
+        picture(len(name)).save(tmp_path / name)
     (tmp_path / "openai.py").write_text(STAND_IN_FOR_OPENAI)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
            "PYTHONPATH": f"{ROOT}:{tmp_path}"}  # fmt: skip
@@ -190,16 +190,19 @@ def test_every_command_of_the_readme(toy_data, tiny_dir, writer_dir, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, **more)
         assert done.returncode == 0, f"{text}\n{command}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
 
-    for block in (ROOT / "README.md").read_text().split("```")[1::2]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    seen = set()  # some stand in both
+    for block in [block for page in pages for block in page.read_text().split("```")[1::2]]:
         language, _, code = block.partition("\n")
         if language == "python":
             run(code, [sys.executable, "-c", small(code)])
             continue
         for line in code.splitlines():
-            if line.startswith(ELSEWHERE) or not re.match(r"(python3?|torchrun|mkdir|\.venv|hf|tar|cat|source) ", line):
+            if line in seen or line.startswith(ELSEWHERE) or not re.match(STARTS, line):
                 continue
+            seen.add(line)
             start = next((start for start in waiting if line.startswith(start)), None)
             assert start, f"not run by this test: {line}"
             command = waiting.pop(start).format(small(line.split("   #")[0]))
             run(line, re.sub(r"(\w+\.py) ", rf"{ROOT}/\1 ", command), shell=True)
-    assert not waiting, "the README has these no longer"
+    assert not waiting, "README and docs have these no longer"
