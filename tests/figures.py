@@ -1,6 +1,6 @@
 """The pictures of README and docs, drawn from the runs of the toy world into assets/.
 
-    python tests/bench.py toy --seeds 3 --recipes rl      # the runs that are drawn: runs/bench, 1.5 hours
+    python tests/bench.py toy --seeds 3 --recipes rl      # the runs that are drawn; 51 minutes on 2 cores
     python tests/figures.py                               # assets/query.svg, rl_step.svg, curves.svg, in seconds
 
 query.svg    one query: what it is, what the RL model of seed 0 writes, and the first candidates of disc, gen and fused
@@ -95,14 +95,14 @@ def find_query(model_folder, data):
 MODES = {  # mode: its colour, what it is
     "disc": ("a", "before any reasoning"),
     "gen": ("b", "after the reasoning"),
-    "fused": ("c", "the sum of both"),
+    "fused": ("c", "mean of both similarities"),
 }
 
 
 def query_figure(example):
     written = []
     for part in example.written.replace("<answer>", "\n<answer>").split("\n"):
-        written += textwrap.wrap(part, 58, break_long_words=True)
+        written += textwrap.wrap(part, 58)
     parts = [text(SIDE, 34, "The query", "strong")]
     for i in range(3):  # the scene's places are named by row and column: xa, xb, .., zc
         parts.append(text(SIDE + 52 + 56 * i, 58, "abc"[i], "code dim", "middle"))
@@ -267,7 +267,7 @@ def draw_update(x, y):
     parts.append(text(x, top + size + 50, "rl.padded", "code dim"))
     parts.append(arrow(x + 184, middle, x + 216, middle))
     x += 224
-    parts += box(x, middle - 84, 196, "loss", "clipped ratio × A", "+ beta × KL")
+    parts += box(x, middle - 84, 196, "loss", "−(clipped ratio × A)", "+ beta × KL")
     parts.append(text(x, middle + 26, "sum over the tokens / norm,", "small"))
     parts.append(text(x, middle + 46, "mean over all completions", "small"))
     parts.append(text(x, top + size + 26, "rl.grpo_loss, rl.update", "code dim"))
