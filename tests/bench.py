@@ -1,4 +1,4 @@
-"""Tables of the README. Nothing here decides a test; every number comes with the command that printed it.
+"""Tables of docs/. Nothing here decides a test; every number comes with the command that printed it.
 
 python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
 python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
