@@ -1,4 +1,7 @@
-"""CoT annotation by a teacher, its filters, the RL subset and the check of a file."""
+"""CoT annotation by a teacher, its filters, the RL subset and the check of a file.
+
+    python -m pytest tests/test_annotate.py
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The commands of bench.py still run, nothing hides what they measure, and the plan's arithmetic."""
+"""The commands of bench.py still run, nothing hides what they measure, and the plan's arithmetic.
+
+    python -m pytest tests/test_bench.py
+"""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""data.py against transformers' picture processor and chat template, the file formats, and what bad input does."""
+"""data.py against transformers' picture processor and chat template, the file formats, and what bad input does.
+
+    python -m pytest tests/test_data.py
+"""
 
 import io
 import json

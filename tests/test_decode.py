@@ -1,4 +1,7 @@
-"""The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills."""
+"""The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills.
+
+    python -m pytest tests/test_decode.py
+"""
 
 import pytest
 import torch

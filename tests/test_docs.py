@@ -125,9 +125,11 @@ def test_departures_are_complete():
     assert named == numbered
 
 
-def test_test_files_say_what_they_prove():
+def test_test_files_say_what_they_prove_and_how_to_run_them():
     for path in (ROOT / "tests").glob("*.py"):
-        assert ast.get_docstring(tree_of(path)), f"{path.name} does not say what it is"
+        says = ast.get_docstring(tree_of(path))
+        assert says, f"{path.name} does not say what it is"
+        assert not path.name.startswith("test_") or f"pytest tests/{path.name}" in says, path.name
 
 
 def test_readme_is_short():

@@ -1,4 +1,7 @@
-"""eval.py: metrics against published answers and hand-made cases, modes on tiny vectors, the whole run."""
+"""eval.py: metrics against published answers and hand-made cases, modes on tiny vectors, the whole run.
+
+    python -m pytest tests/test_eval.py
+"""
 
 import itertools
 import json

@@ -1,6 +1,9 @@
 """Qwen2.5-VL and Qwen3-VL: the equality tests of the other files again, on tiny random models of these families, and
 what only they have: times in the text, windows, DeepStack. test_families_slow.py has shards and the stages on real
-pictures."""
+pictures.
+
+    python -m pytest tests/test_families.py
+"""
 
 import json
 import shutil

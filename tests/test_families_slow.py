@@ -1,4 +1,7 @@
-"""The three families in shards and as a user starts them; the fast tests of families are in test_families.py."""
+"""The three families in shards and as a user starts them; the fast tests of families are in test_families.py.
+
+    python -m pytest tests/test_families_slow.py -m slow
+"""
 
 import json
 import math

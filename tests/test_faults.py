@@ -1,4 +1,7 @@
-"""What strangers' bug reports found: a test with its story for each kind of silent wrong number, hang and loss."""
+"""What strangers' bug reports found: a test with its story for each kind of silent wrong number, hang and loss.
+
+    python -m pytest tests/test_faults.py
+"""
 
 import json
 import os

@@ -2,6 +2,8 @@
 logs; and the names of functions in the RL picture are those of the code.
 
     python -m pytest -q tests/test_figures.py      # seconds; the pictures are made again by tests/figures.py
+
+    python -m pytest tests/test_figures.py
 """
 
 import json

@@ -1,6 +1,8 @@
 """The 78 tasks of MMEB-V2 on a miniature data root: what is read, what a killed run loses, when the cache is used.
 
 tests/data holds the root (made-up rows in the published layouts) and what the published parsers make of 27 tasks.
+
+    python -m pytest tests/test_mmeb.py
 """
 
 import json

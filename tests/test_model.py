@@ -1,4 +1,7 @@
-"""model.py against transformers' own forward pass, against itself without a cache, and the promises of embed()."""
+"""model.py against transformers' own forward pass, against itself without a cache, and the promises of embed().
+
+    python -m pytest tests/test_model.py
+"""
 
 import json
 from types import SimpleNamespace

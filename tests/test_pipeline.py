@@ -1,4 +1,7 @@
-"""The stages as a user starts them: the commands of README and docs/ with tiny sizes, and real pictures."""
+"""The stages as a user starts them: the commands of README and docs/ with tiny sizes, and real pictures.
+
+    python -m pytest tests/test_pipeline.py
+"""
 
 import json
 import math

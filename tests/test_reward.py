@@ -1,4 +1,7 @@
-"""reward.py against twins written as plain loops over single rollouts, and the edge cases its docstring lists."""
+"""reward.py against twins written as plain loops over single rollouts, and the edge cases its docstring lists.
+
+    python -m pytest tests/test_reward.py
+"""
 
 import random
 import re

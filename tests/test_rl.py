@@ -1,5 +1,8 @@
 """rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes,
-resume."""
+resume.
+
+    python -m pytest tests/test_rl.py
+"""
 
 import copy
 import json

@@ -1,4 +1,7 @@
-"""Full scale, as far as a CPU can show it: sharding, processes, kills, guards, files of millions of rows."""
+"""Full scale, as far as a CPU can show it: sharding, processes, kills, guards, files of millions of rows.
+
+    python -m pytest tests/test_scale.py
+"""
 
 import json
 import os

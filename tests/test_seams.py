@@ -1,4 +1,7 @@
-"""The two seams, a family of backbones and a reward, and the direction of the imports."""
+"""The two seams, a family of backbones and a reward, and the direction of the imports.
+
+    python -m pytest tests/test_seams.py
+"""
 
 import ast
 import re

@@ -1,4 +1,7 @@
-"""sft.py: the losses against loops, GradCache against one plain pass of transformers, processes, resume, refusals."""
+"""sft.py: the losses against loops, GradCache against one plain pass of transformers, processes, resume, refusals.
+
+    python -m pytest tests/test_sft.py
+"""
 
 import copy
 import json
