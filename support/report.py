@@ -166,7 +166,8 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
     """tasks: dicts with the fields of eval.py's Task; models: {name: what eval.py's to_report() returns}, the sampled
     queries of all models are the same. open_picture: path -> PIL picture, raises ValueError with a reason.
 
-    Each task may use an equal part of the bytes that are left. A query is shown with everything or not at all.
+    A query is shown with everything or not at all. The first ones of all tasks come before the second ones, so that a
+    limit of the size is felt by all tasks.
     """
     thumbnails = Thumbnails(open_picture)
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
@@ -180,21 +181,21 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
         "pictures": {},
     }  # fmt: skip
     free = max_bytes - len(page.encode()) - len(embeddable_json(data))
-    for number, task in enumerate(tasks):
-        share = free // (len(tasks) - number)
-        used = 0
-        for q in next(iter(models.values()))["examples"][task["name"]]:
-            answers = [model["examples"][task["name"]][q] for model in models.values()]
-            example, pictures = make_example(number, task, q, answers, thumbnails)
-            new = {digest: jpeg for digest, jpeg in pictures.items() if digest not in data["pictures"]}
-            size = len(embeddable_json([example, new]))
-            if used + size > share:
-                data["tasks"][number]["left_out"] += 1
-                continue
-            used += size
-            data["examples"].append(example)
-            data["pictures"] |= new
-        free -= used
+    shown = next(iter(models.values()))["examples"]  # {task: {query: ...}}
+    turns = [(turn, number, q) for number, task in enumerate(tasks) for turn, q in enumerate(shown[task["name"]])]
+    for _, number, q in sorted(turns):
+        task = tasks[number]
+        answers = [model["examples"][task["name"]][q] for model in models.values()]
+        example, pictures = make_example(number, task, q, answers, thumbnails)
+        new = {digest: jpeg for digest, jpeg in pictures.items() if digest not in data["pictures"]}
+        size = len(embeddable_json([example, new]))
+        if size > free:
+            data["tasks"][number]["left_out"] += 1
+            continue
+        free -= size
+        data["examples"].append(example)
+        data["pictures"] |= new
+    data["examples"].sort(key=lambda example: (example["task"], example["query"]))
 
     text = page.replace("REPORT_DATA", embeddable_json(data))
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
