@@ -1037,9 +1037,8 @@ def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
     rankings = {}
     for task, q, c in zip(tasks, inputs.query_rows, inputs.candidate_rows):
         shown = sampled_queries(len(q), len(tasks), settings.report_queries)
-        entry, columns, rankings[task.name] = score_task(
-            task, take(greedy, q), take(greedy, c), take(sampled, q), shown
-        )
+        scored = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q), shown)
+        entry, columns, rankings[task.name] = scored
         scores[task.name] = describe_task(task) | entry | generation_figures(greedy, np.concatenate([q, c]))
         scores[task.name]["oracle_gap"] = oracle_gap(summary(scores[task.name]))
         if ablated:
@@ -1136,9 +1135,10 @@ def to_report(model, scores, per_query, rankings):
     tasks = scores["tasks"]
     examples = {}
     for name, of_modes in rankings.items():
-        texts = per_query[name]["texts"]
-        examples[name] = {q: {"answer": texts[q], "rankings": {mode: shown[q] for mode, shown in of_modes.items()}}
-                          for q in of_modes["disc"]}  # fmt: skip
+        examples[name] = {}
+        for q in of_modes["disc"]:
+            rankings_of_query = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
+            examples[name][q] = {"answer": per_query[name]["texts"][q], "rankings": rankings_of_query}
     rows = {name: summary(entry) for name, entry in tasks.items()}
     means = {"mean": mean_summary(tasks.values())} | scores["groups"] | scores["modalities"]
     return {"folder": model, "rows": rows, "means": means, "examples": examples}

@@ -172,17 +172,23 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
     thumbnails = Thumbnails(open_picture)
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     runs, run_numbers = training_runs({name: model["folder"] for name, model in models.items()})
+    scores = []
+    for name, model in models.items():
+        rows = {task: score_columns(row) for task, row in model["rows"].items()}
+        means = {part: score_columns(row) for part, row in model["means"].items()}
+        scores.append({"name": name, "rows": rows, "means": means, "runs": run_numbers[name]})
     data = {
-        "models": [{"name": name, "rows": score_columns(model["rows"]), "means": score_columns(model["means"]),
-                    "runs": run_numbers[name]} for name, model in models.items()],
+        "models": scores,
         "runs": runs,
         "tasks": [describe_task(task) for task in tasks],
         "examples": [],
         "pictures": {},
-    }  # fmt: skip
+    }
     free = max_bytes - len(page.encode()) - len(embeddable_json(data))
-    shown = next(iter(models.values()))["examples"]  # {task: {query: ...}}
-    turns = [(turn, number, q) for number, task in enumerate(tasks) for turn, q in enumerate(shown[task["name"]])]
+    some_model = next(iter(models.values()))
+    turns = []
+    for number, task in enumerate(tasks):
+        turns += [(turn, number, q) for turn, q in enumerate(some_model["examples"][task["name"]])]
     for _, number, q in sorted(turns):
         task = tasks[number]
         answers = [model["examples"][task["name"]][q] for model in models.values()]
@@ -210,10 +216,9 @@ def embeddable_json(data):
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def score_columns(rows):
-    """{name: {mode or pass@k: x}}"""
-    return {name: {column: round(x, 5) for column, x in row.items() if column not in (*PLAIN, "invalid")}
-            for name, row in rows.items()}  # fmt: skip
+def score_columns(row):
+    """The modes and pass@k of a row of the tables."""
+    return {column: round(x, 5) for column, x in row.items() if column not in (*PLAIN, "invalid")}
 
 
 def describe_task(task):
@@ -226,11 +231,18 @@ def make_example(number, task, q, answers, thumbnails):
     once, the rankings hold their places in this list. answers: per model {"answer", "rankings"}."""
     query = task["queries"][q]
     labels = list(dict.fromkeys(query["labels"]))
-    ranked = [key for answer in answers for ranking in answer["rankings"].values() for key, _ in ranking["top"]]
     known = [key for key in labels[:MOST_LABELS] if key in task["candidates"]]
-    place_of = {key: place for place, key in enumerate(dict.fromkeys(known + ranked))}
+    keys = list(known)
+    for answer in answers:
+        for ranking in answer["rankings"].values():
+            keys += [key for key, _ in ranking["top"]]
+    place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     pictures = {}
 
+    candidates = []
+    for key in place_of:
+        item = shown_input(task["candidates"][key], "candidate", thumbnails, pictures)
+        candidates.append({"key": clip(str(key), "candidate")} | item)
     models = []
     for answer in answers:
         rankings = {}
@@ -244,11 +256,9 @@ def make_example(number, task, q, answers, thumbnails):
         "input": shown_input(query["input"], "query", thumbnails, pictures),
         "right": [place_of[key] for key in known],
         "more_right": len(labels) - len(known),  # not shown, or no candidates
-        "candidates": [{"key": clip(str(key), "candidate")}
-                       | shown_input(task["candidates"][key], "candidate", thumbnails, pictures)
-                       for key in place_of],
+        "candidates": candidates,
         "models": models,
-    }  # fmt: skip
+    }
     return example, pictures
 
 
@@ -279,11 +289,17 @@ def clip(text, kind):
 def shown_input(item, kind, thumbnails, pictures):
     """What is shown of a query or candidate; its thumbnails are added to `pictures`."""
     paths = item["images"] + item["video"]
-    shown = [thumbnails.get(paths[i]) for i in spread(len(paths), MOST_PICTURES[kind])]
-    pictures |= {found["digest"]: found["jpeg"] for found in shown if "jpeg" in found}
+    shown = []
+    for i in spread(len(paths), MOST_PICTURES[kind]):
+        found = thumbnails.get(paths[i])
+        if "problem" in found:
+            shown.append(found)
+        else:
+            shown.append({"digest": found["digest"]})
+            pictures[found["digest"]] = found["jpeg"]
     return {
         "text": clip(item["text"].strip(), kind),
-        "pictures": [{key: x for key, x in found.items() if key != "jpeg"} for found in shown],
+        "pictures": shown,
         "num_images": len(item["images"]),
         "num_frames": len(item["video"]),
     }
