@@ -52,7 +52,8 @@ Run (without arguments: the toy preset, on any device):
     python eval.py --model runs/toy/sft --reasoner runs/toy/rl                # rl thinks, sft embeds
 The result does not depend on the number of processes (they share the disk). Writes OUT/args.json and, per model,
 OUT/<model name>/scores.json, per_query.json and leaderboard_<mode>.json; with several models it also prints the
-change from the first to the last.
+change from the first to the last. OUT/report.html shows all of it in a browser, with the answers and the best
+candidates of a few queries of each task.
 
 Shapes: N distinct inputs, Q queries and C candidates of a task, S samples, D dimensions.
 """
@@ -85,11 +86,12 @@ from data import (
     check_text,
     encode_input,
     forked_loader,
+    open_picture,
 )
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
 from support.mmeb import MMEB, check_files, leaderboard, load_mmeb, paper_table
-from support.report import change_table, gap_table, score_table
+from support.report import change_table, gap_table, sampled_queries, score_table, write_report
 from support.rows import one_or_more
 from support.run import (
     BadInput,
@@ -145,6 +147,7 @@ class Settings:
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
     prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts: speed and memory only")
     seed: int = setting(0, "of the samples")
+    report_queries: int = setting(8, "queries of a task in OUT/report.html, fewer with many tasks; 0: no report")
     blank_image: bool = setting(True, "put a blank picture on inputs without media")
     video_max_pixels: int = setting(0, "of a frame of a video; 0: 32 tokens, as in training; official: no bound")
     vidore_instruction: bool = setting(True, "false: ViDoRe and OOD without instructions, as in tables before 2025-11")
@@ -630,6 +633,7 @@ GREEDY_MODES = {  # mode -> embedding of the queries, embedding of the candidate
     "gen_disc": ("gen", "disc"),
     "disc_gen": ("disc", "gen"),
 }
+REPORT_MODES = ("disc", "gen", "fused")  # whose best candidates the report shows
 
 
 class Side(NamedTuple):
@@ -645,14 +649,16 @@ class Ranking(NamedTuple):
     best: list[list]  # per query the keys of its best candidates, best first
     ok: np.ndarray  # bool [Q]: the query has an embedding
     tied: int  # queries for which the order of the list decides
+    shown: dict  # query -> what ranking_to_show() returns, of the queries in the report
 
 
-def score_task(task, queries, candidates, sampled=None):
-    """Scores of all modes from the arrays of collect(), their rows in the order of the task.
+def score_task(task, queries, candidates, sampled=None, shown=()):
+    """Scores of all modes from the arrays of collect(), their rows in the order of the task. shown: the queries, as
+    indices, whose rankings the report shows.
 
     Returns ({mode: {metric: mean}}, "pass@k" among the modes and "tied": {mode: queries for which right and wrong
-    candidates, or all, share the best score, so that the list's order decides}; and {column: main metric or pass@k of
-    each query}).
+    candidates, or all, share the best score, so that the list's order decides}; {column: main metric or pass@k of each
+    query}; and {mode: {query of `shown`: its ranking}}).
     """
     lists = candidate_lists(task)
     query_sides = greedy_sides(queries)
@@ -660,7 +666,7 @@ def score_task(task, queries, candidates, sampled=None):
 
     rankings = {}
     for mode, (query_kind, candidate_kind) in GREEDY_MODES.items():
-        rankings[mode] = rank_task(task, query_sides[query_kind], candidate_sides[candidate_kind], lists)
+        rankings[mode] = rank_task(task, query_sides[query_kind], candidate_sides[candidate_kind], lists, shown)
     if sampled:
         mean = mean_side(sampled)
         rankings["mean"] = rank_task(task, mean, candidate_sides["gen"], lists)
@@ -684,7 +690,7 @@ def score_task(task, queries, candidates, sampled=None):
         curve = pass_curve(task, sampled, candidate_sides["gen"], lists)
         entry["pass@k"] = {k: fmean(chances) for k, chances in curve.items()}
         columns |= {f"pass@{k}": chances for k, chances in curve.items()}
-    return entry, columns
+    return entry, columns, {mode: rankings[mode].shown for mode in REPORT_MODES}
 
 
 def candidate_lists(task):
@@ -714,16 +720,29 @@ def mean_side(sampled, samples=slice(None)):
     return Side(mean_embedding(sampled["gen"][:, samples], valid), valid.any(1))
 
 
-def rank_task(task, queries, candidates, lists):
+def rank_task(task, queries, candidates, lists, shown=()):
     """-> Ranking. queries and candidates: Sides."""
     keys = list(task.candidates)
     best = []
     tied = 0
+    to_show = {}
     scored = score_candidates(queries.embeddings, candidates.embeddings, queries.ok, candidates.ok, lists)
-    for query, (listed, scores) in zip(task.queries, scored):
+    for q, (query, (listed, scores)) in enumerate(zip(task.queries, scored)):
         best.append([keys[i] for i in best_first(listed, scores)])
         tied += order_decides(query["labels"], keys, listed, scores)
-    return Ranking(best, queries.ok, tied)
+        if q in shown:
+            to_show[q] = ranking_to_show(query["labels"], keys, listed, scores)
+    return Ranking(best, queries.ok, tied, to_show)
+
+
+def ranking_to_show(labels, keys, listed, scores, depth=5):
+    """A query's first candidates with their similarities, the rank of its first right one (from 1; None: no right
+    candidate is ranked), and how many are ranked."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = [keys[i] for i in listed[order]]
+    right_rank = next((rank for rank, key in enumerate(ranked, 1) if key in labels), None)
+    top = list(zip(ranked[:depth], scores[order[:depth]].tolist()))
+    return {"top": top, "right_rank": right_rank, "num_ranked": len(ranked)}
 
 
 def order_decides(labels, keys, listed, scores):
@@ -987,7 +1006,8 @@ def check_tasks(names, settings):
 
 
 def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
-    """(content of scores.json, content of per_query.json) on process 0, None on the others.
+    """(content of scores.json, content of per_query.json, {task: {mode: {query of the report: its ranking}}}) on
+    process 0, None on the others.
 
     inputs: the DistinctInputs of the tasks; answers: of another reasoner.
     """
@@ -1014,8 +1034,11 @@ def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
 
     scores = {}
     per_query = {}
+    rankings = {}
     for task, q, c in zip(tasks, inputs.query_rows, inputs.candidate_rows):
-        entry, columns = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q))
+        shown = sampled_queries(len(q), len(tasks), settings.report_queries)
+        scored = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q), shown)
+        entry, columns, rankings[task.name] = scored
         scores[task.name] = describe_task(task) | entry | generation_figures(greedy, np.concatenate([q, c]))
         scores[task.name]["oracle_gap"] = oracle_gap(summary(scores[task.name]))
         if ablated:
@@ -1024,7 +1047,7 @@ def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
         per_query[task.name] = columns | {"texts": [greedy["texts"][n][0] for n in q]}
     print_misses(name, greedy)
     about = {"model": name, "reasoner": answers.reasoner if answers else None, "args": asdict(settings)}
-    return about | {"tasks": scores, **aggregate(scores), "encoded": cache.encoded}, per_query
+    return about | {"tasks": scores, **aggregate(scores), "encoded": cache.encoded}, per_query, rankings
 
 
 def take(arrays, rows):
@@ -1056,7 +1079,7 @@ def generation_figures(greedy, rows):
 
 
 def ablation_entry(task, greedy, ablated, query_rows, candidate_rows):
-    entry, _ = score_task(task, take(ablated, query_rows), take(ablated, candidate_rows))
+    entry, *_ = score_task(task, take(ablated, query_rows), take(ablated, candidate_rows))
     rows = np.concatenate([query_rows, candidate_rows])
     rows = rows[ablated["valid"][rows, 0]]
     cosines = (greedy["gen"][rows, 0] * ablated["gen"][rows, 0]).sum(-1)
@@ -1105,6 +1128,20 @@ def report(folder, scores, per_query, backbone):
                 about = about_model(name, backbone, mode)
                 write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
         print(published_comparison(scores), flush=True)
+
+
+def to_report(model, scores, per_query, rankings):
+    """What report.html takes of a model: its folder, its scores, and answer and rankings of the queries it shows."""
+    tasks = scores["tasks"]
+    examples = {}
+    for name, of_modes in rankings.items():
+        examples[name] = {}
+        for q in of_modes["disc"]:
+            rankings_of_query = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
+            examples[name][q] = {"answer": per_query[name]["texts"][q], "rankings": rankings_of_query}
+    rows = {name: summary(entry) for name, entry in tasks.items()}
+    means = {"mean": mean_summary(tasks.values())} | scores["groups"] | scores["modalities"]
+    return {"folder": model, "rows": rows, "means": means, "examples": examples}
 
 
 def published_comparison(scores):
@@ -1193,15 +1230,19 @@ def main(argv=None):
     if settings.reasoner:
         answers = answers_of_reasoner(settings, inputs, reasoner, device, group)
     columns_of_models = []  # per model {task: {column: [x of each query]}}
+    reported = {}  # name of a model's results -> what the report takes of it
     for name, model in model_of.items():
         embedder = load_embedder(model, settings, device)
         result = evaluate(embedder, tasks, inputs, settings, name_of[model], answers, group)
         if rank == 0:
-            scores, per_query = result
+            scores, per_query, rankings = result
             report(Path(settings.out) / name, scores, per_query, embedder.backbone)
             columns_of_models.append({task: without_texts(columns) for task, columns in per_query.items()})
+            reported[name] = to_report(model, scores, per_query, rankings)
     if len(columns_of_models) > 1:
         print(change_table(list(model_of), columns_of_models[0], columns_of_models[-1]), flush=True)
+    if rank == 0 and settings.report_queries:
+        write_report(Path(settings.out) / "report.html", [vars(task) for task in tasks], reported, open_picture)
     end_processes()
 
 

@@ -1,11 +1,18 @@
-"""What eval.py prints: its tables and the change between two models. Takes the dicts that stand in its files."""
+"""What eval.py prints, its tables and the change between two models, and report.html. Takes plain dicts, such as those
+that stand in its files."""
 
+import base64
+import hashlib
+import io
+import json
 import math
+import re
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
-from support.run import text_table
+from support.run import read_json, text_table, write_file
 
 PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are no shares
 
@@ -127,3 +134,249 @@ def change_cells(first, last, tasks, columns):
         change, error = paired_change(before, after)
         cells.append(f"{100 * change:+.1f}±{100 * error:.1f}")
     return cells
+
+
+# --------------------------------------------------------------------------------------------------------------
+# report.html: the page is support/report_page.html, everything shown stands in it as one block of JSON
+
+REPORT_BYTES = 18_000_000  # of the file; queries that would go beyond it are left out, and the page says so
+REPORT_QUERIES = 160  # of all tasks together
+THUMBNAIL_SIDE = 112  # pixels of the longer side
+MOST_PICTURES = {"query": 8, "candidate": 2}  # of one input
+MOST_CHARACTERS = {"query": 1_500, "candidate": 300, "answer": 6_000}
+MOST_LABELS = 3  # right candidates shown above the rankings
+CURVE_POINTS = 120
+NO_CURVE = ("step", "eta_s", "pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib")
+
+
+def sampled_queries(num_queries, num_tasks, wanted):
+    """Indices of the queries of a task that the report shows: `wanted`, or a task's part of REPORT_QUERIES if that is
+    fewer."""
+    return spread(num_queries, min(wanted, max(1, REPORT_QUERIES // num_tasks)))
+
+
+def spread(total, most):
+    """At most so many places of a list, evenly over all of it: the queries of many tasks are in the order of their
+    classes, frames in that of time."""
+    n = min(total, most)
+    return [i * total // n for i in range(n)]
+
+
+def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
+    """tasks: dicts with the fields of eval.py's Task; models: {name: what eval.py's to_report() returns}, the sampled
+    queries of all models are the same. open_picture: path -> PIL picture, raises ValueError with a reason.
+
+    A query is shown with everything or not at all. The first ones of all tasks come before the second ones, so that a
+    limit of the size is felt by all tasks.
+    """
+    thumbnails = Thumbnails(open_picture)
+    page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    runs, run_numbers = training_runs({name: model["folder"] for name, model in models.items()})
+    scores = []
+    for name, model in models.items():
+        rows = {task: score_columns(row) for task, row in model["rows"].items()}
+        means = {part: score_columns(row) for part, row in model["means"].items()}
+        scores.append({"name": name, "rows": rows, "means": means, "runs": run_numbers[name]})
+    data = {
+        "models": scores,
+        "runs": runs,
+        "tasks": [describe_task(task) for task in tasks],
+        "examples": [],
+        "pictures": {},
+    }
+    free = max_bytes - len(page.encode()) - len(embeddable_json(data))
+    some_model = next(iter(models.values()))
+    turns = []
+    for number, task in enumerate(tasks):
+        turns += [(turn, number, q) for turn, q in enumerate(some_model["examples"][task["name"]])]
+    for _, number, q in sorted(turns):
+        task = tasks[number]
+        answers = [model["examples"][task["name"]][q] for model in models.values()]
+        example, pictures = make_example(number, task, q, answers, thumbnails)
+        new = {digest: jpeg for digest, jpeg in pictures.items() if digest not in data["pictures"]}
+        size = len(embeddable_json([example, new]))
+        if size > free:
+            data["tasks"][number]["left_out"] += 1
+            continue
+        free -= size
+        data["examples"].append(example)
+        data["pictures"] |= new
+    data["examples"].sort(key=lambda example: (example["task"], example["query"]))
+
+    text = page.replace("REPORT_DATA", embeddable_json(data))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    left_out = sum(task["left_out"] for task in data["tasks"])
+    limit = f", {left_out} more would exceed {max_bytes / 1e6:.0f} MB" if left_out else ""
+    print(f"{path}: {len(data['examples'])} queries of {len(tasks)} tasks{limit}; {len(text) / 1e6:.1f} MB", flush=True)
+
+
+def embeddable_json(data):
+    """JSON in ASCII that can stand in a script element: without "<" nothing in it ends the element or begins a
+    comment."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def score_columns(row):
+    """The modes and pass@k of a row of the tables."""
+    return {column: round(x, 5) for column, x in row.items() if column not in (*PLAIN, "invalid")}
+
+
+def describe_task(task):
+    fields = {key: task[key] for key in ("name", "group", "modality", "main_metric")}
+    return fields | {"queries": len(task["queries"]), "candidates": len(task["candidates"]), "left_out": 0}
+
+
+def make_example(number, task, q, answers, thumbnails):
+    """A query with its rankings by every model, and {digest: thumbnail} of the pictures in it. Candidates are listed
+    once, the rankings hold their places in this list. answers: per model {"answer", "rankings"}."""
+    query = task["queries"][q]
+    labels = list(dict.fromkeys(query["labels"]))
+    known = [key for key in labels[:MOST_LABELS] if key in task["candidates"]]
+    keys = list(known)
+    for answer in answers:
+        for ranking in answer["rankings"].values():
+            keys += [key for key, _ in ranking["top"]]
+    place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    pictures = {}
+
+    candidates = []
+    for key in place_of:
+        item = shown_input(task["candidates"][key], "candidate", thumbnails, pictures)
+        candidates.append({"key": clip(str(key), "candidate")} | item)
+    models = []
+    for answer in answers:
+        rankings = {}
+        for mode, ranking in answer["rankings"].items():
+            top = [[place_of[key], round(score, 6), key in labels] for key, score in ranking["top"]]
+            rankings[mode] = ranking | {"top": top}
+        models.append(split_answer(answer["answer"]) | {"rankings": rankings, "verdict": verdict(rankings)})
+    example = {
+        "task": number,
+        "query": q,
+        "input": shown_input(query["input"], "query", thumbnails, pictures),
+        "right": [place_of[key] for key in known],
+        "more_right": len(labels) - len(known),  # not shown, or no candidates
+        "candidates": candidates,
+        "models": models,
+    }
+    return example, pictures
+
+
+def verdict(rankings):
+    """Which of disc and gen have a right candidate first."""
+    disc = rankings["disc"]["right_rank"] == 1
+    gen = rankings["gen"]["right_rank"] == 1
+    if disc and gen:
+        return "both-right"
+    if gen:
+        return "gen-right"
+    return "disc-right" if disc else "both-wrong"
+
+
+def split_answer(text):
+    """The parts of <think>REASONING</think><answer>SUMMARY<gen_emb>, or all of a text that has another form."""
+    parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", text, re.DOTALL)
+    if not parts:
+        return {"text": clip(text, "answer")}
+    return {"reasoning": clip(parts[1].strip(), "answer"), "summary": clip(parts[2].strip(), "answer")}
+
+
+def clip(text, kind):
+    most = MOST_CHARACTERS[kind]
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
+def shown_input(item, kind, thumbnails, pictures):
+    """What is shown of a query or candidate; its thumbnails are added to `pictures`."""
+    paths = item["images"] + item["video"]
+    shown = []
+    for i in spread(len(paths), MOST_PICTURES[kind]):
+        found = thumbnails.get(paths[i])
+        if "problem" in found:
+            shown.append(found)
+        else:
+            shown.append({"digest": found["digest"]})
+            pictures[found["digest"]] = found["jpeg"]
+    return {
+        "text": clip(item["text"].strip(), kind),
+        "pictures": shown,
+        "num_images": len(item["images"]),
+        "num_frames": len(item["video"]),
+    }
+
+
+class Thumbnails:
+    """Small JPEGs of picture files, each file opened once."""
+
+    def __init__(self, open_picture):
+        self.open_picture = open_picture
+        self.found = {}
+
+    def get(self, path):
+        """{"digest", "jpeg" in base64}, or {"problem": why the picture cannot be read}"""
+        if path not in self.found:
+            try:
+                self.found[path] = thumbnail(self.open_picture(path))
+            except ValueError as error:
+                self.found[path] = {"problem": clip(str(error), "candidate")}
+        return self.found[path]
+
+
+def thumbnail(picture):
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=72)
+    jpeg = base64.b64encode(file.getvalue()).decode()
+    return {"digest": hashlib.blake2b(file.getvalue(), digest_size=8).hexdigest(), "jpeg": jpeg}
+
+
+# The curves of the training runs
+
+
+def training_runs(folders):
+    """Runs that the models come from, each once, as [{"name", "steps", "curves"}], and {name of a model: its places in
+    this list, first stage first}. folders: {name of a model: its folder}."""
+    place_of = {}  # folder of a run -> its place in the list
+    runs = []
+    places = {}
+    for name, folder in folders.items():
+        places[name] = []
+        for run in lineage(folder):
+            if run.resolve() not in place_of:
+                place_of[run.resolve()] = len(runs)
+                runs.append({"name": str(run)} | read_curves(run / "log.jsonl"))
+            places[name].append(place_of[run.resolve()])
+    return runs, places
+
+
+def lineage(folder):
+    """The folders of the run that made a model, and of the runs before it, the first one first. A hub id, or a folder
+    that has moved, has none."""
+    folders = []
+    folder = Path(folder)
+    while (folder / "log.jsonl").is_file() and folder not in folders:
+        folders.append(folder)
+        if (folder / "args.json").is_file():
+            folder = Path(read_json(folder / "args.json")["settings"]["model"])
+    return folders[::-1]
+
+
+def read_curves(path):
+    """{"steps": the last step, "curves": {name: [[step, x], ...]}} of a log.jsonl, in at most CURVE_POINTS points: each
+    is the mean over as many steps."""
+    points = {}
+    last = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not re.fullmatch(r'{"step": \d+[,}].*', line) or not line.endswith("}"):
+            continue  # of a run that goes on at this moment, or was killed: its last line may be cut
+        row = json.loads(line)
+        last = row["step"]
+        for name, x in row.items():
+            if name not in NO_CURVE and isinstance(x, (int, float)) and math.isfinite(x):
+                points.setdefault(name, []).append((row["step"], x))
+    return {"steps": last, "curves": {name: thinned(of_name) for name, of_name in points.items()}}
+
+
+def thinned(points):
+    parts = np.array_split(np.array(points), min(len(points), CURVE_POINTS))
+    return [[round(step), float(f"{x:.4g}")] for step, x in (part.mean(0) for part in parts)]

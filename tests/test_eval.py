@@ -143,12 +143,12 @@ def test_modes_by_hand():
     x, y = [1.0, 0.0], [0.0, 1.0]
     queries = arrays([[x], [x]], disc=[y, y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
     candidates = arrays([[x], [y]], disc=[x, y])
-    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert [entry[m]["hit@1"] for m in ("disc", "gen", "oracle")] == [0.5, 0.5, 1.0]
     assert columns["gen"] == [1, 0] and columns["disc"] == [0, 1] and columns["oracle"] == [1, 1]
     assert "mean" not in entry and "pass@k" not in entry
     swapped = arrays([[x], [y]], disc=[y, x])  # disc candidates the wrong way round
-    entry, columns = ev.score_task(two_query_task(), queries, swapped)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, swapped)
     assert columns["gen_disc"] == [0, 1]  # gen queries say x, which is now candidate b
     assert columns["disc_gen"] == [0, 1]  # disc queries say y, which is gen candidate b
 
@@ -159,7 +159,7 @@ def test_samples_by_hand():
     queries, candidates = arrays([[x], [y]], disc=[x, y]), arrays([[x], [y]], disc=[x, y])
     valid = [[True] * 4, [True, True, True, False]]
     sampled = arrays([[x, y, y, y], [y, y, x, z]], valid=valid)
-    entry, columns = ev.score_task(two_query_task(), queries, candidates, sampled)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates, sampled)
     assert list(entry["pass@k"]) == ["1", "2", "4"]
     assert entry["pass@k"]["1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert entry["pass@k"]["2"] == pytest.approx((3 / 6 + 5 / 6) / 2)
@@ -194,7 +194,7 @@ def test_fused_without_a_gen_embedding_is_disc_alone():
     x, y, nan = [1.0, 0.0], [0.0, 1.0], [math.nan] * 2
     queries = arrays([[x], [nan]], disc=[x, y], valid=[[True], [False]])
     candidates = arrays([[nan], [y]], disc=[x, y], valid=[[False], [True]])
-    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
     assert entry["tied"]["fused"] == 0
     near = arrays([[nan], [[0.8, 0.6]]], disc=[x, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
@@ -216,7 +216,7 @@ def test_two_samples_and_fused_mean_by_hand():
     x, y, z = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
     queries, candidates = arrays([[x], [y]], disc=[x, y]), arrays([[x], [y]], disc=[x, y])
     sampled = arrays([[x, x, y, y], [y, z, z, z]], valid=[[True] * 4, [True, False, False, False]])
-    entry, columns = ev.score_task(two_query_task(), queries, candidates, sampled)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates, sampled)
     assert columns["mean@2"] == [0.5, 0.5]  # query 1: its second pair has no embedding at all
     assert entry["mean@2"]["recall@10"] == pytest.approx((1 + 0.5) / 2)
     assert columns["mean"] == [1, 1]  # query 0: a and b tie, a stands first
@@ -243,7 +243,7 @@ def test_invalid_query_and_candidate_in_a_task():
     x, y = [1.0, 0.0], [0.0, 1.0]
     queries = arrays([[x], [y]], disc=[x, y], valid=[[True], [False]])
     candidates = arrays([[x], [y]], disc=[x, y], valid=[[False], [True]])
-    entry, columns = ev.score_task(two_query_task(), queries, candidates)
+    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == [1, 1]
     assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
     assert entry["gen"]["recall@10"] == 0
@@ -266,7 +266,7 @@ def test_graded_task_has_the_published_value_beside_ours():
     for query in task.queries:
         query |= {"labels": [9, 8], "grades": [3, 1]}
     both = arrays([[[1.0, 0.0]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
-    entry, _ = ev.score_task(task, both, both)
+    entry, *_ = ev.score_task(task, both, both)
     low = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
     assert entry["gen"]["ndcg_linear@5"] == pytest.approx((1 + low) / 2)  # query 0 ranks 9, 8; query 1 ranks 8, 9
     assert entry["published_ndcg"]["gen"]["ndcg_linear@5"] == pytest.approx((low + 1) / 2)

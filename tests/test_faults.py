@@ -236,7 +236,7 @@ def test_ties_for_the_first_place_are_counted():
     def arrays(x):
         return {"disc": x, "gen": x[:, None], "valid": np.ones((len(x), 1), bool), "problem": np.array([""] * len(x))}
 
-    entry, _ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
+    entry, *_ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
     assert entry["tied"]["disc"] == 2
 
 
