@@ -32,8 +32,7 @@ Departures from the official evaluation:
    scores.json has that value beside ours, as "published_ndcg".
 6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
 7. Frames of at most 25,088 pixels (32 tokens), as in training; the official evaluation sets no bound
-    (--video_max_pixels).
-   MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
+   (--video_max_pixels). MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
 
 With --reasoner the answers (reasoning and summary) come from elsewhere and the model only reads and embeds them: from
 another model, which is run first, or from a file of lines {"key", "answer"} that anything else has filled in (--export
