@@ -1,6 +1,7 @@
 """Data: conversations, pictures and videos to patches, the rows of SFT and RL files, batches.
 
-What a row becomes (the paper's formulation of an embedding that reasons): one string in Qwen2-VL's chat format,
+What a row becomes (the paper's formulation of an embedding that reasons): one string in Qwen2-VL's chat format, which
+Qwen2.5-VL and Qwen3-VL read too,
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
@@ -65,7 +66,7 @@ DISC = "<disc_emb>"  # added to the tokenizer after GEN
 IMAGE_MARK = "<image>"  # where media stand in the human text of SFT files
 VIDEO_MARK = "<video>"
 NUM_FRAMES = 8  # of a video
-FRAME_RATE = 2  # frames a second: files of frames do not tell, and Qwen's own tools take this for them
+FRAME_RATE = 2  # frames a second, whatever they were: lists of frames do not tell; qwen-vl-utils assumes 2, too
 BLANK_SIZE = (28, 28)  # of the white picture that stands for "no picture": images/blank.jpg in the published files
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
 MAX_DECODED = 200_000_000  # pixels; a larger picture is refused before it is decoded (decompression bombs)
@@ -76,7 +77,8 @@ class Skip(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Families of backbones. What Qwen's families share, the chat form and its control tokens, stands outside.
+# Families of backbones. What stands outside of the records: the protocol's chat form (Qwen2-VL's, with its system turn)
+# and the control tokens, which Qwen's families share.
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Family:
     """One family of backbones. To add one, write its entry of FAMILIES below, with its functions beside it.
 
     A patch is `patch` x `patch` pixels of `depth` frames; `merge` x `merge` patches become one token of the language
-    model. grid: (t, h, w) of a picture or video, in patches.
+    model. grid: (t, h, w) of a picture or video, in patches. A video has a step of time for each `depth` frames. K: the
+    first layers of the language model that get vision states of their own (DeepStack); 0 in most families.
     """
 
     model_class: str  # the class in transformers
@@ -98,10 +101,9 @@ class Family:
     video_pixels: tuple  # of one frame of a video
     image_pad: str  # the token in whose places a picture's states go
     video_pad: str
-    time_step: int  # rotary positions from one step of a video (`depth` frames) to the next
+    time_step: int  # rotary positions from one step of a video to the next
     timestamps: bool  # each step of a video stands alone in the text, after its time; else all are one run of pads
-    vision_layout: Callable  # (vision tower, grids, device) -> what it works out of the grids, worked out beforehand
-    # K: layers of the language model that get states of their own (DeepStack), 0 in most families
+    vision_layout: Callable  # (vision tower, grids, device) -> those of its arguments that depend on the grids only
     vision_states: Callable  # (tower, pixels, layout, merged) -> [n, (1 + K) D_vit]; merged: [n / merge^2, (1 + K) D]
     mergers: Callable  # (tower) -> its 1 + K mergers, which the paper trains in SFT
 
@@ -169,18 +171,19 @@ def window_states(tower, pixels, layout, merged):
 def deepstack_states(tower, pixels, layout, merged):
     """Qwen3-VL: beside the last layer's states those of K earlier ones, which have mergers of their own and go to the
     first K layers of the language model. The tower does not give them before their mergers: they are caught there."""
-    read = {}
+    if merged:
+        out = tower(pixels, **layout)
+        return torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
+    inputs = {}  # of each merger
     hooks = []
     for merger in deepstack_mergers(tower):
-        hooks.append(merger.register_forward_pre_hook(lambda module, args: read.update({module: args[0]})))
+        hooks.append(merger.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]})))
     try:
-        out = tower(pixels, **layout)
+        tower(pixels, **layout)
     finally:
         for hook in hooks:
             hook.remove()
-    if merged:
-        return torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
-    return torch.cat([read[merger] for merger in deepstack_mergers(tower)], dim=-1)
+    return torch.cat([inputs[merger] for merger in deepstack_mergers(tower)], dim=-1)
 
 
 def deepstack_mergers(tower):
@@ -208,7 +211,7 @@ QWEN2_VL = Family(
 QWEN2_5_VL = replace(
     QWEN2_VL,
     model_class="Qwen2_5_VLForConditionalGeneration",
-    time_step=2,  # of the released models; family_of() reads it
+    time_step=2,  # the released models'; family_of() takes it from config.json
     vision_layout=window_layout,
     vision_states=window_states,
 )
@@ -429,8 +432,8 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
 
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
     After a picture or video the text goes on at its larger side: time does not count there, as in transformers 5. (In
-    4, and when the models were made, it did: another number where a video has more steps than its frames have tokens on
-    a side.)
+    4, and when the models were made, it did: another number where a video spans more positions of time, 7 for 4 steps
+    of Qwen2.5-VL, than its frames have tokens on a side.)
     """
     runs = iter([run for grid in grids for run in runs_of_pads(family.in_tokens(grid), family)])
     is_media = np.isin(ids, media_ids)
@@ -459,13 +462,14 @@ def runs_of_pads(grid, family):
 
 
 def media_text(pad, grid, num_frames, family):
-    """How a picture or video stands in the text: one pad token for every visual token of its grid (in tokens)."""
+    """How a picture or video stands in the text: one pad token for every visual token of its grid (in tokens), with
+    timestamps each step of a video after its time, the mean of its frames'."""
     runs = [f"<|vision_start|>{pad * math.prod(run)}<|vision_end|>" for run in runs_of_pads(grid, family)]
-    if pad == family.video_pad and family.timestamps:
-        frames = np.arange(len(runs) * family.depth).clip(max=num_frames - 1)  # the last one may be there twice
-        times = frames.reshape(len(runs), family.depth)[:, [0, -1]].mean(axis=1) / FRAME_RATE
-        runs = [f"<{time:.1f} seconds>{run}" for time, run in zip(times, runs)]
-    return "".join(runs)
+    if pad != family.video_pad or not family.timestamps:
+        return "".join(runs)
+    frames = np.arange(len(runs) * family.depth).clip(max=num_frames - 1)  # the last one may be there twice
+    times = frames.reshape(len(runs), family.depth)[:, [0, -1]].mean(axis=1) / FRAME_RATE
+    return "".join(f"<{time:.1f} seconds>{run}" for time, run in zip(times, runs))
 
 
 def chat_prompt(user):

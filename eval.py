@@ -31,7 +31,7 @@ Departures from the official evaluation:
 5. Grades stay with their labels; the official code re-orders one and not the other, which moves ndcg of 3 tasks:
    scores.json has that value beside ours, as "published_ndcg".
 6. Inputs with equal content (text and bytes of the media), in any task, are embedded once.
-7. Frames of at most 25,088 pixels (32 tokens), as in training; the official evaluation sets no bound
+7. Frames of at most 32 tokens (Qwen2-VL: 25,088 pixels), as in training; the official evaluation sets no bound
    (--video_max_pixels). MomentSeeker's clips of more than 8 saved frames are thinned out to 8.
 
 With --reasoner the answers (reasoning and summary) come from elsewhere and the model only reads and embeds them: from
@@ -1266,7 +1266,7 @@ def check_settings(settings):
 def check_video_pixels(most, family):
     least, _ = family.video_pixels
     if 0 < most < least:
-        raise BadInput(f"--video_max_pixels {most}: must be at least {least} ({family.model_class})")
+        raise BadInput(f"--video_max_pixels {most}: must be at least {least}, four tokens of the model")
 
 
 def load_embedder(model, settings, device):

@@ -1,4 +1,5 @@
-"""The embedder: Qwen2-VL with two embeddings, `disc` read at <disc_emb> and `gen` read at the last <gen_emb>.
+"""The embedder: Qwen2-VL (or 2.5, or Qwen3-VL) with two embeddings, `disc` read at <disc_emb>, `gen` at the last
+<gen_emb>.
 
 Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (the
 paper's model; so are the released weights).
@@ -257,9 +258,12 @@ class Embedder(nn.Module):
         if len(vision_states):
             merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
             is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
-            first, *deepstack = merged.split(self.width, dim=-1)
+            first, *others = merged.split(self.width, dim=-1)
             x = x.masked_scatter(is_media[..., None], first.to(x.dtype))
-            return x, {"visual_pos_masks": is_media, "deepstack_visual_embeds": deepstack} if deepstack else {}
+            deepstack = {}
+            if others:
+                deepstack = {"visual_pos_masks": is_media, "deepstack_visual_embeds": others}
+            return x, deepstack
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
             merge = self.family.merge
@@ -843,6 +847,11 @@ def load_tokenizer(name_or_path):
         raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}, each of "
                        "which is one record of FAMILIES in data.py: add another there")  # fmt: skip
     family = family_of(config)
+    vision = config.vision_config
+    sizes = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if sizes != (family.patch, family.depth, family.merge):
+        raise BadInput(f"{name_or_path}: patches of the sizes {sizes}, other than {config.model_type} in data.py has; a "
+                       "record of its own is needed there")  # fmt: skip
     pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
     if pads != [config.image_token_id, config.video_token_id]:
         raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "

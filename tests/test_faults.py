@@ -871,13 +871,17 @@ def test_missing_tensors_are_named(tiny_dir, tmp_path, change, name):
 def test_models_that_are_none_of_ours(tiny_dir, tmp_path):
     """Another family, adapter files alone or beside weights, weights that are cut off, a tokenizer that is not there
     (transformers makes an empty one, all texts were equal) or another model's, a config.json of fewer layers (the
-    others' weights were left out): each a sentence."""
+    others' weights were left out) or other patches (the states went to the wrong places): each a sentence."""
     Embedder.from_pretrained(tiny_dir).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
     with pytest.raises(BadInput, match="the family qwen2; .* qwen2_vl, qwen2_5_vl, qwen3_vl, .*FAMILIES in data.py"):
         Embedder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
+    smaller = config["vision_config"] | {"spatial_merge_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": smaller}))
+    with pytest.raises(BadInput, match=r"patches of the sizes \(14, 2, 1\)"):
+        Embedder.from_pretrained(tmp_path)
     fewer = config["vision_config"] | {"depth": config["vision_config"]["depth"] - 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": fewer}))
     with pytest.raises(BadInput, match="no room for 12 tensors of the files: model.visual.blocks"):
