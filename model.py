@@ -850,8 +850,8 @@ def load_tokenizer(name_or_path):
     vision = config.vision_config
     sizes = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     if sizes != (family.patch, family.depth, family.merge):
-        raise BadInput(f"{name_or_path}: patches of the sizes {sizes}, other than {config.model_type} in data.py has; a "
-                       "record of its own is needed there")  # fmt: skip
+        raise BadInput(f"{name_or_path}: patches of the sizes {sizes}, others than {config.model_type} has in data.py; "
+                       "it needs a record of its own there")  # fmt: skip
     pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
     if pads != [config.image_token_id, config.video_token_id]:
         raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
