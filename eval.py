@@ -6,7 +6,8 @@ at --temperature. Modes (a task's value is the mean over its queries):
 
     disc, gen           query and candidates both in this mode
     fused               the mean of both cosines: one dot product of [disc, gen] / sqrt(2); not in the paper
-    oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound
+    oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound of
+                        choosing between the two (fused, which adds them, may be above it)
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
     mean                normalised mean of a query's k sampled gen embeddings; greedy gen candidates
     mean@2              the same of two samples, averaged over the pairs (0, 1), (2, 3), ... of the k
@@ -101,6 +102,7 @@ from support.run import (
     hold,
     parse_args,
     processes,
+    read_json,
     run_script,
     setting,
     stable_hash,
@@ -1113,6 +1115,11 @@ def load_tasks(names, settings, group=None):
 def report(folder, scores, per_query, backbone):
     """Writes the files of a model and prints its tables."""
     tasks = scores["tasks"]
+    if (folder / "scores.json").exists():
+        lost = sorted(read_json(folder / "scores.json")["tasks"].keys() - tasks.keys())
+        if lost:
+            print(f"{folder}/scores.json no longer has {', '.join(lost)}: another --out would keep both (their embeddings "
+                  "are in the cache)", flush=True)  # fmt: skip
     rows = {name: summary(entry) for name, entry in tasks.items()}
     mean = mean_summary(tasks.values())
     gaps = {name: entry["oracle_gap"] for name, entry in tasks.items()}

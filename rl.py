@@ -101,7 +101,7 @@ class Settings:
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/rl", "output folder")
     # the paper's, where nothing else is said
-    steps: int = setting(345, "optimiser steps (11 K pairs, 1 epoch)")
+    steps: int = setting(345, "optimiser steps (345: 11 K pairs of 2b once)")
     batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
     prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of the language model's pass over prompts; memory and "
@@ -128,8 +128,8 @@ class Settings:
     train_vision: bool = setting(False, "train the vision tower too, as the official code does")
     max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
     # the machine's: they change time and memory, not the method
-    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
-    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
     fsdp: bool = setting(False, "spread policy, reference and optimiser over the processes (FSDP2)")
     workers: int = setting(4, "background processes per process that read and resize pictures")
     seed: int = setting(0, "order of the batches and random numbers of the rollouts")

@@ -100,8 +100,8 @@ class Settings:
     train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
     max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
     # the machine's: they change time and memory, not the method
-    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights")
-    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing of the language model")
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
     fsdp: bool = setting(False, "spread parameters and optimiser over the processes (FSDP2), for what does not fit")
     workers: int = setting(8, "background processes per process that read and resize pictures")
     seed: int = setting(0, "order of the batches")

@@ -489,8 +489,10 @@ class Loop:
             saved = bool(self.completed) and self.save(self.completed, alone)
         except Exception as error:  # noqa: BLE001
             self.say(f"saving failed: {sentence_of(error) or repr(error)}")
-        told = f"saved after step {self.completed}" if saved else "nothing new was saved"
-        self.say(f"{told}; the same command goes on from there")
+        if saved:
+            self.say(f"saved after step {self.completed}; the same command goes on from there")
+        else:
+            self.say("nothing new was saved")
 
     def say(self, text):
         if processes()[0] == 0:
@@ -822,8 +824,8 @@ def changes(before, now):
     return {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
 
 
-def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE):
-    """Stops where a resumed run is not the same one. step: the step that it goes on after.
+def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE, why=""):
+    """Stops where a resumed run is not the same one. step: the step that it goes on after; why: said with the changes.
 
     A setting that did not exist when the run began is said, not refused: its default is what the run did until then.
     """
@@ -831,7 +833,7 @@ def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE):
     refused = [text for key, text in changed.items() if key in before and key not in may_change]
     if refused:
         raise SystemExit(
-            f"{path} was made with other settings ({'; '.join(refused)}). "
+            f"{path} was made with other settings ({'; '.join(refused)}){why}. "
             "Give the same ones, or another --out, or --resume none to start anew."
         )
     if now.get("steps", step) < step:
@@ -918,8 +920,10 @@ def begin_run(args, digest_of):
     before = read_json(path) if args.resume == "auto" and path.exists() else {}
     if before.get("finished") and any(out.glob("*.safetensors")):  # else somebody has taken the model away
         before = before.get("resume", before["settings"])
-        if args.steps <= before["steps"] or not list_checkpoints(out):  # else it is extended, from its last checkpoint
-            refuse_changed(before, settings, out, may_change=())
+        can_go_on = bool(list_checkpoints(out))
+        if args.steps <= before["steps"] or not can_go_on:  # else it is extended, from its last checkpoint
+            why = "" if can_go_on else ", and it has no checkpoint to go on from"
+            refuse_changed(before, settings, out, may_change=(), why=why)
             if rank == 0:
                 print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
             end_processes()
@@ -1063,9 +1067,17 @@ def parse_args(settings, presets, argv=None):
     preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
     if preset not in presets:
         raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
-    parser = transformers.HfArgumentParser(settings, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what_it_does = sys.modules[settings.__module__].__doc__.split("\n\n")[0]
+    parser = transformers.HfArgumentParser(
+        settings, description=what_it_does, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.set_defaults(**presets[preset])
-    args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    for action in parser._actions:  # HfArgumentParser adds --no_x to a true --x, with the help of the other
+        if any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help = argparse.SUPPRESS
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise SystemExit(f"unknown: {' '.join(unknown)}; --help lists the flags")
     check_bounds(vars(args))
     return args
 

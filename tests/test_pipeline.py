@@ -75,21 +75,20 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
 
     assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
     refused = start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 4, *common, ok=False)
-    assert "steps 3 -> 4" in refused
+    assert "steps 3 -> 4" in refused and "no checkpoint to go on from" in refused
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
 def test_help_names_every_flag_with_its_meaning(script):
     """--help lists all settings, with the preset's defaults."""
     text = start(script, "--help")
-    assert text.count("(default:") >= 10 and "--preset" in text
+    assert text.count("(default:") >= 10 and "--preset" in text and "--no_" not in text
 
 
 def test_unknown_flag_and_preset_are_errors():
     """A misspelt flag must not be ignored."""
-    assert "unrecognized" in start("sft.py", "--stepz", 3, ok=False) or "not used" in start(
-        "sft.py", "--stepz", 3, ok=False
-    )
+    refused = start("sft.py", "--stepz", 3, ok=False)
+    assert "unknown: --stepz 3; --help lists the flags" in refused and "Traceback" not in refused
     assert "choose one of" in start("rl.py", "--preset", "3b", ok=False)
 
 
