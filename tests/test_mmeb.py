@@ -236,6 +236,14 @@ def run(root, model, out, *flags, tasks=FEW):
     return json.loads((Path(out) / Path(model).name / "scores.json").read_text())
 
 
+def test_scores_that_are_replaced_are_named(mini, writer_dir, tmp_path, capsys):
+    """Bug story: a run of one task in the folder of an evaluation replaced its scores without a word."""
+    run(mini, writer_dir, tmp_path, tasks=["VOC2007", "HMDB51"])
+    assert "no longer has" not in capsys.readouterr().out
+    run(mini, writer_dir, tmp_path, tasks=["VOC2007"])
+    assert "scores.json no longer has HMDB51 (the cache has their embeddings)" in capsys.readouterr().out
+
+
 def test_a_part_of_the_tasks_has_no_overall(mini, writer_dir, tmp_path, capsys):
     """3 of 78: group means are marked, there is no overall, published rows stand beside ours; the leaderboard's files
     have its keys, the missing tasks as it writes them, and the corrected page sets' names."""
