@@ -1118,8 +1118,8 @@ def report(folder, scores, per_query, backbone):
     if (folder / "scores.json").exists():
         lost = sorted(read_json(folder / "scores.json")["tasks"].keys() - tasks.keys())
         if lost:
-            print(f"{folder}/scores.json no longer has {', '.join(lost)} (the cache has their embeddings): another --out "
-                  "would keep both", flush=True)  # fmt: skip
+            print(f"{folder}/scores.json no longer has {', '.join(lost)} (the cache has their embeddings): another "
+                  "--out would keep both", flush=True)  # fmt: skip
     rows = {name: summary(entry) for name, entry in tasks.items()}
     mean = mean_summary(tasks.values())
     gaps = {name: entry["oracle_gap"] for name, entry in tasks.items()}
