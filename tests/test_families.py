@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from conftest import picture, random_backbone, save_random_model, train_writer
+from conftest import encoded, picture, random_backbone, save_random_model, train_writer, transformers_forward
 
 # these take their models from the fixtures below
 from test_model import (  # noqa: F401
+    CLOSE,
+    everything,
     test_bf16_is_close,
     test_cached_decode_equals_full_forward,
     test_embed_reads_the_right_places,
@@ -71,6 +74,16 @@ def writer_dir(tiny_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def writer(writer_dir):
     return Embedder.from_pretrained(writer_dir)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [False, True])
+def test_videos_of_four_and_five_frames_equal_transformers(embedder, left):
+    """An even and an odd number of frames."""
+    items = [{"text": "n", "video": [picture(i, 120, 60 + n) for i in range(n)]} for n in (4, 5)]
+    rows = encoded(embedder, items)
+    for (embeddings, _), (hidden, _) in zip(everything(embedder, rows), transformers_forward(embedder, rows, left)):
+        torch.testing.assert_close(embeddings, F.normalize(hidden, dim=-1), **CLOSE)
 
 
 def video_text(family, num_frames, processor):
