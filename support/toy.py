@@ -432,6 +432,7 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidat
         "rl_dev": ("dev", 48, TASKS),
         "rl_test": ("test", 48, TASKS),
     }
+    print(f"writing the toy world to {out}", flush=True)
     jobs = []
     for name, (split, count, tasks) in row_files.items():
         jobs += [(pair_rows, seed, task, name, split, count) for task in tasks]
