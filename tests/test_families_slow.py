@@ -16,11 +16,13 @@ from test_scale import test_fsdp_equals_ddp, test_rl_in_shards_equals_replicas  
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["toy base", *MODELS])
 def test_the_stages_on_real_pictures(model_type, real, tmp_path):
-    """A random model of each family, as a user starts it: SFT's losses fall in 40 steps, RL starts at KL 0 and stays
+    """The toy's base and a random model of each family, as a user starts it: SFT's losses fall in 40 steps, RL starts at KL 0 and stays
     finite for 5, the check passes, the model annotates as a teacher, and eval.py prints its table."""
-    base, sft, rl = save_random_model(tmp_path / "base", model_type), tmp_path / "sft", tmp_path / "rl"
+    base, sft, rl = ROOT / "assets/toy_base", tmp_path / "sft", tmp_path / "rl"
+    if model_type in MODELS:
+        base = save_random_model(tmp_path / "base", model_type)
     start("sft.py", "--model", base, "--data", real / "sft.json", "--media_root", real, "--out", sft, "--steps", 40,
           "--batch_size", 16, "--micro_batch", 8, "--tau_steps", 20)  # fmt: skip
     log = read_log(sft)
