@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("model_type", ["toy base", *MODELS])
 def test_the_stages_on_real_pictures(model_type, real, tmp_path):
-    """The toy's base and a random model of each family, as a user starts it: SFT's losses fall in 40 steps, RL starts at KL 0 and stays
-    finite for 5, the check passes, the model annotates as a teacher, and eval.py prints its table."""
+    """Toy base and random models of all families, as users start them: SFT's losses fall in 40 steps, RL begins at
+    KL 0 and stays finite for 5, the check passes, the model annotates as a teacher, and eval.py prints its table."""
     base, sft, rl = ROOT / "assets/toy_base", tmp_path / "sft", tmp_path / "rl"
     if model_type in MODELS:
         base = save_random_model(tmp_path / "base", model_type)
