@@ -139,7 +139,9 @@ ELSEWHERE = (  # CI runs its own two commands, test_annotate.py the chain on rea
 STAND_IN_FOR_OPENAI = """
 from types import SimpleNamespace as Name
 def create(model, messages, temperature):
-    content = messages[0]["content"]
+    system, user = messages
+    assert system["content"] == "You are a helpful assistant."
+    content = user["content"]
     assert content[-1]["text"].endswith("represent the entire input.")
     assert all(part["image_url"]["url"].startswith("data:image") for part in content[:-1])
     message = Name(content=f"<think>{len(content)} parts</think><answer>a thing<gen_emb>")
