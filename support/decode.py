@@ -54,8 +54,8 @@ class SlotCache:
 class PromptCache:
     """For a pass of transformers over P prompts: puts their keys and values into G slots each, from `first` on.
 
-    Has the methods that transformers' language models call. It gives back what it gets: the prompts are new, their
-    tokens see nothing that was there before.
+    Has the methods that transformers calls: update in every layer, the others for the mask. It gives back what it gets:
+    the prompts are new, their tokens see nothing that was there before.
     """
 
     def __init__(self, slot_cache, first, G):
@@ -69,9 +69,6 @@ class PromptCache:
         part[0] = k[:, None]
         part[1] = v[:, None]
         return k, v
-
-    def get_seq_length(self, _layer=0):
-        return 0
 
     def get_query_offset(self, _layer=0):
         return 0

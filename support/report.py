@@ -249,7 +249,7 @@ def make_example(number, task, q, answers, thumbnails):
         for mode, ranking in answer["rankings"].items():
             top = [[place_of[key], round(score, 6), key in labels] for key, score in ranking["top"]]
             rankings[mode] = ranking | {"top": top}
-        models.append(split_answer(answer["answer"]) | {"rankings": rankings, "verdict": verdict(rankings)})
+        models.append(parts_of_answer(answer["answer"]) | {"rankings": rankings, "verdict": verdict(rankings)})
     example = {
         "task": number,
         "query": q,
@@ -273,7 +273,7 @@ def verdict(rankings):
     return "disc-right" if disc else "both-wrong"
 
 
-def split_answer(text):
+def parts_of_answer(text):
     """The parts of <think>REASONING</think><answer>SUMMARY<gen_emb>, or all of a text that has another form."""
     parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", text, re.DOTALL)
     if not parts:
@@ -374,9 +374,10 @@ def read_curves(path):
         for name, x in row.items():
             if name not in NO_CURVE and isinstance(x, (int, float)) and math.isfinite(x):
                 points.setdefault(name, []).append((row["step"], x))
-    return {"steps": last, "curves": {name: thinned(of_name) for name, of_name in points.items()}}
+    return {"steps": last, "curves": {name: averaged(of_name) for name, of_name in points.items()}}
 
 
-def thinned(points):
+def averaged(points):
+    """[(step, x), ..] -> at most CURVE_POINTS of them, each the mean of neighbours."""
     parts = np.array_split(np.array(points), min(len(points), CURVE_POINTS))
     return [[round(step), float(f"{x:.4g}")] for step, x in (part.mean(0) for part in parts)]

@@ -26,20 +26,20 @@ def picture(seed=0, width=70, height=56, mode="RGB"):
     return Image.fromarray(pixels).convert(mode)
 
 
-# model type -> configuration of a small random one. Sections of the rotary positions: half a head's width. Qwen2.5-VL:
-# a layer with windows of 2 x 2 tokens and one without, time that counts by 4, an untied head. Qwen3-VL: two layers of
-# DeepStack.
+# model type -> text_config, vision_config of a small random one. Sections of the rotary positions: half a head's width.
+# Qwen2.5-VL: a layer with windows of 2 x 2 tokens and one without, time that counts by 4, an untied head. Qwen3-VL: two
+# layers of DeepStack.
 TEXT = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=300, max_position_embeddings=4096, initializer_range=0.1)  # fmt: skip
+            max_position_embeddings=4096, initializer_range=0.1)  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 VISION = dict(num_heads=2, initializer_range=0.05)
 MODELS = {
-    "qwen2_vl": ("Qwen2VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
+    "qwen2_vl": (dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
                  dict(VISION, depth=1, embed_dim=32, hidden_size=128)),
-    "qwen2_5_vl": ("Qwen2_5_VL", dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
+    "qwen2_5_vl": (dict(TEXT, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}),
                    dict(VISION, depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=128, window_size=56,
                         fullatt_block_indexes=[1])),
-    "qwen3_vl": ("Qwen3VL", dict(TEXT, head_dim=48, rope_parameters={**ROPE, "mrope_section": [8, 8, 8]}),
+    "qwen3_vl": (dict(TEXT, head_dim=48, rope_parameters={**ROPE, "mrope_section": [8, 8, 8]}),
                  dict(VISION, depth=4, hidden_size=32, intermediate_size=48, out_hidden_size=128,
                       num_position_embeddings=16, deepstack_visual_indexes=[0, 2])),
 }  # fmt: skip
@@ -47,13 +47,16 @@ MODELS = {
 
 def random_backbone(model_type, vocabulary=300, tokens=None, **ids):
     """Norms and biases random too: ones and zeros would hide a pass that leaves them out."""
-    name, text, vision = MODELS[model_type]
+    from data import FAMILIES
+
+    text, vision = MODELS[model_type]
     text = dict(text, vocab_size=vocabulary, bos_token_id=None, **(tokens or {}))
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
+    model_class = getattr(transformers, FAMILIES[model_type].model_class)
+    config = model_class.config_class(
         text_config=text, vision_config=vision, tie_word_embeddings=model_type != "qwen2_5_vl", **ids
     )
-    backbone = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    backbone = model_class(config).eval()
     with torch.no_grad():
         for p in backbone.parameters():
             if p.dim() == 1:
@@ -380,9 +383,6 @@ class StepCache:
         kv[0][rows, :, self.index] = k[:, :, 0].to(kv.dtype)
         kv[1][rows, :, self.index] = v[:, :, 0].to(kv.dtype)
         return kv[:, : len(k), :, : self.K]
-
-    def get_seq_length(self, _layer=0):
-        return self.K - 1
 
 
 def transformers_read(backbone, bf16=False):

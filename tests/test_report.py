@@ -18,7 +18,7 @@ from test_eval import arrays, generate_by_text, unit, write_tasks
 
 import eval as ev
 from data import open_picture
-from support.report import REPORT_BYTES, read_curves, sampled_queries, split_answer, training_runs, write_report
+from support.report import REPORT_BYTES, parts_of_answer, read_curves, sampled_queries, training_runs, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("</script><script>document.title = 'hostile'</script><!--<script>"
@@ -135,10 +135,10 @@ def test_verdicts(tmp_path):
 
 
 def test_answers_are_split():
-    assert split_answer("<think> a\nb</think>\n<answer>c <gen_emb>") == {"reasoning": "a\nb", "summary": "c"}
-    assert split_answer("<think></think><answer>c</answer>") == {"reasoning": "", "summary": "c"}
-    assert split_answer("c<gen_emb>") == {"text": "c<gen_emb>"}
-    assert split_answer("x" * 7000)["text"].endswith("x … (1,000 more characters)")
+    assert parts_of_answer("<think> a\nb</think>\n<answer>c <gen_emb>") == {"reasoning": "a\nb", "summary": "c"}
+    assert parts_of_answer("<think></think><answer>c</answer>") == {"reasoning": "", "summary": "c"}
+    assert parts_of_answer("c<gen_emb>") == {"text": "c<gen_emb>"}
+    assert parts_of_answer("x" * 7000)["text"].endswith("x … (1,000 more characters)")
 
 
 @pytest.mark.parametrize("queries, tasks, wanted, want", [
