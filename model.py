@@ -402,7 +402,7 @@ class Embedder(nn.Module):
 
     def append_tokens(self, completions, hidden, decoder, temperature):
         """Samples the next token of each completion, given the states [A, D] at their last tokens."""
-        logits = head(hidden.to(decoder.dtype), decoder.head, self.banned, temperature or 1.0)
+        logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), self.banned, temperature or 1.0)
         uniforms = forced = None
         if temperature:
             uniforms = [c.uniforms[len(c.ids)] for c in completions]
@@ -597,9 +597,9 @@ def int_tensors(device, *lists):
     return flat.to(device).split([len(numbers) for numbers in lists])
 
 
-def head(hidden, weight, banned, temperature):
-    """Logits [N, V] in fp32, without gradient."""
-    logits = F.linear(hidden, weight).float().index_fill_(-1, banned, BANNED)
+def sampling_logits(logits, banned, temperature):
+    """The head's outputs [N, V] -> the logits of what is sampled, fp32, without gradient. May write into `logits`."""
+    logits = logits.float().index_fill_(-1, banned, BANNED)
     return logits if temperature == 1 else logits.div_(temperature)
 
 
@@ -625,7 +625,7 @@ class TokenLogp(torch.autograd.Function):
         weight = master_weight.to(dtype)  # once, not once a chunk
         logp, entropy, norm = [], [], []
         for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
-            x = head(h, weight, banned, temperature)  # [c, V]
+            x = sampling_logits(F.linear(h, weight), banned, temperature)  # [c, V]
             top = x.amax(-1, keepdim=True)
             e = (x - top).exp_()
             total = e.sum(-1)
@@ -645,11 +645,14 @@ class TokenLogp(torch.autograd.Function):
         grad = grad / ctx.temperature
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for h, y, z, g, d_h in zip(*(x.split(HEAD_CHUNK) for x in (hidden, labels, norm, grad, d_hidden))):
-            x = head(h, weight, banned, ctx.temperature)
+            x = sampling_logits(F.linear(h, weight), banned, ctx.temperature)
             d = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [c, V]
             d = d.scatter_add_(-1, y[:, None], g[:, None]).to(weight.dtype)
             torch.mm(d, weight, out=d_h)
-            d_weight += d.T @ h
+            if d.dtype == d_weight.dtype:
+                d_weight.addmm_(d.T, h)  # without a second matrix of this size
+            else:
+                d_weight += d.T @ h
         return d_hidden, d_weight, None, None, None, None
 
 

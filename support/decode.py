@@ -15,9 +15,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# numbers in a matrix that may be there twice, where one product of several saves time: on a GPU those of a 2B (1.7 GB
-# in all in bf16), on a CPU those of a toy
-SMALL = {"cuda": 2**24, "cpu": 2**18}
+# numbers in a matrix that may be there twice, where that saves time: on a GPU those of a 2B's layers (1.7 GB in all in
+# bf16), on a CPU those of its attention (0.6 GB in fp32)
+COPIED = {"cuda": 2**24, "cpu": 2**23}
+PACKED = 2**18  # numbers in an fp32 matrix above which a CPU is faster with a packed copy (packed_linear)
 
 
 class SlotCache:
@@ -88,7 +89,7 @@ class Decoder:
         model = backbone.model.language_model
         config = backbone.config.text_config
         self.embeddings = model.embed_tokens.weight  # [V, D]
-        self.head = backbone.lm_head.weight.to(dtype)  # [V, D]
+        self.head = Projection([backbone.lm_head], dtype)  # D -> V
         self.device, self.dtype = self.embeddings.device, dtype
         self.cache = SlotCache(config, slots, self.device, dtype)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -156,25 +157,29 @@ class Decoder:
         for w, kv in zip(self.layers, self.cache.kv):
             # attention: the heads of queries and keys are rotated together
             h = self.rms_norm(x, w.attention_norm).to(self.dtype)
-            qkv = project(h, w.qkv).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))  # [R, H + 2 H_kv, N]
-            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            qkv = w.qkv(h).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))  # [R, H + 2 H_kv, N]
+            qk = qkv[:, : self.heads + self.kv_heads]
+            normed = qk
             if w.qk_norm is not None:
-                qk = F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * w.qk_norm
-            qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin).to(self.dtype)
-            q, k = qk.split([self.heads, self.kv_heads], 1)
-            kv[0][rows, :, index] = k
-            kv[1][rows, :, index] = v
+                normed = F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * w.qk_norm
+            qk.copy_(torch.addcmul(normed * cos, normed.roll(qk.shape[-1] // 2, -1), sin))  # beside v: one write for kv
+            kv[:, rows, :, index] = qkv[:, self.heads :].unflatten(1, (2, -1))  # [R, 2, H_kv, N]
             keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
-            q = q.unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: heads that share keys, as rows of one
-            x = x + project(self.attention(q, keys, values, mask).flatten(1), w.o)
+            q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: those that share keys
+            x = x + w.o(self.attention(q, keys, values, mask).flatten(1))
             # feed-forward
             h = self.rms_norm(x, w.mlp_norm).to(self.dtype)
-            gate, up = project(h, w.gate_up).chunk(2, -1)
-            x = x + project(F.silu(gate) * up, w.down)
+            gate, up = w.gate_up(h).chunk(2, -1)
+            x = x + w.down(F.silu(gate) * up)
         return self.rms_norm(x, self.norm)
 
     def rms_norm(self, x, weight):
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        """[R, D] -> [R, D]"""
+        if x.is_cuda or x.dtype != torch.float32:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        # the same in fewer operations than torch's on a CPU, which take a quarter of a step of one toy row
+        mean_square = torch.linalg.vecdot(x, x) / x.shape[-1]  # [R]
+        return x * torch.rsqrt(mean_square + self.eps)[:, None] * weight
 
 
 class LayerWeights:
@@ -183,33 +188,50 @@ class LayerWeights:
     def __init__(self, layer, heads, kv_heads, dtype):
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm = layer.input_layernorm.weight  # [D]
-        self.qkv = matrices([attention.q_proj, attention.k_proj, attention.v_proj], dtype)  # [(H + 2 H_kv) N, D]
-        self.o = matrices([attention.o_proj], dtype)
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype)  # D -> (H + 2 H_kv) N
+        self.o = Projection([attention.o_proj], dtype)
         self.mlp_norm = layer.post_attention_layernorm.weight
-        self.gate_up = matrices([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = matrices([mlp.down_proj], dtype)
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = Projection([mlp.down_proj], dtype)
         self.qk_norm = None
         if hasattr(attention, "q_norm"):  # Qwen3 normalises every head of queries and keys
             q, k = attention.q_norm.weight, attention.k_norm.weight  # [N] each
             self.qk_norm = torch.cat([q.expand(heads, -1), k.expand(kv_heads, -1)])  # [H + H_kv, N]
 
 
-def matrices(linears, dtype):
-    """Linear layers that read the same input -> [(weight, bias or None)]: as one where a copy is made anyway (they are
-    rounded) or is small. Large ones of this dtype are used as they are: a GPU that holds a 7B may not hold two."""
-    weights = [linear.weight.to(dtype) for linear in linears]
-    biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
-    copied_anyway = linears[0].weight.dtype != dtype
-    large = max(map(torch.numel, weights)) > SMALL["cuda" if weights[0].is_cuda else "cpu"]
-    if len(linears) == 1 or (large and not copied_anyway):
-        return list(zip(weights, biases))
-    return [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
+class Projection:
+    """Linear layers that read the same input, their outputs side by side: h [R, n] -> [R, m].
+
+    They are one matrix where a copy is made anyway (they are rounded) or is small. Large ones of this dtype are used as
+    they are: a GPU that holds a 7B may not hold two.
+    """
+
+    def __init__(self, linears, dtype):
+        self.weights = [linear.weight.to(dtype) for linear in linears]
+        self.biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
+        self.product = F.linear
+        copied_anyway = linears[0].weight.dtype != dtype
+        small = max(map(torch.numel, self.weights)) <= COPIED["cuda" if self.weights[0].is_cuda else "cpu"]
+        if not (copied_anyway or small):
+            return
+        if len(linears) > 1:
+            self.weights = [torch.cat(self.weights)]
+            self.biases = [None if self.biases[0] is None else torch.cat(self.biases)]
+        weight = self.weights[0]
+        can_pack = weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        if can_pack and weight.numel() > PACKED:
+            self.weights = [torch.ops.mkldnn._reorder_linear_weight(weight)]
+            self.product = packed_linear
+
+    def __call__(self, h):
+        parts = [self.product(h, weight, bias) for weight, bias in zip(self.weights, self.biases)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def project(h, matrices):
-    """The outputs of linear layers that read h [R, n], side by side."""
-    parts = [F.linear(h, weight, bias) for weight, bias in matrices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def packed_linear(h, weight, bias):
+    """F.linear with a weight that oneDNN has put into the order in which it reads it. Where h has few rows, MKL takes
+    up to twice as long with a plain one. torch.compile makes the same of linear layers that are frozen."""
+    return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
 
 
 def attention_of_few_rows(q, keys, values, mask):

@@ -17,7 +17,7 @@ from conftest import transformers_read
 import rl
 import sft
 from data import Row, mrope_positions
-from model import Embedder, Prompt, head, pad_rows, sample
+from model import Embedder, Prompt, pad_rows, sample, sampling_logits
 from support.decode import Decoder
 from support.run import start_processes
 
@@ -147,14 +147,14 @@ def decode_step(table, model, slots, keys, expected):
     took = measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2], count=False)
     moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
     for layer in decoder.layers:
-        moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w, _ in part)
+        moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w in part.weights)
     table.row(told + "that is, TB/s of weights, keys and values", f"{moved / took / 1e9:.2f}", "3.0")
     hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
     measured("the head and the sampling beside it", lambda: sample_once(model, hidden, decoder), "")
 
 
 def sample_once(model, hidden, decoder):
-    logits = head(hidden, decoder.head, model.banned, 1.0)
+    logits = sampling_logits(decoder.head(hidden), model.banned, 1.0)
     return sample(logits, [0.5] * len(hidden))
 
 
