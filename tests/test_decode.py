@@ -54,8 +54,6 @@ def test_large_weights_are_not_copied(monkeypatch):
     backbone = random_backbone("qwen2_vl")
     want = run_steps(backbone, torch.float32)
     theirs = {p.data_ptr() for p in backbone.parameters()}
-    for layer in Decoder(backbone, 1, torch.float32).layers:  # these stand alone: there is nothing to put together
-        assert {layer.o.weights[0].data_ptr(), layer.down.weights[0].data_ptr()} <= theirs
     monkeypatch.setitem(decode.COPIED, "cpu", 0)
     monkeypatch.setattr(decode, "PACKED", 0)
     decoder = Decoder(backbone, 1, torch.float32)
