@@ -474,7 +474,7 @@ def check_files(names, load, root):
     the task's file is missing or broken.
     """
     checks = {name: check_task_files(name, load) for name in Progress(names, desc="check", unit="task")}
-    print_checks(checks)
+    print_checks(checks, root)
     tasks_that_need = {}
     for name, check in checks.items():
         if check.problems:
@@ -505,17 +505,20 @@ def picture_problem(path):
     return ""
 
 
-def print_checks(checks):
-    rows = [["task", "queries", "known", "candidates", "files", "unusable", "first problem"]]
+def print_checks(checks, root):
+    rows = [["task", "queries", "known", "candidates", "files", "unusable"]]
+    problems = ["first problem", ""]
     complete = 0
     other_number = 0
     for name, check in checks.items():
         found, known = check.counts[:2]
         complete += not check.problems
         other_number += known != "" and found != known
-        first_problem = check.problems[0] if check.problems else ""
-        rows.append([name, *map(str, check.counts), first_problem])
-    print(text_table(rows))
+        first_problem, *_ = [*check.problems, ""]
+        problems.append(first_problem.replace(f"{root}/", "").split("; how to get")[0])  # that stands below the table
+        rows.append([name, *map(str, check.counts)])
+    for line, problem in zip(text_table(rows).splitlines(), problems):
+        print(f"{line}  {problem}".rstrip())
     print(f"{complete} of {len(checks)} tasks are complete; {other_number} have not the known number of queries")
 
 
