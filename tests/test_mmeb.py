@@ -206,7 +206,8 @@ def test_errors_name_the_file_and_the_cure(own):
 
 
 def test_check(own, capsys):
-    """All there: exit 0. A lost picture, a broken one and a lost annotation: exit 1, each named, with the commands."""
+    """All there: exit 0. A lost picture, a broken one and a lost annotation: exit 1, each named, with the commands. Bug
+    story: the table was 390 columns wide, each row with the advice to start this very command."""
     check = ["--check", "--root", str(own), "--tasks", "I-VG", "CIRR", "MSVD", "VisRAG_PlotQA"]
     with pytest.raises(SystemExit) as stop:
         ev.main(check)
@@ -222,6 +223,8 @@ def test_check(own, capsys):
     assert stop.value.code == 1 and "4 of 7 tasks are complete" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line}
     assert "cand_3.png: no such file" in rows["CIRR"]
+    assert rows["MSVD"].endswith("annotations/VLM2Vec/MSVD has no files of config default, split test")
+    assert str(own) not in rows["MSVD"]
     assert f"{broken.name}: cannot be read as a picture" in rows["RefCOCO"]
     assert f"download --repo-type dataset VLM2Vec/MSVD --local-dir {own}/annotations/VLM2Vec/MSVD" in printed
     assert f"tar xzf {own}/download/image-tasks/mmeb_v1.tar.gz" in printed and "video_ret.tar.gz" not in printed
