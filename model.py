@@ -633,6 +633,7 @@ class TokenLogp(torch.autograd.Function):
             logp.append(x.gather(-1, y[:, None])[:, 0] - z)
             entropy.append(z - e.mul_(x).sum(-1) / total)  # no vecdot: CUDA's autocast runs it in bf16
             norm.append(z)
+            del x, e  # before the next chunk's logits are made
         logp, entropy, norm = map(torch.cat, (logp, entropy, norm))
         ctx.save_for_backward(hidden, weight, labels, banned, norm)
         ctx.temperature = temperature
@@ -653,6 +654,7 @@ class TokenLogp(torch.autograd.Function):
                 d_weight.addmm_(d.T, h)  # without a second matrix of this size
             else:
                 d_weight += d.T @ h
+            del x, d
         return d_hidden, d_weight, None, None, None, None
 
 

@@ -245,7 +245,7 @@ def update_case(size, part):
     embedder, args = random_model(size, size.real), rl.Settings(max_new_tokens=512, bf16=False)
     embedder.train()
     rows, script = prompts(embedder, 2, size.short), completions(embedder, 2, size)
-    script.sort(key=lambda group: sum(map(len, group)))  # the order in which rl.update takes them
+    script.sort(key=lambda group: -sum(map(len, group)))  # the order in which rl.update takes them
     inputs = [official_inputs(embedder, [row]) for row in rows]  # now: share_vision lets the pixels go
     embedder.share_vision(rows, 2)  # the rollout did it
     rollouts = []
