@@ -24,6 +24,7 @@ from conftest import (
     transformers_forward,
     with_answer,
 )
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.utils import _to_kwargs
 from transformers import (
     AutoImageProcessor,
@@ -244,6 +245,29 @@ def test_gradient_of_a_bf16_head_is_added_up_in_fp32():
     probabilities = (hidden.double() @ exact.detach().T).softmax(-1)
     exact_entropy = torch.special.entr(probabilities).sum(-1)
     assert entropy.dtype == torch.float32 and float((entropy - exact_entropy).abs().mean()) < 0.01
+
+
+def test_logits_of_one_chunk_at_a_time(monkeypatch):
+    """The forward pass holds one chunk's logits twice, the backward pass once beside the head's gradient. Bug story: a
+    loop's variables live until the next chunk has its own, so it was one copy more; and a chunk's part of the head's
+    gradient was a second matrix of its size."""
+    monkeypatch.setattr(model_file, "HEAD_CHUNK", 64)
+    vocabulary = 4000
+    hidden = torch.randn(256, 200, requires_grad=True)
+    weight = torch.randn(vocabulary, 200, requires_grad=True)
+    labels = torch.arange(256)
+    logits = 64 * vocabulary * 4  # bytes of a chunk's
+    small = logits // 2  # more than all that has no vocabulary in it
+
+    def peak(run):  # above the states and weights that are there
+        with MemTracker() as tracker:
+            result = run()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - weight.nbytes, result
+
+    forward, (logp, _) = peak(lambda: TokenLogp.apply(hidden, weight, torch.float32, labels, labels[:0], 1.0))
+    assert 2 * logits <= forward < 2 * logits + small
+    backward, _ = peak(lambda: torch.autograd.grad(logp.sum(), (hidden, weight)))
+    assert logits + weight.nbytes <= backward < logits + weight.nbytes + small
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_dir):

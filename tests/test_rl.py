@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,6 +234,20 @@ def test_tree_mask_without_a_detour():
     causal = torch.arange(500)[:, None] >= torch.arange(500)
     want = causal & ((seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0))
     assert mask.dtype == torch.bool and torch.equal(mask[:, 0], want)
+
+
+def test_longest_passes_come_first(sampled):
+    """In rl.py and sft.py, so that the largest pass runs where no gradients take memory yet."""
+    groups = groups_of(*sampled)
+    lengths = []
+    for batch in update_batches(groups, 1):
+        lengths += [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for group in batch.groups]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1 and len(lengths) == len(groups)
+    rows = [group.row for group in groups]
+    pairs = [SimpleNamespace(query=row, target=rows[0], ok=True) for row in rows]
+    local = sft.local_rows(pairs, 1, "cpu")
+    longest = [max(len(local.rows[n].ids) for n in numbers) for numbers in local.micro_batches]
+    assert longest == sorted(longest, reverse=True) and len(set(longest)) > 1
 
 
 def test_lengths_are_rounded_up_on_a_gpu_only():
