@@ -474,7 +474,7 @@ def check_files(names, load, root):
     the task's file is missing or broken.
     """
     checks = {name: check_task_files(name, load) for name in Progress(names, desc="check", unit="task")}
-    print_checks(checks, root)
+    print_checks(checks)
     tasks_that_need = {}
     for name, check in checks.items():
         if check.problems:
@@ -505,7 +505,7 @@ def picture_problem(path):
     return ""
 
 
-def print_checks(checks, root):
+def print_checks(checks):
     rows = [["task", "queries", "known", "candidates", "files", "unusable"]]
     problems = ["first problem", ""]
     complete = 0
@@ -515,7 +515,7 @@ def print_checks(checks, root):
         complete += not check.problems
         other_number += known != "" and found != known
         first_problem, *_ = [*check.problems, ""]
-        problems.append(first_problem.replace(f"{root}/", "").split("; how to get")[0])  # that stands below the table
+        problems.append(first_problem.split("; how to get")[0])  # that stands below the table
         rows.append([name, *map(str, check.counts)])
     for line, problem in zip(text_table(rows).splitlines(), problems):
         print(f"{line}  {problem}".rstrip())
