@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -19,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """A shell starts a job in the background with SIGINT ignored, which the processes of the tests would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def picture(seed=0, width=70, height=56, mode="RGB"):
