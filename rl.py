@@ -278,7 +278,7 @@ class UpdateBatch:
 def update_batches(groups, n):
     """n groups each, similar lengths together. The longest are first, where the gradients do not take memory yet, and
     what does not fit shows at once."""
-    by_length = sorted(groups, key=lambda group: -len(group.row.ids) - sum(map(len, group.rollouts.ids)))
+    by_length = sorted(groups, key=lambda g: len(g.row.ids) + sum(map(len, g.rollouts.ids)), reverse=True)
     return [UpdateBatch(by_length[start : start + n]) for start in range(0, len(groups), n)]
 
 

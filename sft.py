@@ -239,8 +239,8 @@ def local_rows(pairs, micro_batch, device):
     ce_weight = row_ok / all_sum(side_tokens).clamp(min=1)[side]
 
     # similar lengths together: little padding. The longest are first, where the gradients do not take memory yet, and
-    # what does not fit shows at once. The order does not change any sum.
-    order = sorted(range(2 * b), key=lambda n: -len(rows[n].ids))
+    # what does not fit shows at once. The order changes sums by their rounding only.
+    order = sorted(range(2 * b), key=lambda n: len(rows[n].ids), reverse=True)
     micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
     places = int_tensors(device, *micro_batches)
     return LocalRows(rows, side.to(device), ce_weight.to(device), micro_batches, places)

@@ -162,7 +162,8 @@ class Decoder:
             normed = qk
             if w.qk_norm is not None:
                 normed = F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * w.qk_norm
-            qk.copy_(torch.addcmul(normed * cos, normed.roll(qk.shape[-1] // 2, -1), sin))  # beside v: one write for kv
+            # in place, rounded to the dtype: k stays beside v, so that one write puts both into the cache
+            qk.copy_(torch.addcmul(normed * cos, normed.roll(qk.shape[-1] // 2, -1), sin))
             kv[:, rows, :, index] = qkv[:, self.heads :].unflatten(1, (2, -1))  # [R, 2, H_kv, N]
             keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
             q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: those that share keys

@@ -112,13 +112,14 @@ def check_texts(queries, pool, folder, name):
 # --------------------------------------------------------------------------------------------------------------
 # Annotation files
 
+HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT"
+
 
 def annotation_files(folder, config, split):
     """The files of one config and split: as the dataset card's configs say, else by their names."""
     files = files_of_card(folder, config, split) or files_by_name(folder, config, split)
     if not files:
-        raise MissingFile(f"{folder} has no files of config {config or 'default'}, split {split}; "
-                                "how to get them: python eval.py --check --root ROOT")  # fmt: skip
+        raise MissingFile(f"{folder} has no files of config {config or 'default'}, split {split}{HOW_TO_GET}")
     return files
 
 
@@ -514,8 +515,8 @@ def print_checks(checks):
         found, known = check.counts[:2]
         complete += not check.problems
         other_number += known != "" and found != known
-        first_problem, *_ = [*check.problems, ""]
-        problems.append(first_problem.split("; how to get")[0])  # that stands below the table
+        first_problem = next(iter(check.problems), "")
+        problems.append(first_problem.removesuffix(HOW_TO_GET))  # which stands below the table
         rows.append([name, *map(str, check.counts)])
     for line, problem in zip(text_table(rows).splitlines(), problems):
         print(f"{line}  {problem}".rstrip())
