@@ -54,7 +54,7 @@ from support.run import (
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels
-REFILL = 16  # waiting prompts are prefilled when one in 16 of the slots is free; rarer leaves more slots idle
+AHEAD = 4  # completions that may wait for a slot with their prompts read: so that one prefill reads several prompts
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
 
@@ -326,8 +326,9 @@ class Embedder(nn.Module):
         rounding, which can turn a close choice. slots: completions decoded at once. prefill_tokens: most tokens of one
         pass over prompts, which bounds its memory; a longer prompt has a pass of its own. temperature 0 is greedy.
 
-        The live completions are rows 0..A-1 of one preallocated cache, left-aligned, each with its own length. The last
-        of them moves into the slot of one that ends; when enough slots are free, waiting prompts are prefilled.
+        The live completions are rows of one cache, left-aligned, each with its own length. The first `slots` of them
+        are decoded, those after them wait. The last row moves into the place of one that ends; when none waits any
+        more and a slot is free, the next prompts are prefilled.
         """
         slots = max(slots, G)
         decoder = Decoder(self.backbone, slots, self.compute_dtype)
@@ -337,11 +338,11 @@ class Embedder(nn.Module):
 
         with evaluating(self):
             while True:
-                # 1. admit waiting prompts, several in one prefill, when enough slots are free (why so many: REFILL)
-                room = (slots - len(live)) // G
+                # 1. where a slot is free, prefill the next prompts, a few more than there is room for (why: AHEAD)
                 admitted = []
-                if room * G >= slots // REFILL or not live:
-                    admitted = waiting.take(room, prefill_tokens)
+                if len(live) < slots:
+                    room = slots + min(slots // 2, AHEAD) - len(live)
+                    admitted = waiting.take(room // G, prefill_tokens)
                 if not live and not admitted:
                     return
                 results = [(prompt, None) for prompt in admitted if prompt.row is None]
@@ -367,23 +368,24 @@ class Embedder(nn.Module):
                 if not live:
                     continue
 
-                # 3. one decode step: every live completion's last token is read
-                hidden = self.decode_step(live, decoder)  # [A, D]
+                # 3. one decode step: the last token of each of A completions is read
+                decoded = live[:slots]
+                hidden = self.decode_step(decoded, decoder)  # [A, D]
 
                 # 4. the state at <gen_emb> is the generative embedding; the last one wins
-                for slot, completion in enumerate(live):
+                for slot, completion in enumerate(decoded):
                     if completion.ids[-1] == self.gen_id:
                         completion.gen = F.normalize(hidden[slot].float(), dim=-1)
                         completion.gen_at = len(completion.ids) - 1
 
                 # 5. append the next token
-                self.append_tokens(live, hidden, decoder, temperature)
+                self.append_tokens(decoded, hidden, decoder, temperature)
 
     def prefill(self, rows, decoder, first_slot, G):
         """Reads P prompts in one right-padded pass and puts their keys and values into G slots each.
         Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = pad_rows(rows, self.pad_id, self.device)
-        cache = decoder.prompt_cache(first_slot, G, length=batch.ids.shape[1])
+        cache = decoder.prompt_cache(first_slot, len(rows), G, length=batch.ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             x, deepstack = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
             hidden = self.run_language_model(x, deepstack, batch.positions, cache=cache)  # [P, L, D]
@@ -392,12 +394,12 @@ class Embedder(nn.Module):
         disc = hidden[p, torch.tensor([row.disc_at for row in rows], device=self.device)]
         return last, F.normalize(disc.float(), dim=-1)
 
-    def decode_step(self, live, decoder):
-        """Reads the last token of every live completion: its state, [A, D]."""
-        tokens = [c.ids[-1] for c in live]
-        n_read = [len(c.ids) - 1 for c in live]  # generated tokens of each that were read before
-        index = [c.prompt.row.n_prompt + n for c, n in zip(live, n_read)]
-        positions = [c.prompt.row.next_position + n for c, n in zip(live, n_read)]
+    def decode_step(self, completions, decoder):
+        """Reads the last token of the A completions in slots 0..A-1: its state, [A, D]."""
+        tokens = [c.ids[-1] for c in completions]
+        n_read = [len(c.ids) - 1 for c in completions]  # generated tokens of each that were read before
+        index = [c.prompt.row.n_prompt + n for c, n in zip(completions, n_read)]
+        positions = [c.prompt.row.next_position + n for c, n in zip(completions, n_read)]
         return decoder.step(tokens, index, positions)
 
     def append_tokens(self, completions, hidden, decoder, temperature):

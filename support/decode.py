@@ -18,7 +18,7 @@ import torch.nn.functional as F
 # numbers in a matrix that may be there twice, where that saves time: on a GPU those of a 2B's layers (1.7 GB in all in
 # bf16), on a CPU those of its attention (0.6 GB in fp32)
 COPIED = {"cuda": 2**24, "cpu": 2**23}
-PACKED = 2**18  # numbers in an fp32 matrix above which a CPU is faster with a packed copy (packed_linear)
+PACKED = 2**18  # numbers in an fp32 matrix from which on a CPU is faster with a packed copy (packed_linear)
 
 
 class SlotCache:
@@ -37,12 +37,17 @@ class SlotCache:
     def capacity(self):
         return self.kv[0].shape[3]
 
-    def grow(self, length):
-        """Room for `length` tokens, in steps: a copy as rare as that costs nothing. Layer by layer, so that only one
-        layer is there twice."""
-        extra = self.rounded(length) - self.capacity
+    @property
+    def slots(self):
+        return self.kv[0].shape[1]
+
+    def grow(self, length, slots):
+        """Room for `slots` rows of `length` tokens, these in steps: a copy as rare as that costs nothing. Layer by
+        layer, so that only one layer is there twice."""
+        more_tokens = max(0, self.rounded(length) - self.capacity)
+        more_slots = max(0, slots - self.slots)
         for i, layer in enumerate(self.kv):
-            self.kv[i] = F.pad(layer, (0, 0, 0, extra))
+            self.kv[i] = F.pad(layer, (0, 0, 0, more_tokens, 0, 0, 0, more_slots))
 
     def rounded(self, length):
         return -(-length // self.key_step) * self.key_step
@@ -107,9 +112,9 @@ class Decoder:
             torch.cuda.empty_cache()  # the memory of the graphs of the Decoder before: torch gives it back only so
         self.forget_graphs()
 
-    def make_room(self, length):
-        if length > self.cache.capacity:
-            self.cache.grow(length)
+    def make_room(self, length, slots=0):
+        if length > self.cache.capacity or slots > self.cache.slots:
+            self.cache.grow(length, slots)
             self.forget_graphs()  # they write to the old memory
 
     def forget_graphs(self):
@@ -118,8 +123,8 @@ class Decoder:
         if self.can_record:
             self.pool = torch.cuda.graph_pool_handle()
 
-    def prompt_cache(self, first_slot, G, length):
-        self.make_room(length)
+    def prompt_cache(self, first_slot, P, G, length):
+        self.make_room(length, first_slot + P * G)
         return PromptCache(self.cache, first_slot, G)
 
     def step(self, tokens, index, positions):
@@ -220,7 +225,7 @@ class Projection:
             self.biases = [None if self.biases[0] is None else torch.cat(self.biases)]
         weight = self.weights[0]
         if weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            if weight.numel() > PACKED:
+            if weight.numel() >= PACKED:
                 self.weights = [torch.ops.mkldnn._reorder_linear_weight(weight)]
                 self.product = packed_linear
             else:
