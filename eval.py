@@ -1116,10 +1116,7 @@ def report(folder, scores, per_query, backbone):
     """Writes the files of a model and prints its tables."""
     tasks = scores["tasks"]
     if (folder / "scores.json").exists():
-        lost = sorted(read_json(folder / "scores.json")["tasks"].keys() - tasks.keys())
-        if lost:
-            print(f"{folder}/scores.json no longer has {', '.join(lost)} (the cache has their embeddings): another "
-                  "--out would keep both", flush=True)  # fmt: skip
+        tell_what_is_replaced(folder / "scores.json", scores)
     rows = {name: summary(entry) for name, entry in tasks.items()}
     mean = mean_summary(tasks.values())
     gaps = {name: entry["oracle_gap"] for name, entry in tasks.items()}
@@ -1134,6 +1131,25 @@ def report(folder, scores, per_query, backbone):
                 about = about_model(name, backbone, mode)
                 write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
         print(published_comparison(scores), flush=True)
+
+
+def tell_what_is_replaced(path, scores):
+    """Two models have one folder of results where only their parents' names differ; so have two files of answers."""
+    earlier = read_json(path)
+    lost = sorted(earlier["tasks"].keys() - scores["tasks"].keys())
+    others = sorted(sources(earlier) - sources(scores))
+    if others:
+        lost = [f"the scores of {' and '.join(others)}"]
+    if lost:
+        print(f"{path} no longer has {', '.join(lost)} (the cache has their embeddings): another --out would keep both",
+              flush=True)  # fmt: skip
+
+
+def sources(scores):
+    """Absolute paths of the model, and of the reasoner if there is one, that have these scores."""
+    args = scores["args"]
+    name_of = name_models(args["model"], args.get("reasoner", ""))
+    return {os.path.abspath(path) for path, name in name_of.items() if name in (scores["model"], scores["reasoner"])}
 
 
 def to_report(model, scores, per_query, rankings):

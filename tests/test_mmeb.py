@@ -244,6 +244,12 @@ def test_scores_that_are_replaced_are_named(mini, writer_dir, tmp_path, capsys):
     assert "no longer has" not in capsys.readouterr().out
     run(mini, writer_dir, tmp_path, tasks=["VOC2007"])
     assert "scores.json no longer has HMDB51 (the cache has their embeddings)" in capsys.readouterr().out
+    other = tmp_path / "other" / writer_dir.name  # another model of this name
+    shutil.copytree(writer_dir, other)
+    run(mini, other, tmp_path, tasks=["VOC2007"])
+    assert f"scores.json no longer has the scores of {writer_dir} (the cache has" in capsys.readouterr().out
+    run(mini, other, tmp_path, tasks=["VOC2007"])
+    assert "no longer has" not in capsys.readouterr().out
 
 
 def test_a_part_of_the_tasks_has_no_overall(mini, writer_dir, tmp_path, capsys):
