@@ -196,18 +196,14 @@ def sft_step(model, pairs, args):
     if not args.train_vision:
         embedder.share_vision(local.rows, 2 * args.micro_batch)
 
-    # 1. embeddings of all micro-batches, without a graph. Where one micro-batch is all (the toy preset with one
-    #    process), a single pass with its graph serves here and in 3.
-    reused_graph = None
-    if len(local.micro_batches) == 1:
-        reused_graph = embed_micro_batch(model, local, local.micro_batches[0], bool(args.w_ce))
-    embeddings = embed_all(embedder, local, args, reused_graph)  # [2b, 2, D]
+    # 1. embeddings of all micro-batches, without a graph but for the first: its one pass serves here and in 3
+    embeddings, first_pass = embed_all(model, local, args)  # [2b, 2, D]
 
     # 2. the contrastive loss of the global batch, and its gradient for this process's embeddings
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
     # 3. every micro-batch again with its graph: that gradient and the next-token loss go backward
-    ce = all_sum(backward_all(model, local, gradient, args, reused_graph))  # [2]
+    ce = all_sum(backward_all(model, local, gradient, args, first_pass))  # [2]
 
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
     values = torch.stack([*parts.values()]).tolist()
@@ -268,17 +264,23 @@ def embed_micro_batch(net, local, numbers, next_token):
     return out.embeddings.view(len(rows), 2, -1), ce
 
 
-@torch.no_grad()
-def embed_all(embedder, local, args, reused_graph):
-    """Pass 1 -> [2b, 2, D]"""
+def embed_all(model, local, args):
+    """Pass 1 -> embeddings [2b, 2, D], and what embed_micro_batch gave for the first micro-batch, with its graph. This
+    one, the largest, goes last here: its graph is alone in the memory, as those of pass 3 are."""
+    embedder = without_ddp(model)
     embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
-    if reused_graph:
-        embeddings[local.places[0]] = reused_graph[0].detach()
-    elif uses_embeddings(args):
-        for numbers, places in zip(local.micro_batches, local.places):
+    first, *others = zip(local.micro_batches, local.places)
+    if uses_embeddings(args):
+        for numbers, places in others:
             stop_if_asked()
-            embeddings[places], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
-    return embeddings
+            with torch.no_grad():
+                embeddings[places], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
+    stop_if_asked()
+    numbers, places = first
+    with no_gradient_sync(model, is_last=not others):
+        first_pass = embed_micro_batch(model, local, numbers, bool(args.w_ce))
+    embeddings[places] = first_pass[0].detach()
+    return embeddings, first_pass
 
 
 def contrast(embeddings, pairs, args):
@@ -299,14 +301,17 @@ def contrast(embeddings, pairs, args):
     return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
 
 
-def backward_all(model, local, gradient, args, reused_graph):
+def backward_all(model, local, gradient, args, first_pass):
     """Pass 3 -> this process's CE of each side, [2]"""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
     for numbers, places in zip(local.micro_batches, local.places):
         stop_if_asked()
         with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
-            embeddings, ce = reused_graph or embed_micro_batch(model, local, numbers, bool(args.w_ce))
+            if numbers is local.micro_batches[0]:
+                embeddings, ce = first_pass
+            else:
+                embeddings, ce = embed_micro_batch(model, local, numbers, bool(args.w_ce))
             loss = (embeddings * gradient[places]).sum()  # its gradient is dL/dE dE/dw: the chain rule
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
