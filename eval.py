@@ -1148,8 +1148,9 @@ def tell_what_is_replaced(path, scores):
 def sources(scores):
     """Absolute paths of the model, and of the reasoner if there is one, that have these scores."""
     args = scores["args"]
-    name_of = name_models(args["model"], args.get("reasoner", ""))
-    return {os.path.abspath(path) for path, name in name_of.items() if name in (scores["model"], scores["reasoner"])}
+    name_of = name_models(args["model"], args.get("reasoner", ""))  # files older than --reasoner have none
+    names = (scores["model"], scores.get("reasoner"))
+    return {os.path.abspath(path) for path, name in name_of.items() if name in names}
 
 
 def to_report(model, scores, per_query, rankings):

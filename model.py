@@ -725,7 +725,7 @@ class Waiting:
 
 def remove_ended(live, cache):
     """Takes the completions that have ended out of the slots and returns them; the last live one moves into each free
-    slot, so that the live ones are always rows 0..A-1."""
+    slot, so that the live ones are always the first rows."""
     ended = []
     for slot in reversed(range(len(live))):
         completion = live[slot]

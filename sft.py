@@ -202,7 +202,7 @@ def sft_step(model, pairs, args):
     # 2. the contrastive loss of the global batch, and its gradient for this process's embeddings
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
-    # 3. every micro-batch again with its graph: that gradient and the next-token loss go backward
+    # 3. the other micro-batches again with their graphs: that gradient and the next-token loss go backward
     ce = all_sum(backward_all(model, local, gradient, args, first_pass))  # [2]
 
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}

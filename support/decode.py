@@ -5,8 +5,8 @@ time goes into starting them. The same arithmetic on the same weights is half of
 and so can be recorded once and replayed by a GPU as one CUDA graph (a 2B on an H100: 33 ms and 5; docs/results.md). The
 passes over whole prompts, and all passes with gradients, stay transformers'.
 
-Shapes: S slots, A of them live, R rows of a step (A, on a GPU rounded up), K keys that a step looks at, D hidden size,
-H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G completions of each, L tokens, V
+Shapes: S slots, A of them decoded, R rows of a step (A, on a GPU rounded up), K keys that a step looks at, D hidden
+size, H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G completions of each, L tokens, V
 vocabulary.
 """
 

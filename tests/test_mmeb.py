@@ -244,6 +244,10 @@ def test_scores_that_are_replaced_are_named(mini, writer_dir, tmp_path, capsys):
     assert "no longer has" not in capsys.readouterr().out
     run(mini, writer_dir, tmp_path, tasks=["VOC2007"])
     assert "scores.json no longer has HMDB51 (the cache has their embeddings)" in capsys.readouterr().out
+    older = tmp_path / writer_dir.name / "scores.json"  # as before there was a --reasoner
+    scores = json.loads(older.read_text())
+    del scores["reasoner"], scores["args"]["reasoner"]
+    older.write_text(json.dumps(scores))
     other = tmp_path / "other" / writer_dir.name  # another model of this name
     shutil.copytree(writer_dir, other)
     run(mini, other, tmp_path, tasks=["VOC2007"])
