@@ -123,14 +123,22 @@ class Family:
         return t, h // self.merge, w // self.merge
 
 
-def plain_layout(tower, grids, device):
+def plain_layout(tower, grids, device, **more):
     """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
-    the CPU: they would do it on the GPU, where every layer waits to read the lengths."""
+    the CPU: they would do it on the GPU, where every layer waits to read the lengths. more: integers for the device."""
+    positions = get_vision_position_ids(grids, tower.spatial_merge_size)  # [n, 2]
     return {
         "grid_thw": grids,  # [m, 3]
-        "position_ids": get_vision_position_ids(grids, tower.spatial_merge_size).to(device),  # [n, 2]
         "cu_seqlens": get_vision_cu_seqlens(grids),  # where each frame's patches begin; stays, attention reads it here
+        **to_device(device, position_ids=positions, **more),
     }
+
+
+def to_device(device, **tensors):
+    """int64 tensors, in one transfer: for each one the host waits until the GPU is done."""
+    flat = torch.cat([x.flatten() for x in tensors.values()]).to(device)
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts)}
 
 
 def window_layout(tower, grids, device):
@@ -138,8 +146,8 @@ def window_layout(tower, grids, device):
     index, cu_window_seqlens = get_vision_window_index(
         grids, tower.spatial_merge_size, tower.window_size, tower.patch_size
     )
-    windows = {"window_index": index.to(device), "cu_window_seqlens": cu_window_seqlens}
-    return plain_layout(tower, grids, device) | windows
+    layout = plain_layout(tower, grids, device, window_index=index)
+    return layout | {"cu_window_seqlens": cu_window_seqlens}
 
 
 def interpolated_layout(tower, grids, device):
@@ -148,8 +156,8 @@ def interpolated_layout(tower, grids, device):
         grids, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners,
         tower.spatial_merge_size,
     )  # fmt: skip
-    table = {"interp_indices": index.to(device), "interp_weights": weights.to(device)}
-    return plain_layout(tower, grids, device) | table
+    layout = plain_layout(tower, grids, device, interp_indices=index)
+    return layout | {"interp_weights": weights.to(device)}
 
 
 def last_states(tower, pixels, layout, merged):

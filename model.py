@@ -9,8 +9,9 @@ decoded, N and M any count.
 
 Where this departs from the official code
  1. No monkey patches: we call the backbone's vision tower, language model and head ourselves, with our own rotary
-    positions, so the module's remembered position deltas are never used. Two kinds of its modules are exchanged for
-    faster ones with the same weights: the patch embedding and the RMSNorms.
+    positions, so the module's remembered position deltas are never used. Of a loaded model (not of transformers'
+    classes) three things are exchanged for faster ones with the same weights and results: the patch embedding, the
+    RMSNorms and how Qwen3-VL adds the states of DeepStack.
  2. The head runs on the tokens whose log-probability is wanted, in chunks that are computed again in the backward
     pass. Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
  3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
@@ -121,6 +122,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor | None  # [B, L]; None where vision states only are asked for
     positions: torch.Tensor | None  # [3, B, L]
+    media_at: torch.Tensor | None  # [n] flat indices of the pad tokens in whose places the vision states go
     patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
     grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
     vision_states: torch.Tensor | None = None  # of the patches, where they are known already
@@ -143,6 +145,8 @@ class Embedder(nn.Module):
         tower = backbone.model.visual
         tower.patch_embed = PatchEmbed(tower.patch_embed.proj)
         fuse_norms(backbone)
+        if hasattr(backbone.model.language_model, "_deepstack_process"):  # Qwen3-VL
+            backbone.model.language_model._deepstack_process = add_states
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.family = family_of(backbone.config)
@@ -244,25 +248,25 @@ class Embedder(nn.Module):
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            states = self(Batch(None, None, *pictures_of(part, self.device))).vision_states.cpu()  # no tokens are read
+            batch = Batch(None, None, None, *pictures_of(part, self.device))  # no tokens are read
+            states = self(batch).vision_states.cpu()
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
                 row.vision_states = own  # empty for a row without pictures
                 row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 
-    def embed_tokens(self, ids, vision_states):
-        """Token embeddings with the merged picture states instead of the pad tokens'. ids [B, L] -> [B, L, D], and what
-        the language model takes besides: the states for its first K layers."""
-        x = self.backbone.get_input_embeddings()(ids)
+    def embed_tokens(self, batch, vision_states):
+        """Token embeddings with the merged picture states instead of the pad tokens' -> [B, L, D], and what the
+        language model takes besides: the states for its first K layers."""
+        x = self.backbone.get_input_embeddings()(batch.ids)
         if len(vision_states):
             merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
-            is_media = (ids == self.media_ids[0]) | (ids == self.media_ids[1])
             first, *others = merged.split(self.width, dim=-1)
-            x = x.masked_scatter(is_media[..., None], first.to(x.dtype))
+            x = x.flatten(0, 1).index_copy(0, batch.media_at, first.to(x.dtype)).view_as(x)
             deepstack = {}
             if others:
-                deepstack = {"visual_pos_masks": is_media, "deepstack_visual_embeds": others}
+                deepstack = {"visual_pos_masks": batch.media_at, "deepstack_visual_embeds": others}  # see add_states
             return x, deepstack
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
@@ -273,6 +277,25 @@ class Embedder(nn.Module):
         return x, {}
 
     # ---- one pass, with gradients -------------------------------------------------------------------------------
+
+    def pad_rows(self, rows, mask=None):
+        """B rows of any lengths -> Batch. mask: bool [B, 1, L, L], where causal attention is not what is wanted."""
+        L = padded_length(max(len(row.ids) for row in rows), self.device)
+        tokens = np.zeros((4, len(rows), L), dtype=np.int64)
+        tokens[0] = self.pad_id
+        for b, row in enumerate(rows):
+            tokens[0, b, : len(row.ids)] = row.ids
+            tokens[1:, b, : len(row.ids)] = row.positions
+        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # here: a GPU would have to be waited for
+        tokens, media_at = int_tensors(self.device, tokens.ravel(), media_at)
+        tokens = tokens.view(4, len(rows), L)
+        ids, positions = tokens[0], tokens[1:]
+        patches, grids = pictures_of(rows, self.device)
+        known = [row.vision_states for row in rows if row.num_patches]
+        vision_states = None
+        if known and all(states is not None for states in known):
+            vision_states = torch.cat(known).to(self.device)
+        return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
 
     def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
         """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. deepstack: from embed_tokens();
@@ -290,7 +313,7 @@ class Embedder(nn.Module):
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
         """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
 
-        batch: from pad_rows(); None is an empty pass, in which FSDP sets itself up. read int [N], predict int [M] index
+        batch: from pad_rows; None is an empty pass, in which FSDP sets itself up. read int [N], predict int [M] index
         the flattened [B * L]; labels int [M]. Returns an Output; with nothing asked it holds the vision states.
         """
         if batch is None:
@@ -299,7 +322,7 @@ class Embedder(nn.Module):
             states = self.vision_states_of(batch)
             if read is None and labels is None:
                 return Output(vision_states=states)
-            x, deepstack = self.embed_tokens(batch.ids, states)  # [B, L, D]
+            x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
             hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
             embeddings = logp = entropy = None
             if read is not None:
@@ -384,10 +407,10 @@ class Embedder(nn.Module):
     def prefill(self, rows, decoder, first_slot, G):
         """Reads P prompts in one right-padded pass and puts their keys and values into G slots each.
         Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
-        batch = pad_rows(rows, self.pad_id, self.device)
+        batch = self.pad_rows(rows)
         cache = decoder.prompt_cache(first_slot, len(rows), G, length=batch.ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            x, deepstack = self.embed_tokens(batch.ids, self.vision_states_of(batch))  # [P, L, D]
+            x, deepstack = self.embed_tokens(batch, self.vision_states_of(batch))  # [P, L, D]
             hidden = self.run_language_model(x, deepstack, batch.positions, cache=cache)  # [P, L, D]
         p = torch.arange(len(rows), device=self.device)
         last = hidden[p, torch.tensor([row.n_prompt - 1 for row in rows], device=self.device)]
@@ -519,7 +542,7 @@ class Embedder(nn.Module):
             readable = [prompt for prompt in part if prompt.row is not None]
             if readable:
                 rows = [prompt.row for prompt in readable]
-                batch = pad_rows(rows, self.pad_id, self.device)
+                batch = self.pad_rows(rows)
                 starts = batch.ids.shape[1] * torch.arange(len(rows))  # first flat position of each row
                 places = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
                 read = (starts[:, None] + places).flatten().to(self.device)
@@ -564,27 +587,19 @@ def fuse_norms(backbone):
                 setattr(parent, name, fused)
 
 
+def add_states(hidden, media_at, states):
+    """Qwen3-VL's DeepStack: vision states [n, D] are added after an early layer. hidden [B, L, D]; media_at [n] flat
+    indices. In the place of a method of transformers, which indexes with a mask: in every such layer, forward and
+    backward, the host then waits for the GPU. Other callers of the backbone still give a mask [B, L]."""
+    if media_at.dtype == torch.bool:
+        media_at = media_at.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1).index_add(0, media_at, states.to(hidden.dtype)).view_as(hidden)
+
+
 def padded_length(n, device):
     """n tokens, on a GPU rounded up to a multiple of 64: a mask needs no copy to be aligned, and the allocator meets
     fewer sizes."""
     return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
-
-
-def pad_rows(rows, pad_id, device, mask=None):
-    """B rows of different lengths -> Batch. mask: bool [B, 1, L, L] where causal attention is not what is wanted."""
-    L = padded_length(max(len(row.ids) for row in rows), device)
-    tokens = np.zeros((4, len(rows), L), dtype=np.int64)  # in one transfer: for each one the host waits
-    tokens[0] = pad_id
-    for b, row in enumerate(rows):
-        tokens[0, b, : len(row.ids)] = row.ids
-        tokens[1:, b, : len(row.ids)] = row.positions
-    tokens = torch.from_numpy(tokens).to(device)
-    ids, positions = tokens[0], tokens[1:]
-    patches, grids = pictures_of(rows, device)
-    known = [row.vision_states for row in rows if row.num_patches]
-    if known and all(states is not None for states in known):
-        return Batch(ids, positions, patches, grids, torch.cat(known).to(device), mask)
-    return Batch(ids, positions, patches, grids, None, mask)
 
 
 def pictures_of(rows, device):
@@ -595,7 +610,7 @@ def pictures_of(rows, device):
 
 def int_tensors(device, *lists):
     """Lists of ints -> a tensor of each, in one transfer: for each one the host waits until the GPU is done."""
-    flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
+    flat = torch.from_numpy(np.concatenate([np.array(numbers, dtype=np.int64) for numbers in lists]))
     return flat.to(device).split([len(numbers) for numbers in lists])
 
 

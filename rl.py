@@ -53,7 +53,6 @@ from model import (
     Rollouts,
     check_model,
     int_tensors,
-    pad_rows,
     padded_length,
     save_model,
     store_linear_in_bf16,
@@ -341,7 +340,7 @@ def pack_groups(embedder, groups):
     packed = [pack_group(group.row, group.rollouts) for group in groups]
     completions = [ids for group in groups for ids in group.rollouts.ids]  # n * G
     mask = tree_mask([p.segments for p in packed], device)
-    batch = pad_rows([p.row for p in packed], embedder.pad_id, device, mask)
+    batch = embedder.pad_rows([p.row for p in packed], mask)
     L = batch.ids.shape[1]
     T = max(map(len, completions))
     read, group_of_read, predict, labels, places = int_tensors(

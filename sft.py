@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from data import DISC, GEN, PairData, RowCheck, step_loader
-from model import Embedder, check_model, int_tensors, pad_rows, save_model
+from model import Embedder, check_model, int_tensors, save_model
 from support.rows import index_rows
 from support.run import (
     Loop,
@@ -250,7 +250,7 @@ def embed_micro_batch(net, local, numbers, next_token):
     """
     device = local.side.device
     rows = [local.rows[n] for n in numbers]
-    batch = pad_rows(rows, without_ddp(net).pad_id, device)
+    batch = without_ddp(net).pad_rows(rows)
     L = batch.ids.shape[1]
     read = [j * L + max(at, 0) for j, row in enumerate(rows) for at in (row.disc_at, row.gen_at)]  # [2n]
     if not next_token:

@@ -17,7 +17,7 @@ from conftest import transformers_read
 import rl
 import sft
 from data import Row, mrope_positions
-from model import Embedder, Prompt, pad_rows, sample, sampling_logits
+from model import Embedder, Prompt, sample, sampling_logits
 from support.decode import Decoder
 from support.run import start_processes
 
@@ -168,7 +168,7 @@ def growing(table, model):
         at = [520 + n] * 16
         steps.append(seconds(lambda at=at: decoder.step([7] * 16, at, at)))
         rows = [text_prompt(model, 300 + 7 * n + k) for k in range(4)]
-        batch = pad_rows(rows, model.pad_id, "cuda")
+        batch = model.pad_rows(rows)
         read = torch.tensor([5], device="cuda")
         passes.append(seconds(lambda batch=batch, read=read: model(batch, read=read)))
     for what, found in (("decode steps", steps), ("passes over 4 prompts", passes)):

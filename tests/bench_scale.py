@@ -94,14 +94,11 @@ def one_pass(embedder, stage):
     from model import Batch
 
     L, prompt = TOKENS[stage]
-    # fake tensors cannot be indexed by a mask, as Qwen3-VL's DeepStack does it; this needs as much memory
-    embedder.backbone.model.language_model._deepstack_process = lambda hidden, is_media, states: (
-        hidden.masked_scatter(is_media[..., None], states.to(hidden.dtype))
-    )
     read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
     batch = Batch(
         ids=torch.zeros(1, L, dtype=torch.long),
         positions=torch.zeros(3, 1, L, dtype=torch.long),
+        media_at=torch.arange(2 * prompt // embedder.family.merge**2),
         patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
         grids=np.zeros((0, 3), int),
         vision_states=torch.zeros(2 * prompt, vision_width(embedder.backbone), dtype=torch.bfloat16),

@@ -42,12 +42,12 @@ def write_writer(path):
     from toy_base import toy_model
 
     from data import encode_input
-    from model import Embedder, pad_rows
+    from model import Embedder
 
     toy_model(path, seed=1)
     model = Embedder.from_pretrained(path)
     rows = [encode_input(model.tokenizer, {"text": text}, ANSWERS[0]) for text in ("what", "a longer question")]
-    batch = pad_rows(rows, model.pad_id, "cpu")
+    batch = model.pad_rows(rows)
     L = batch.ids.shape[1]
     answers = [b * L + t for b, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]
     answers = torch.tensor(answers)  # flat indices of their tokens

@@ -131,12 +131,12 @@ def train_writer(path, tiny_dir, steps=12):
     """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
     <gen_emb>, in different places, and some do not. A random model hardly ever writes one, so it would test
     nothing."""
-    from model import Embedder, pad_rows
+    from model import Embedder
 
     model = Embedder.from_pretrained(tiny_dir)
     items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
     rows = encoded(model, items)
-    batch = pad_rows(rows, model.pad_id, "cpu")
+    batch = model.pad_rows(rows)
     at = answer_places(rows, batch.ids.shape[1])
     labels = batch.ids.flatten()[at + 1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -50,7 +50,7 @@ from transformers import AutoImageProcessor
 from transformers.video_utils import VideoMetadata
 
 from data import FAMILIES, FRAME_RATE, encode_input, family_of, patchify
-from model import Embedder
+from model import Embedder, add_states
 
 STEPS = {"qwen2_5_vl": 10, "qwen3_vl": 7}  # of the writer's training: afterwards most answers hold <gen_emb>, not all
 
@@ -142,3 +142,20 @@ def test_time_counts_as_the_config_says(tmp_path):
     backbone.config.vision_config.tokens_per_second = 2
     assert family_of(backbone.config) == FAMILIES["qwen2_5_vl"]
     assert family_of(random_backbone("qwen3_vl").config) is FAMILIES["qwen3_vl"]
+
+
+def test_deepstack_states_are_added_as_by_transformers():
+    """add_states at flat indices, and given a mask, is transformers' own method: the sum and both gradients. Story: the
+    method indexes with a mask, for which the host waited ten times in each micro-batch of an update on a GPU."""
+    language_model = random_backbone("qwen3_vl").model.language_model
+    hidden, states = torch.randn(2, 9, 5), torch.randn(4, 5)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, 7] = True
+    weights, found = torch.randn(2, 9, 5), []
+    theirs = language_model._deepstack_process
+    for add, where in ((theirs, mask), (add_states, mask), (add_states, torch.tensor([2, 3, 4, 16]))):
+        given = hidden.clone().requires_grad_(), states.clone().requires_grad_()
+        out = add(given[0], where, given[1])
+        found.append((out, *torch.autograd.grad((out * weights).sum(), given)))
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0], rtol=0, atol=0)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import rl
 import sft
 from data import PairData
-from model import Embedder, Prompt, pad_rows
+from model import Embedder, Prompt
 from support.decode import Decoder, attention_of_few_rows
 from support.run import all_sum, distribute, end_processes, gather, start_processes, unsharded
 
@@ -184,7 +184,7 @@ def test_attention_kernels(real_2b):
     every shape, and never the plain one, which builds all scores."""
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     with torch.no_grad():
-        batch = pad_rows(rows, real_2b.pad_id, "cuda")
+        batch = real_2b.pad_rows(rows)
         read = torch.tensor([5], device="cuda")
         assert attention_of(lambda: real_2b(batch, read=read)) == {"flash_attention"}
         L = batch.ids.shape[1]

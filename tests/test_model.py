@@ -36,7 +36,7 @@ from transformers import (
 
 import model as model_file
 from data import DISC, GEN, encode_input
-from model import Embedder, TokenLogp, pad_rows, sample
+from model import Embedder, TokenLogp, sample
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
@@ -45,7 +45,7 @@ CLOSE = dict(rtol=0, atol=1e-5)
 
 def everything(model, rows):
     """Our forward at every real token: per row embeddings [L, D] and log p of the next tokens [L - 1]."""
-    batch = pad_rows(rows, model.pad_id, "cpu")
+    batch = model.pad_rows(rows)
     L = batch.ids.shape[1]
     read = torch.tensor([b * L + t for b, row in enumerate(rows) for t in range(len(row.ids))])
     predict = torch.tensor([b * L + t for b, row in enumerate(rows) for t in range(len(row.ids) - 1)])
@@ -150,7 +150,7 @@ def test_the_vision_tower_reads_no_lengths_from_the_device(embedder):
     """The grids come as an array, which DDP and FSDP do not move; the lengths that every layer reads are on the CPU,
     wherever the pixels are, and the tower works nothing out of the grids by itself."""
     rows = encoded(embedder, inputs())
-    batch = pad_rows(rows, embedder.pad_id, "cpu")
+    batch = embedder.pad_rows(rows)
     ((moved,),), _ = _to_kwargs((batch,), {}, torch.device("meta"), False)  # what DDP and FSDP do to a batch on a GPU
     assert moved.ids.is_meta and moved.patches.is_meta and moved.grids is batch.grids
     tower, given = embedder.backbone.model.visual, []
@@ -170,7 +170,7 @@ def test_precomputed_vision_states(embedder):
     once made pad_rows drop the pictures of the others, since its own states were missing."""
     plain, seen = encoded(embedder, inputs()), encoded(embedder, inputs())
     embedder.share_vision(seen, 2)
-    batch = pad_rows(seen, embedder.pad_id, "cpu")
+    batch = embedder.pad_rows(seen)
     assert not len(batch.patches) and len(batch.vision_states) == sum(len(row.patches) for row in plain) > 0
     for (a, la), (b, lb) in zip(everything(embedder, seen), everything(embedder, plain)):
         torch.testing.assert_close(a, b, **CLOSE)
@@ -189,7 +189,7 @@ def test_text_only_micro_batch_gives_the_merger_a_gradient(embedder):
     """A micro-batch without pictures gives the merger zero gradients, not None: DDP would wait for them."""
     embedder.zero_grad()
     rows = encoded(embedder, inputs()[:1])
-    out = embedder(pad_rows(rows, embedder.pad_id, "cpu"), read=torch.tensor([rows[0].disc_at]))[0]
+    out = embedder(embedder.pad_rows(rows), read=torch.tensor([rows[0].disc_at]))[0]
     torch.testing.assert_close(out[0], everything(embedder, rows)[0][0][rows[0].disc_at], **CLOSE)
     out.sum().backward()
     for p in embedder.backbone.model.visual.merger.parameters():
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_dir):
     """With gradient checkpointing in train mode the embeddings, log-probabilities and all gradients stay the same."""
     model = Embedder.from_pretrained(tiny_dir).train()
     model.share_vision(rows := encoded(model, inputs()), 8)
-    batch, found = pad_rows(rows, model.pad_id, "cpu"), []
+    batch, found = model.pad_rows(rows), []
     at = answer_places(rows, batch.ids.shape[1])
     for checkpointing in (False, True):
         if checkpointing:
