@@ -186,14 +186,15 @@ def test_pictures_change_the_answer(embedder):
 
 
 def test_text_only_micro_batch_gives_the_merger_a_gradient(embedder):
-    """A micro-batch without pictures gives the merger zero gradients, not None: DDP would wait for them."""
+    """A micro-batch without pictures gives the mergers, DeepStack's too, zero gradients, not None: DDP would wait."""
     embedder.zero_grad()
     rows = encoded(embedder, inputs()[:1])
     out = embedder(embedder.pad_rows(rows), read=torch.tensor([rows[0].disc_at]))[0]
     torch.testing.assert_close(out[0], everything(embedder, rows)[0][0][rows[0].disc_at], **CLOSE)
     out.sum().backward()
-    for p in embedder.backbone.model.visual.merger.parameters():
-        assert p.grad is not None and not p.grad.any()
+    for merger in embedder.family.mergers(embedder.backbone.model.visual):
+        for p in merger.parameters():
+            assert p.grad is not None and not p.grad.any()
     embedder.zero_grad()
 
 
