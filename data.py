@@ -5,8 +5,9 @@ Qwen2.5-VL and Qwen3-VL read too,
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
-its token ids, their three-axis rotary positions and the picture patches. Everything here runs on the CPU, in loader
-workers, on numpy arrays (torch tensors would cost a file descriptor each on their way out of a worker).
+its token ids, their three-axis rotary positions and the picture patches. Rows are made on the CPU, in loader workers,
+as numpy arrays (torch tensors would cost a file descriptor each on their way out of a worker); only normalise() and the
+functions of a Family run later, on the model's device.
 
 Where this departs from the official code
  1. Batches hold one dataset each, in an order that is a pure function of (seed, epoch, step), so the number of
@@ -78,7 +79,8 @@ class Skip(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Families of backbones. What stands outside of the records: the protocol's chat form (Qwen2-VL's, with its system turn)
-# and the control tokens, which Qwen's families share.
+# and the control tokens, which Qwen's families share; what Embedder exchanges in a loaded model (model.py, 1.); the
+# decode step, written for the layers of Qwen2 and Qwen3 (support/decode.py).
 
 
 @dataclass(frozen=True)
@@ -814,8 +816,8 @@ class Pair:
 class PairData(Dataset):
     """Encoded pairs of one or more files; item i is row i. `order` says which rows make a step.
 
-    kind: the files' format, "sft" or "rl". needs: the embedding tokens that a row must have. answers=False reads the
-    prompts of an SFT file only (DUME).
+    kind: the files' format, "sft" or "rl". needs: what an SFT row must have (RowCheck). answers=False reads
+    the prompts of an SFT file only (DUME).
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
@@ -943,13 +945,14 @@ def step_loader(data, steps, workers):
     ahead = None
     if workers:
         ahead = max(2, math.ceil(share / workers))  # pairs that each worker prepares: together one step
-    loader = forked_loader(data, workers, batch_size=None, sampler=local_rows(data, steps), prefetch_factor=ahead)
+    sampler = local_row_numbers(data, steps)
+    loader = forked_loader(data, workers, batch_size=None, sampler=sampler, prefetch_factor=ahead)
     pairs = iter(loader)  # here, in the main thread, the workers are forked
     pairs_of_steps = ([next(pairs) for _ in range(share)] for _ in steps)
     yield from one_ahead(pairs_of_steps) if workers else pairs_of_steps
 
 
-def local_rows(data, steps):
+def local_row_numbers(data, steps):
     """The numbers of this process's rows, step after step."""
     for step in steps:
         yield from data.order[step][data.rank :: data.world].tolist()
@@ -1006,7 +1009,7 @@ def command_parser():
 
 
 def annotate_flags(p):
-    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, see read_pairs: .json, .jsonl, .parquet")
+    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs: .json, .jsonl or .parquet (docs/data.md)")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--teacher", required=True, help="folder or hub id of an image-text-to-text model")
     p.add_argument("--out", required=True, help="SFT file; raw answers go to OUT.answers/")
@@ -1029,7 +1032,7 @@ def rl_subset_flags(p):
 
 
 def check_flags(p):
-    p.add_argument("file")
+    p.add_argument("file", help="SFT or RL file")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
     p.add_argument("--max_length", type=int, default=12_288, help="longer rows are skipped in training")

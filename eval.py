@@ -1,7 +1,7 @@
 """Evaluation: MMEB-V1 and V2 (78 tasks) and your own tasks, in every mode (paper, experiments).
 
 A model reads every distinct input of all tasks once, greedily, which gives two embeddings: disc, at <disc_emb> of the
-prompt, and gen, at the last <gen_emb> of its own reasoning. With --samples k it reads the queries again, k times
+prompt, and gen, at the last <gen_emb> of its own reasoning. With --samples S it reads the queries again, S times
 at --temperature. Modes (a task's value is the mean over its queries):
 
     disc, gen           query and candidates both in this mode
@@ -9,11 +9,11 @@ at --temperature. Modes (a task's value is the mean over its queries):
     oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound of
                         choosing between the two (fused, which adds them, may be above it)
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
-    mean                normalised mean of a query's k sampled gen embeddings; greedy gen candidates
-    mean@2              the same of two samples, averaged over the pairs (0, 1), (2, 3), ... of the k
-    mean_fused          fused, with the mean of k in the place of gen
-    pass@j              the chance that one of j sampled queries has a right candidate first; greedy gen candidates;
-                        unbiased: 1 - C(k-c, j) / C(k, j) with c hits in k samples
+    mean                normalised mean of a query's S sampled gen embeddings; greedy gen candidates
+    mean@2              the same of two samples, averaged over the pairs (0, 1), (2, 3), ... of the S
+    mean_fused          fused, with this mean in the place of gen
+    pass@k              the chance that one of k sampled queries has a right candidate first; greedy gen candidates;
+                        unbiased: 1 - C(S-c, k) / C(S, k) with c hits in S samples
 
 oracle has two tries where gen has one: compare it with pass@2, the oracle of two gen samples. fused adds two cosines
 where gen has one: compare it with mean@2, which generates twice as many tokens; disc and gen come out of one pass.
@@ -85,7 +85,6 @@ from data import (
     Skip,
     check_text,
     encode_input,
-    forked_loader,
     open_picture,
 )
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
@@ -99,6 +98,7 @@ from support.run import (
     Progress,
     barrier,
     end_processes,
+    forked_loader,
     hold,
     parse_args,
     processes,
@@ -144,7 +144,7 @@ class Settings:
     out: str = setting("", "results go to OUT/<model name>/, with --reasoner to OUT/<model name>-reads-<reasoner>/")
     samples: int = setting(0, "samples per query for mean, mean@2, mean_fused and pass@k; 0 leaves them out")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
-    max_new_tokens: int = setting(512, "longest reasoning; one cut off here counts as invalid")
+    max_new_tokens: int = setting(512, "longest answer in tokens; one cut off before its <gen_emb> is invalid")
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
     prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts: speed and memory only")
     seed: int = setting(0, "of the samples")
@@ -414,8 +414,8 @@ def estimated_cost(item):
 
 
 def write_shards(results, folder, settings):
-    """Each process writes shards of its own, early enough that no more than --save_every of its inputs are begun and
-    not saved (but one batch)."""
+    """Each process writes shards of its own, early enough that a kill costs --save_every inputs at most: those that
+    wait here and the --batch_size that are being computed (which are more than a smaller --save_every)."""
     waiting = []
     last = time.time()
     for result in results:
@@ -614,7 +614,7 @@ def published_ndcg(ranked, labels, grades):
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n samples, drawn without replacement, contain one of the c hits."""
+    """The chance that k of n (above: S) samples, drawn without replacement, contain one of the c hits."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 

@@ -122,7 +122,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor | None  # [B, L]; None where vision states only are asked for
     positions: torch.Tensor | None  # [3, B, L]
-    media_at: torch.Tensor | None  # [n] flat indices of the pad tokens in whose places the vision states go
+    media_at: torch.Tensor | None  # [n / merge^2] flat indices of the pad tokens, which the merged states replace
     patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
     grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
     vision_states: torch.Tensor | None = None  # of the patches, where they are known already
@@ -269,11 +269,11 @@ class Embedder(nn.Module):
                 deepstack = {"visual_pos_masks": batch.media_at, "deepstack_visual_embeds": others}  # see add_states
             return x, deepstack
         if torch.is_grad_enabled() and not self.vision_frozen:
-            # no picture on this rank: the vision side still gets a (zero) gradient, or DDP waits
+            # no picture in this micro-batch: the vision side gets a gradient of zeros, or DDP would wait for it
             merge = self.family.merge
             patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
-            blank = self.encode_vision(patches, np.array([[1, merge, merge]]))
-            x = x + 0 * self.merge_states(blank).sum().to(x.dtype)
+            stand_in = self.encode_vision(patches, np.array([[1, merge, merge]]))
+            x = x + 0 * self.merge_states(stand_in).sum().to(x.dtype)
         return x, {}
 
     # ---- one pass, with gradients -------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def fuse_norms(backbone):
 
 
 def add_states(hidden, media_at, states):
-    """Qwen3-VL's DeepStack: vision states [n, D] are added after an early layer. hidden [B, L, D]; media_at [n] flat
+    """Qwen3-VL's DeepStack: vision states [m, D] are added after an early layer. hidden [B, L, D]; media_at [m] flat
     indices. In the place of a method of transformers, which indexes with a mask: in every such layer, forward and
     backward, the host then waits for the GPU. Other callers of the backbone still give a mask [B, L]."""
     if media_at.dtype == torch.bool:

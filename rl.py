@@ -18,7 +18,7 @@ Where this departs from the paper or the official code
  1. Pictures and videos are present in every forward pass; the official update and reference pass lose the videos.
  2. Sampling is at temperature 1 without top-k (the official run silently has top_k = 50), with a ban of tokens that
     cannot be written; the log-probabilities of the update have the same temperature and ban.
- 3. Negatives are the rollouts of all other targets of the global batch (32 prompts: 31 x 8), not of one micro-step
+ 3. Negatives are the rollouts of all other targets of the global batch (32 pairs: 31 x 8), not of one micro-step
     (15 x 8); pairs with the same target are not each other's negatives (--mask_same_target false: the paper).
  4. The vision tower is frozen, so its features are computed once per step; the official run trains it (--train_vision).
  5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's own.
@@ -115,7 +115,7 @@ class Settings:
     eps_high: float = setting(0.28, "and above at 1 + eps_high (official code; the paper names 0.2 only)")
     beta: float = setting(0.04, "weight of the KL term")
     reward_weights: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=WEIGHT changes the weight of a reward of reward.py's table, or adds one; 0: only in the log"})
+        "help": "NAME=WEIGHT of any reward of reward.py, over format=1 embedding=1 share=0 gap=0; 0: only in the log"})
     w_grpo: float = setting(1.0, "weight of the clipped objective; 0 is a control")
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
@@ -126,7 +126,7 @@ class Settings:
     blank_image: bool = setting(True, "a side without media gets the blank picture")
     train_vision: bool = setting(False, "train the vision tower too, as the official code does")
     max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
-    # the machine's: they change time and memory, not the method
+    # the machine's and the run's: not the method
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
     fsdp: bool = setting(False, "spread policy, reference and optimiser over the processes (FSDP2)")
@@ -159,8 +159,9 @@ PRESETS = {
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.28, beta=0.04, norm=2048):
     """GRPO with a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO).
 
-    logp, old_logp, ref_logp [B, T] log-probabilities of the sampled tokens under the policy (with gradient), the policy
-    that sampled them, and the reference; advantages [B]; mask [B, T], 1 on the completion's tokens (<|im_end|> too).
+    B completions (of one pass, not of the global batch). logp, old_logp, ref_logp [B, T]: log-probabilities of the
+    sampled tokens under the policy (with gradient), the policy that sampled them, and the reference; advantages [B];
+    mask [B, T], 1 on the completion's tokens (<|im_end|> too).
     Returns the loss, mean over B of sum over T / norm, and a dict of token means for the log.
     """
     mask = mask.bool()
@@ -186,7 +187,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 
 def rollout(embedder, rows, seeds, args):
     """G completions for each of n prompts -> n Rollouts in the order of the rows."""
-    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
+    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))  # similar lengths share a prefill: few pads
     prompts = [Prompt(n, rows[n], seeds[n]) for n in by_length]
     done = {}
     for prompt, rollouts in embedder.generate(
@@ -246,8 +247,8 @@ def rewards_of(embedder, rollouts, pairs, args):
 
     def local(query, target):
         """This process's rows of both sides, [P, G] x2 -> [2, p, G]; 0 for a skipped pair."""
-        numbers = torch.arange(p, device=device) * world + rank  # of its pairs in the global batch
-        return torch.stack([query, target])[:, numbers].masked_fill(~ok[:, None], 0.0)
+        global_index = torch.arange(p, device=device) * world + rank  # of its pairs in the global batch
+        return torch.stack([query, target])[:, global_index].masked_fill(~ok[:, None], 0.0)
 
     parts = {name: local(query_parts[name], target_parts[name]) for name in weights}
     return local(query, target), parts
@@ -330,7 +331,7 @@ class Packed(NamedTuple):
     group_of_read: torch.Tensor  # the group that each of them belongs to
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
-    places: torch.Tensor  # [M] flat indices of the tokens in the mask
+    mask_at: torch.Tensor  # [M] flat indices of the tokens in the mask
     mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
 
 
@@ -343,7 +344,7 @@ def pack_groups(embedder, groups):
     batch = embedder.pad_rows([p.row for p in packed], mask)
     L = batch.ids.shape[1]
     T = max(map(len, completions))
-    read, group_of_read, predict, labels, places = int_tensors(
+    read, group_of_read, predict, labels, mask_at = int_tensors(
         device,
         [b * L + index for b, p in enumerate(packed) for index in p.read],
         [b for b, p in enumerate(packed) for _ in p.read],
@@ -351,14 +352,14 @@ def pack_groups(embedder, groups):
         [token for ids in completions for token in ids],
         [i * T + t for i, ids in enumerate(completions) for t in range(len(ids))],
     )
-    mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, places, True)
-    return Packed(batch, read, group_of_read, predict, labels, places, mask.view(-1, T))
+    mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, mask_at, True)
+    return Packed(batch, read, group_of_read, predict, labels, mask_at, mask.view(-1, T))
 
 
 def padded(flat, packed):
     """Values of the completion tokens [M] -> [n * G, T] with zeros after each completion."""
     mask = packed.mask
-    return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.places, flat).view(mask.shape)
+    return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.mask_at, flat).view(mask.shape)
 
 
 def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
@@ -486,7 +487,7 @@ def main():
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # these backbones, without dropout, draw nothing from it
 
     # policy and frozen reference
     load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
@@ -514,12 +515,12 @@ def main():
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
             usable(pairs)  # ends the run where none of the global batch is
             if not args.train_vision:
-                embedder.share_vision(rows, 2 * args.micro_batch)
+                embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than the decoding
 
             # rollout: its random numbers are a function of (seed, step, pair, side, g), whatever the number of
             # processes; so are its tokens, on a GPU up to rounding, which can turn a close choice between two
-            numbers = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
-            seeds = [stable_hash(args.seed, step, number, side) for side in (0, 1) for number in numbers]
+            global_index = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
+            seeds = [stable_hash(args.seed, step, i, side) for side in (0, 1) for i in global_index]
             with unsharded(embedder):
                 rollouts = loop.breakable(partial(rollout, embedder, rows, seeds, args))
 

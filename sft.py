@@ -99,13 +99,13 @@ class Settings:
     mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
     train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
     max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
-    # the machine's: they change time and memory, not the method
+    # the machine's and the run's: not the method
     bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
     checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
     fsdp: bool = setting(False, "spread parameters and optimiser over the processes (FSDP2), for what does not fit")
     workers: int = setting(8, "background processes per process that read and resize pictures")
     seed: int = setting(0, "order of the batches")
-    save_every: int = setting(200, "steps between checkpoints; not in the paper")
+    save_every: int = setting(200, "steps between checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
     max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
     skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
@@ -219,7 +219,7 @@ class LocalRows:
     side: torch.Tensor  # int [2b]: 0 query, 1 target
     ce_weight: torch.Tensor  # [2b], of each answer token of a row; 0 for a skipped pair
     micro_batches: list  # lists of row numbers
-    places: tuple  # the same as tensors on the device
+    row_indices: tuple  # the same as tensors on the device
 
 
 def local_rows(pairs, micro_batch, device):
@@ -238,15 +238,15 @@ def local_rows(pairs, micro_batch, device):
     # what does not fit shows at once. The order changes sums by their rounding only.
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids), reverse=True)
     micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
-    places = int_tensors(device, *micro_batches)
-    return LocalRows(rows, side.to(device), ce_weight.to(device), micro_batches, places)
+    row_indices = int_tensors(device, *micro_batches)
+    return LocalRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices)
 
 
 def embed_micro_batch(net, local, numbers, next_token):
     """One micro-batch -> its embeddings [n, 2, D] (disc, gen) and the CE of each side [2], None without next_token.
 
-    net: the model with DDP around it in pass 3, without it in pass 1. numbers: of the n rows. A row without one of the
-    tokens has some other state in its place, which no loss reads. Flat indices are those of [n, L] flattened.
+    net: the model, with DDP around it for a pass with a graph, else without. numbers: of the n rows. A row without one
+    of the tokens has some other state in its place, which no loss reads. Flat indices are those of [n, L] flattened.
     """
     device = local.side.device
     rows = [local.rows[n] for n in numbers]
@@ -269,17 +269,17 @@ def embed_all(model, local, args):
     one, the largest, goes last here: its graph is alone in the memory, as those of pass 3 are."""
     embedder = without_ddp(model)
     embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
-    first, *others = zip(local.micro_batches, local.places)
+    first, *others = zip(local.micro_batches, local.row_indices)
     if uses_embeddings(args):
-        for numbers, places in others:
+        for numbers, indices in others:
             stop_if_asked()
             with torch.no_grad():
-                embeddings[places], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
+                embeddings[indices], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
     stop_if_asked()
-    numbers, places = first
+    numbers, indices = first
     with no_gradient_sync(model, is_last=not others):
         first_pass = embed_micro_batch(model, local, numbers, bool(args.w_ce))
-    embeddings[places] = first_pass[0].detach()
+    embeddings[indices] = first_pass[0].detach()
     return embeddings, first_pass
 
 
@@ -290,8 +290,9 @@ def contrast(embeddings, pairs, args):
     ok = usable(pairs).nonzero()[:, 0].to(device)  # numbers of the usable pairs of the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    place = torch.arange(b, device=device) * world + rank  # [b] of our pairs in the global batch
-    gathered = gather(own).index_put((place,), own)  # [B, 4, D]; what was gathered has no gradient, so ours go back in
+    global_index = torch.arange(b, device=device) * world + rank  # [b] of our pairs
+    gathered = gather(own)  # [B, 4, D], without gradient: ours go back in
+    gathered = gathered.index_put((global_index,), own)
     same_target = None
     if args.mask_same_target:
         same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
@@ -305,14 +306,14 @@ def backward_all(model, local, gradient, args, first_pass):
     """Pass 3 -> this process's CE of each side, [2]"""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
-    for numbers, places in zip(local.micro_batches, local.places):
+    for numbers, indices in zip(local.micro_batches, local.row_indices):
         stop_if_asked()
         with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
             if numbers is local.micro_batches[0]:
                 embeddings, ce = first_pass
             else:
                 embeddings, ce = embed_micro_batch(model, local, numbers, bool(args.w_ce))
-            loss = (embeddings * gradient[places]).sum()  # its gradient is dL/dE dE/dw: the chain rule
+            loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw: the chain rule
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
                 total_ce += ce.detach()
@@ -352,7 +353,7 @@ def main():
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # these backbones, without dropout, draw nothing from it
 
     # model: ViT blocks frozen, merger and language model trained
     embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)

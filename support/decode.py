@@ -149,15 +149,15 @@ class Decoder:
             return self.graphs[R, K].replay(inputs)[:A]
 
     def read(self, inputs, K):
-        """The step itself. inputs int [3, R] as above; K: keys that all rows look at, at least -> [R, D]"""
+        """The step itself. inputs int [3, R] as above; K: keys, those after a row's own last one masked -> [R, D]"""
         tokens, index, positions = inputs
         rows = torch.arange(len(tokens), device=self.device)
         angles = positions[:, None, None] * self.frequencies  # [R, 1, N]
         cos = angles.cos() * self.rotary_scale
         sin = angles.sin() * self.rotary_scale
-        hidden = torch.arange(K, device=self.device) > index[:, None]  # [R, K]
-        mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype)
-        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [R, 1, 1, K]
+        beyond = torch.arange(K, device=self.device) > index[:, None]  # [R, K]
+        mask = torch.zeros(beyond.shape, device=self.device, dtype=self.dtype)
+        mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]  # [R, 1, 1, K]
         x = F.embedding(tokens, self.embeddings)  # [R, D]
         for w, kv in zip(self.layers, self.cache.kv):
             # attention: the heads of queries and keys are rotated together

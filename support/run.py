@@ -365,8 +365,8 @@ def resume(args, settings, embedder, optimizer):
 
 
 def no_gradient_sync(model, is_last):
-    """DDP sums the gradients over the processes after the last micro-batch of a step only. FSDP does so after each one:
-    it would have to keep the gradients of the whole model until then."""
+    """DDP averages the gradients over the processes after the last micro-batch of a step only. FSDP does so after each
+    one: it would have to keep the gradients of the whole model until then."""
     if isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -908,6 +908,7 @@ def begin_run(args, digest_of):
     """
     rank, _ = processes()
     digests = first_on_node(lambda: [digest_of(file) for file in args.data])
+    # what does not decide the weights: memory, time, upkeep, and when a run gives up
     free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "prefill_tokens", "out", "cache",
             "fsdp", "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
