@@ -168,6 +168,10 @@ def last_states(tower, pixels, layout, merged):
     return out.pooler_output if merged else out.last_hidden_state
 
 
+def plain_mergers(tower):
+    return [tower.merger]
+
+
 def window_states(tower, pixels, layout, merged):
     """Qwen2.5-VL: the same; before the merger they come sorted by window, and are put back into the order of the
     patches."""
@@ -216,7 +220,7 @@ QWEN2_VL = Family(
     timestamps=False,
     vision_layout=plain_layout,
     vision_states=last_states,
-    mergers=lambda tower: [tower.merger],
+    mergers=plain_mergers,
 )
 QWEN2_5_VL = replace(
     QWEN2_VL,

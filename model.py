@@ -262,11 +262,12 @@ class Embedder(nn.Module):
         x = self.backbone.get_input_embeddings()(batch.ids)
         if len(vision_states):
             merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
+            merged = merged.view(len(batch.media_at), merged.shape[-1])  # an error where they are not as many as the pads
             first, *others = merged.split(self.width, dim=-1)
-            x = x.flatten(0, 1).index_copy(0, batch.media_at, first.to(x.dtype)).view_as(x)
+            x = x.flatten(0, 1).index_put((batch.media_at,), first.to(x.dtype)).view_as(x)  # see add_states
             deepstack = {}
             if others:
-                deepstack = {"visual_pos_masks": batch.media_at, "deepstack_visual_embeds": others}  # see add_states
+                deepstack = {"visual_pos_masks": batch.media_at, "deepstack_visual_embeds": others}
             return x, deepstack
         if torch.is_grad_enabled() and not self.vision_frozen:
             # no picture in this micro-batch: the vision side gets a gradient of zeros, or DDP would wait for it
@@ -593,7 +594,9 @@ def add_states(hidden, media_at, states):
     backward, the host then waits for the GPU. Other callers of the backbone still give a mask [B, L]."""
     if media_at.dtype == torch.bool:
         media_at = media_at.flatten().nonzero()[:, 0]
-    return hidden.flatten(0, 1).index_add(0, media_at, states.to(hidden.dtype)).view_as(hidden)
+    states = states.to(hidden.dtype)
+    # not index_add, nor index_copy in embed_tokens: they would keep the states, in fp32, until the backward
+    return hidden.flatten(0, 1).index_put((media_at,), states, accumulate=True).view_as(hidden)
 
 
 def padded_length(n, device):
