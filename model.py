@@ -262,7 +262,7 @@ class Embedder(nn.Module):
         x = self.backbone.get_input_embeddings()(batch.ids)
         if len(vision_states):
             merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
-            merged = merged.view(len(batch.media_at), merged.shape[-1])  # an error where they are not as many as the pads
+            merged = merged.view(len(batch.media_at), merged.shape[-1])  # an error unless they are as many as the pads
             first, *others = merged.split(self.width, dim=-1)
             x = x.flatten(0, 1).index_put((batch.media_at,), first.to(x.dtype)).view_as(x)  # see add_states
             deepstack = {}

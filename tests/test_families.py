@@ -19,6 +19,7 @@ from conftest import encoded, picture, random_backbone, save_random_model, train
 from test_model import (  # noqa: F401
     CLOSE,
     everything,
+    test_a_model_can_be_pickled,
     test_bf16_is_close,
     test_cached_decode_equals_full_forward,
     test_embed_reads_the_right_places,

@@ -4,6 +4,7 @@
 """
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,6 +184,13 @@ def test_pictures_change_the_answer(embedder):
     items = [{"images": [a, b]}, {"images": [b, a]}, {"images": [a, a]}, {"video": [a, b]}, {"video": [b, a]}]
     disc = embedder.embed(items, mode="disc").disc
     assert (torch.pdist(disc) > 1e-3).all()
+
+
+def test_a_model_can_be_pickled(embedder):
+    """torch.save() and spawned processes do it. Story: a lambda in Qwen2-VL's record of data.py stood in the way."""
+    again = pickle.loads(pickle.dumps(embedder))
+    found = again.embed(inputs(), mode="disc").disc
+    torch.testing.assert_close(found, embedder.embed(inputs(), mode="disc").disc, rtol=0, atol=0)
 
 
 def test_text_only_micro_batch_gives_the_merger_a_gradient(embedder):
