@@ -188,7 +188,7 @@ def test_pictures_change_the_answer(embedder):
 
 def test_a_model_can_be_pickled(tiny_dir):
     """torch.save() and spawned processes do it. Story: a lambda in Qwen2-VL's record of data.py stood in the way. (A
-    model of its own: where a test asked for all layers' states, transformers has left a hook that cannot be pickled.)"""
+    model of its own: where a test asked for all layers' states, transformers left a hook that cannot be pickled.)"""
     model = Embedder.from_pretrained(tiny_dir)
     expected = model.embed(inputs(), mode="disc").disc
     found = pickle.loads(pickle.dumps(model)).embed(inputs(), mode="disc").disc
