@@ -127,7 +127,7 @@ class Family:
 
 def plain_layout(tower, grids, device, **more):
     """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
-    the CPU: they would do it on the GPU, where every layer waits to read the lengths. more: integers for the device."""
+    the CPU: they would do it on the GPU, where every layer waits to read the lengths. more: for the device too."""
     positions = get_vision_position_ids(grids, tower.spatial_merge_size)  # [n, 2]
     return {
         "grid_thw": grids,  # [m, 3]
@@ -137,10 +137,11 @@ def plain_layout(tower, grids, device, **more):
 
 
 def to_device(device, **tensors):
-    """int64 tensors, in one transfer: for each one the host waits until the GPU is done."""
-    flat = torch.cat([x.flatten() for x in tensors.values()]).to(device)
-    parts = flat.split([x.numel() for x in tensors.values()])
-    return {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts)}
+    """In one transfer, as bytes: for each one the host waits until the GPU is done. Those of the widest numbers first:
+    a number must begin at a multiple of its size."""
+    flat = torch.cat([x.flatten().view(torch.uint8) for x in tensors.values()]).to(device)
+    parts = flat.split([x.nbytes for x in tensors.values()])
+    return {name: part.view(x.dtype).view(x.shape) for (name, x), part in zip(tensors.items(), parts)}
 
 
 def window_layout(tower, grids, device):
@@ -158,8 +159,7 @@ def interpolated_layout(tower, grids, device):
         grids, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners,
         tower.spatial_merge_size,
     )  # fmt: skip
-    layout = plain_layout(tower, grids, device, interp_indices=index)
-    return layout | {"interp_weights": weights.to(device)}
+    return plain_layout(tower, grids, device, interp_indices=index, interp_weights=weights)
 
 
 def last_states(tower, pixels, layout, merged):
