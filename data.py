@@ -128,20 +128,20 @@ class Family:
 def plain_layout(tower, grids, device, **more):
     """What transformers' vision towers work out of the grids, as the keywords that they take it by. Here it is done on
     the CPU: they would do it on the GPU, where every layer waits to read the lengths. more: for the device too."""
-    positions = get_vision_position_ids(grids, tower.spatial_merge_size)  # [n, 2]
+    more = {"position_ids": get_vision_position_ids(grids, tower.spatial_merge_size), **more}  # [n, 2]
     return {
         "grid_thw": grids,  # [m, 3]
         "cu_seqlens": get_vision_cu_seqlens(grids),  # where each frame's patches begin; stays, attention reads it here
-        **to_device(device, position_ids=positions, **more),
+        **dict(zip(more, to_device(device, *more.values()))),
     }
 
 
-def to_device(device, **tensors):
-    """In one transfer, as bytes: for each one the host waits until the GPU is done. Those of the widest numbers first:
-    a number must begin at a multiple of its size."""
-    flat = torch.cat([x.flatten().view(torch.uint8) for x in tensors.values()]).to(device)
-    parts = flat.split([x.nbytes for x in tensors.values()])
-    return {name: part.view(x.dtype).view(x.shape) for (name, x), part in zip(tensors.items(), parts)}
+def to_device(device, *tensors):
+    """The tensors on the device, by one transfer of their bytes: for each one the host waits until the GPU is done.
+    Those of the widest numbers come first: a number must begin at a multiple of its size."""
+    flat = torch.cat([x.flatten().view(torch.uint8) for x in tensors]).to(device)
+    parts = flat.split([x.nbytes for x in tensors])
+    return [part.view(x.dtype).view(x.shape) for x, part in zip(tensors, parts)]
 
 
 def window_layout(tower, grids, device):

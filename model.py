@@ -38,7 +38,20 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from data import DISC, FAMILIES, FORMS, GEN, Row, Skip, check_input, check_text, encode_input, family_of, normalise
+from data import (
+    DISC,
+    FAMILIES,
+    FORMS,
+    GEN,
+    Row,
+    Skip,
+    check_input,
+    check_text,
+    encode_input,
+    family_of,
+    normalise,
+    to_device,
+)
 from support.decode import Decoder
 from support.run import (
     BadInput,
@@ -288,8 +301,7 @@ class Embedder(nn.Module):
             tokens[0, b, : len(row.ids)] = row.ids
             tokens[1:, b, : len(row.ids)] = row.positions
         media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # here: a GPU would have to be waited for
-        tokens, media_at = int_tensors(self.device, tokens.ravel(), media_at)
-        tokens = tokens.view(4, len(rows), L)
+        tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
         ids, positions = tokens[0], tokens[1:]
         patches, grids = pictures_of(rows, self.device)
         known = [row.vision_states for row in rows if row.num_patches]
@@ -612,9 +624,8 @@ def pictures_of(rows, device):
 
 
 def int_tensors(device, *lists):
-    """Lists of ints -> a tensor of each, in one transfer: for each one the host waits until the GPU is done."""
-    flat = torch.from_numpy(np.concatenate([np.array(numbers, dtype=np.int64) for numbers in lists]))
-    return flat.to(device).split([len(numbers) for numbers in lists])
+    """Lists of ints -> a tensor of each, in one transfer."""
+    return to_device(device, *(torch.tensor(numbers, dtype=torch.long) for numbers in lists))
 
 
 def sampling_logits(logits, banned, temperature):

@@ -219,7 +219,7 @@ class LocalRows:
     side: torch.Tensor  # int [2b]: 0 query, 1 target
     ce_weight: torch.Tensor  # [2b], of each answer token of a row; 0 for a skipped pair
     micro_batches: list  # lists of row numbers
-    row_indices: tuple  # the same as tensors on the device
+    row_indices: list  # the same as tensors on the device
 
 
 def local_rows(pairs, micro_batch, device):
