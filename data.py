@@ -51,7 +51,7 @@ from transformers.vision_utils import (
 )
 
 from support.rows import Rows
-from support.run import BadInput, Stopped, check_bounds, forked_loader, one_ahead, run_script
+from support.run import BadInput, Stopped, check_batch_size, check_bounds, forked_loader, one_ahead, run_script
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)
@@ -839,8 +839,7 @@ class PairData(Dataset):
         self.blank_image = blank_image
         self.rank = rank
         self.world = world
-        if batch_size % world:
-            raise BadInput(f"--batch_size {batch_size} must be a multiple of the {world} processes")
+        check_batch_size(batch_size, world)
         self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
         if rank == 0 and self.order.left_out:
             print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")

@@ -16,14 +16,15 @@ Where this departs from the official code
     pass. Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
  3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
     state at <gen_emb> is stored in the decode step that reads it (no stack of all layers' states), a completion that
-    ends gives its slot to a waiting prompt. Vision tokens, pad, <|im_start|> and <disc_emb> can never be sampled, and
-    the same ban holds in the log-probabilities of RL. The decode step itself is ours too (support/decode.py).
+    ends gives its slot to a waiting prompt. The tokens of NEVER_WRITTEN cannot be sampled, and the same ban holds in
+    the log-probabilities of RL. The decode step itself is ours too (support/decode.py).
  4. A completion without <gen_emb> has no generative embedding; the official code then reads the prompt's own one.
  5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
 """
 
 import contextlib
 import json
+import numbers
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from data import (
@@ -57,6 +57,7 @@ from support.run import (
     BadInput,
     MissingFile,
     Progress,
+    apply_umask,
     cudnn_attention_off,
     is_sharded,
     processes,
@@ -69,6 +70,8 @@ from support.run import (
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels
 AHEAD = 4  # completions that may wait for a slot with their prompts read: so that one prefill reads several prompts
+# Never sampled, and the media pads neither. By name: a tokenizer may declare any token as its pad, even <|im_end|>.
+NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
 BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
 
@@ -166,11 +169,10 @@ class Embedder(nn.Module):
         self.bf16 = False  # run forward and generate in bf16 autocast over the fp32 master weights
         names = [GEN, DISC, "<|im_end|>", self.family.image_pad, self.family.video_pad]
         self.gen_id, self.disc_id, self.end_id, *self.media_ids = tokenizer.convert_tokens_to_ids(names)
-        self.pad_id = tokenizer.pad_token_id
-        never = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC]
-        banned = {*tokenizer.convert_tokens_to_ids(never), *self.media_ids, self.pad_id}
-        banned |= set(range(len(tokenizer), self.vocabulary))  # more rows than tokens: they have no text
-        self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
+        vocabulary = tokenizer.get_vocab()
+        never = {vocabulary[token] for token in NEVER_WRITTEN if token in vocabulary}
+        never |= {*self.media_ids, *range(len(tokenizer), self.vocabulary)}  # rows beyond the tokens have no text
+        self.register_buffer("banned", torch.tensor(sorted(never)), persistent=False)
 
     # ---- loading and saving -------------------------------------------------------------------------------------
 
@@ -199,6 +201,8 @@ class Embedder(nn.Module):
         )
         processor.save_pretrained(path)
         add_keys_of_transformers_4(path)
+        for file in Path(path).glob("*.safetensors"):
+            apply_umask(file)
 
     # ---- what is where ------------------------------------------------------------------------------------------
 
@@ -296,7 +300,7 @@ class Embedder(nn.Module):
         """B rows of any lengths -> Batch. mask: bool [B, 1, L, L], where causal attention is not what is wanted."""
         L = padded_length(max(len(row.ids) for row in rows), self.device)
         tokens = np.zeros((4, len(rows), L), dtype=np.int64)
-        tokens[0] = self.pad_id
+        tokens[0] = self.end_id  # padding may be any text token: nothing reads it
         for b, row in enumerate(rows):
             tokens[0, b, : len(row.ids)] = row.ids
             tokens[1:, b, : len(row.ids)] = row.positions
@@ -474,7 +478,7 @@ class Embedder(nn.Module):
         discriminative embedding is not finite; a generative one that is not finite is not valid. Raises BadInput (a
         ValueError) where the arguments are wrong or no input has a form that can be read.
         """
-        check_arguments(mode, temperature, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        check_arguments(mode, temperature, seed, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
         inputs = list_of_inputs(inputs)
         traces = list_of_traces(traces, len(inputs))
         N = len(inputs)
@@ -501,7 +505,7 @@ class Embedder(nn.Module):
                     raise
                 skip(n, str(error))
 
-        prompts = self.prompts_of(checked, traces, blank_image, seed)
+        prompts = self.prompts_of(checked, traces, blank_image, int(seed))  # numpy's int would hash differently
         if mode == "disc" or traces is not None:
             results = self.read(prompts, batch_size)
         else:
@@ -805,15 +809,17 @@ def evaluating(model):
 # What embed() is given, and what it gives
 
 
-def check_arguments(mode, temperature, **counts):
-    """Raises BadInput where one of embed()'s arguments cannot be used."""
+def check_arguments(mode, temperature, seed, **counts):
+    """Raises BadInput if one of embed()'s arguments cannot be used. numpy's numbers count as numbers, True does not."""
     if mode not in ("disc", "gen", "both"):
         raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
-    for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise BadInput(f"{name}={value}: must be at least 1, a whole number")
-    if not isinstance(temperature, (int, float)) or not (temperature == 0 or 0.001 <= temperature <= 100):
-        raise BadInput(f"temperature={temperature}: must be 0 (greedy) or from 0.001 to 100")
+    for name, value in {"seed": seed, **counts}.items():
+        least = 0 if name == "seed" else 1
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise BadInput(f"{name}={value!r}: must be at least {least}, a whole number")
+    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not is_number or not (temperature == 0 or 0.001 <= temperature <= 100):
+        raise BadInput(f"temperature={temperature!r}: must be 0 (greedy) or from 0.001 to 100")
 
 
 def list_of_inputs(given):
@@ -874,14 +880,13 @@ def check_model(name_or_path):
 def load_tokenizer(name_or_path):
     """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
     check_model(name_or_path)
-    try:
+    with told_of(name_or_path):
         config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:  # what transformers says of broken files
-        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}, each of "
                        "which is one record of FAMILIES in data.py: add another there")  # fmt: skip
+    check_config(config, name_or_path)
     family = family_of(config)
     vision = config.vision_config
     sizes = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
@@ -895,6 +900,26 @@ def load_tokenizer(name_or_path):
     return tokenizer
 
 
+@contextlib.contextmanager
+def told_of(name_or_path):
+    """Around transformers' loading, which may raise anything about a broken file: raises BadInput with its words."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{name_or_path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def check_config(config, name_or_path):
+    """Raises BadInput if config.json asks for something that this code would compute wrongly."""
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "unknown method")
+        raise BadInput(f"{name_or_path}: the weights are quantised ({method}). This code computes with plain weights. "
+                       "Give the folder or hub id of the model in bf16 or fp32.")  # fmt: skip
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+        raise BadInput(f"{name_or_path}: config.json has layers with sliding attention. Here every layer reads all "
+                       "earlier tokens, so the results would be wrong. Choose another model.")  # fmt: skip
+
+
 def load_family(name_or_path):
     """The Family of a model that load_tokenizer() has accepted."""
     return family_of(AutoConfig.from_pretrained(name_or_path))
@@ -905,13 +930,13 @@ def load_pretrained(name_or_path, dtype):
     another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
     token embeddings may be missing."""
     tokenizer = load_tokenizer(name_or_path)
-    try:
-        backbone, found = getattr(transformers, load_family(name_or_path).model_class).from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+    with told_of(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path)
+        config.text_config.attention_dropout = 0.0  # the families have no other dropout; saved folders say 0 too
+        backbone, found = getattr(transformers, family_of(config).model_class).from_pretrained(
+            name_or_path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BadInput(f"{name_or_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
     wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
     if wrong:

@@ -495,7 +495,6 @@ def main():
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     model = distribute(embedder, args, device)
     optimizer = make_optimizer(embedder, args)
-    start = resume(args, settings, embedder, optimizer)
     reference = Embedder.from_pretrained(args.model, device=load_on).requires_grad_(False).eval()
     reference.bf16 = args.bf16
     if args.fsdp:
@@ -507,6 +506,7 @@ def main():
     data = PairData(args.data, embedder.tokenizer, kind="rl", batch_size=args.batch_size, seed=args.seed, needs=(),
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world,
                     blank_image=args.blank_image, cache=args.cache, family=embedder.family)  # fmt: skip
+    start = resume(args, settings, embedder, optimizer)
     loader = step_loader(data, range(start, args.steps), args.workers)
 
     with Loop(args, settings, embedder, optimizer, start, len(data.rows), SHOWN) as loop:

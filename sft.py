@@ -48,6 +48,7 @@ from support.rows import index_rows
 from support.run import (
     Loop,
     all_sum,
+    barrier,
     begin_run,
     clip_gradients,
     distribute,
@@ -349,6 +350,7 @@ def main():
     rank, world, device = start_processes(args.fsdp)
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
+    barrier()  # rank 0 has written the toy world
     row_check = RowCheck("sft", needs_of(args))
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
@@ -365,13 +367,13 @@ def main():
         embedder.backbone.lm_head.requires_grad_(False)  # an unused parameter would stall DDP
     model = distribute(embedder, args, device)
     optimizer = make_optimizer(embedder, args, args.weight_decay)
-    start = resume(args, settings, embedder, optimizer)
 
     # data
     answers = bool(args.w_gen or args.w_ce or args.cross_weight)
     data = PairData(args.data, embedder.tokenizer, kind="sft", batch_size=args.batch_size, seed=args.seed,
                     root=args.media_root, max_length=args.max_length, rank=rank, world=world, needs=row_check.needs,
                     answers=answers, cache=args.cache, family=embedder.family)  # fmt: skip
+    start = resume(args, settings, embedder, optimizer)
     loader = step_loader(data, range(start, args.steps), args.workers)
 
     with Loop(args, settings, embedder, optimizer, start, len(data.rows), SHOWN) as loop:

@@ -358,9 +358,17 @@ def make_optimizer(embedder, args, weight_decay=0.0):
 
 
 def resume(args, settings, embedder, optimizer):
-    """Fills both from the checkpoint that --resume says -> the step to go on with."""
+    """Fills both from the checkpoint that --resume says -> the step to go on with. The last thing before the first
+    step: only a command that can run replaces args.json or removes checkpoints."""
+    rank, _ = processes()
+    if rank == 0:
+        check_space(args.out, embedder, optimizer, args.keep)
     start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
-    check_space(args.out, embedder, optimizer, args.keep)
+    if rank == 0:
+        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
+            shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
+        write_args(args.out, args)
+    barrier()
     return start
 
 
@@ -418,7 +426,7 @@ class Loop:
         self.args, self.settings, self.embedder, self.optimizer = args, settings, embedder, optimizer
         self.out, self.start, self.num_rows, self.shown = Path(args.out), start, num_rows, shown
         self.signal, self.may_break_off, self.completed = 0, False, None
-        self.nonfinite, self.seen, self.unusable = 0, 0, 0
+        self.nonfinite, self.zero_gradients, self.seen, self.unusable = 0, 0, 0, 0
 
     # ---- signals and errors
 
@@ -527,6 +535,11 @@ class Loop:
         """optimizer.step() and zero_grad(). Returns False, and leaves the weights as they are, where one of the figures
         (name -> float) is not finite; more than --skip_nonfinite such steps end the run."""
         finite = self.finite(step, figures, pairs)
+        if figures["gradient norm"] == 0:
+            self.zero_gradients += 1
+            if self.zero_gradients in (1, 10, 100):
+                self.say(f"step {step + 1}: the gradient is exactly 0 ({self.zero_gradients} such steps by now), so "
+                         "nothing is learned. Are all targets of a batch equal, or all rewards of a group?")  # fmt: skip
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -557,10 +570,7 @@ class Loop:
         if processes()[0] == 0:
             shown = {key: f"{line[key]:.3g}" for key in self.shown if key in line}
             self.bar.set_postfix({key: value for key, value in shown.items() if value != "0"})
-        is_last = step + 1 == self.args.steps
-        if is_last and is_sharded(self.embedder):
-            self.save(step + 1)  # where writing the final model fails, process 0 alone could save a part only
-        elif (step + 1) % self.args.save_every == 0 and not is_last:
+        if (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
             self.save(step + 1)
         self.check_share()
 
@@ -680,6 +690,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
             tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
             part = temporary / f"part-{rank}.safetensors"
             save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
+            apply_umask(part)
             sync(part)
         meet()
         if rank == 0:
@@ -724,8 +735,13 @@ def list_checkpoints(folder):
 def open_checkpoint(path):
     """-> content of meta.json, the open parts. BadInput where a file of it is torn or lacking."""
     path = Path(path)
+    if (path / "config.json").exists():
+        raise BadInput(f"{path} is a model folder, not a checkpoint. Give it as --model; it needs no export.")
     if not is_complete(path):
-        raise MissingFile(f"{path}: no complete checkpoint there (meta.json is missing)")
+        found = [str(p) for folder in (path, path.parent, path.parent.parent) for _, p in list_checkpoints(folder)]
+        why = "meta.json is missing" if path.exists() else "no such folder"
+        raise MissingFile(f"{path}: no complete checkpoint there ({why}); complete ones near it: "
+                          f"{', '.join(found) or 'none'}")  # fmt: skip
     try:
         meta = json.loads((path / "meta.json").read_text())
         if not isinstance(meta["step"], int) or not isinstance(meta["settings"], dict):
@@ -894,19 +910,38 @@ def weights_digest(name_or_path):
         except OSError as error:
             raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
     digest = hashlib.blake2b(digest_size=16)
-    names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
+    names = ("*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt",
+             "special_tokens_map.json", "added_tokens.json")  # fmt: skip
     for path in sorted(path for name in names for path in folder.glob(name)):
         with open(path, "rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
 
 
+def same_on_all_ranks(about):
+    """Raises BadInput on every rank if one rank differs from rank 0. about: {name: value}, as JSON. Nodes may have
+    their own copies of data and models, and a run over different ones would train on without a word."""
+    first, *others = gather_list([(os.uname().nodename, about)])
+    for rank, (node, theirs) in enumerate(others, 1):
+        if changed := changes(first[1], theirs):
+            raise BadInput(f"rank {rank} on {node} differs from rank 0 on {first[0]}: {'; '.join(changed.values())}. "
+                           "Start all nodes with the same flags, data and models.")  # fmt: skip
+
+
+def check_batch_size(batch_size, world):
+    """Raises BadInput if the ranks cannot share a batch equally."""
+    if batch_size % world:
+        raise BadInput(f"--batch_size {batch_size} must be a multiple of the {world} processes")
+
+
 def begin_run(args, digest_of):
-    """Locks --out, writes args.json -> what a resumed run must share, or None where the run in --out is finished.
+    """Locks --out -> what a resumed run must share, or None if the run in --out is finished. Changes nothing there:
+    resume() does, when the whole command is known to be usable.
 
     digest_of: a --data file -> digest of its content; a run never goes on with other data under the same name.
     """
-    rank, _ = processes()
+    rank, world = processes()
+    check_batch_size(args.batch_size, world)
     digests = first_on_node(lambda: [digest_of(file) for file in args.data])
     # what does not decide the weights: memory, time, upkeep, and when a run gives up
     free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "prefill_tokens", "out", "cache",
@@ -916,6 +951,8 @@ def begin_run(args, digest_of):
         raise BadInput(f"--out {out} is --model too, which would be overwritten; give another --out")
     settings["content of --data"] = digests
     settings["content of --model"] = first_on_node(lambda: weights_digest(args.model))
+    of_node = ("data", "media_root", "model", "out", "cache", "workers")  # paths may have other names on another node
+    same_on_all_ranks({key: value for key, value in (asdict(args) | settings).items() if key not in of_node})
     hold(out)
     path = out / "args.json"
     before = read_json(path) if args.resume == "auto" and path.exists() else {}
@@ -929,12 +966,6 @@ def begin_run(args, digest_of):
                 print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
             end_processes()
             return None
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        write_args(out, args)
-    barrier()
     return settings
 
 
@@ -966,10 +997,19 @@ def write_file(path, write):
     temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes have the same numbers
     try:
         write(temporary)
+        apply_umask(temporary)
     except BaseException:  # a full disk must not be kept full
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
+
+
+def apply_umask(path):
+    """Give a file the mode that open() gives. safetensors creates 0600, which locks out the user's group."""
+    mask = os.umask(0)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # some network disks have no modes
+        os.chmod(path, 0o666 & ~mask)
 
 
 def write_json(path, data):

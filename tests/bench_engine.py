@@ -133,7 +133,7 @@ def official_rollout(embedder, inputs, script):
     with torch.no_grad():
         return embedder.backbone.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=50, max_new_tokens=512, eos_token_id=embedder.end_id,
-            pad_token_id=embedder.pad_id, logits_processor=[Forced(flat, inputs["input_ids"].shape[1])],
+            pad_token_id=embedder.tokenizer.pad_token_id, logits_processor=[Forced(flat, inputs["input_ids"].shape[1])],
         )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def official_pass(embedder, inputs, ids, states=False):
     """log p of the completion tokens [B, T], their mask, and the normalised states of the whole rows [B, L, D]."""
     n = inputs["input_ids"].shape[1]
     written = ids[:, n:]
-    mask = written != embedder.pad_id
+    mask = written != embedder.tokenizer.pad_token_id
     kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(written)], 1)
     attention = torch.cat([inputs["attention_mask"], mask.long()], 1)
     embedder.backbone.model.rope_deltas = None
@@ -256,7 +256,7 @@ def update_case(size, part):
     sides = []
     for x, r in zip(inputs, rollouts):
         longest = max(map(len, r.ids))
-        tail = torch.tensor([c + [embedder.pad_id] * (longest - len(c)) for c in r.ids])
+        tail = torch.tensor([c + [embedder.tokenizer.pad_token_id] * (longest - len(c)) for c in r.ids])
         sides.append((x, torch.cat([x["input_ids"], tail], 1)))
     if part == "reference":
         return lambda: official_reference(embedder, sides), lambda: our_reference(embedder, rows, rollouts, args)

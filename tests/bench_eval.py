@@ -82,7 +82,8 @@ def official(embedder, rows, completions, batch):
         inputs, begin = processor_inputs(embedder, part, left=True)
         embedder.backbone.model.rope_deltas = None
         out = embedder.backbone.generate(
-            **inputs, do_sample=False, max_new_tokens=512, eos_token_id=embedder.end_id, pad_token_id=embedder.pad_id,
+            **inputs, do_sample=False, max_new_tokens=512, eos_token_id=embedder.end_id,
+            pad_token_id=embedder.tokenizer.pad_token_id,
             output_hidden_states=True, return_dict_in_generate=True,
             logits_processor=[Forced(written, inputs["input_ids"].shape[1], embedder.end_id)],
         )  # fmt: skip

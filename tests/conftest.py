@@ -201,7 +201,7 @@ def processor_inputs(model, rows, left=False):
 
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     B, L = len(rows), max(len(row.ids) for row in rows)
-    ids, mask = torch.full((B, L), model.pad_id), torch.zeros(B, L, dtype=torch.long)
+    ids, mask = torch.full((B, L), model.tokenizer.pad_token_id), torch.zeros(B, L, dtype=torch.long)
     begin = [L - len(row.ids) if left else 0 for row in rows]
     media = {image_id: ([], []), video_id: ([], [])}  # patches, grids
     for b, row in enumerate(rows):

@@ -651,7 +651,7 @@ def test_saved_model_in_plain_transformers(writer, writer_dir):
     settings are in it."""
     backbone = AutoModelForImageTextToText.from_pretrained(writer_dir)
     tokenizer = AutoTokenizer.from_pretrained(writer_dir)
-    plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id,
+    plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer,
                             family=writer.family)  # fmt: skip
     got = writer.embed(inputs(), traces=[ANSWERS[0]] * 5, blank_image=False)
     for n, item in enumerate(inputs()):

@@ -74,6 +74,7 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
         assert task["oracle"]["hit@1"] >= max(task["gen"]["hit@1"], task["disc"]["hit@1"])
 
     assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
+    shutil.rmtree(sft / "checkpoints")
     refused = start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 4, *common, ok=False)
     assert "steps 3 -> 4" in refused and "no checkpoint to go on from" in refused
 

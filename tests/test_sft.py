@@ -5,6 +5,7 @@
 
 import copy
 import json
+import shutil
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -259,6 +260,7 @@ def test_run_writes_its_folder(tiny_dir, world, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sft, "sft_step", lambda *_: pytest.fail("a finished run must not train"))
         run_here(sft, flags(tiny_dir, world, tmp_path / "a"), patch)
+        shutil.rmtree(tmp_path / "a/checkpoints")  # with them it would be extended
         with pytest.raises(SystemExit, match="steps 2 -> 3"):
             run_here(sft, flags(tiny_dir, world, tmp_path / "a", steps=3), patch)
     run_here(sft, flags(tiny_dir, world, tmp_path / "b"), monkeypatch)
@@ -385,9 +387,9 @@ def test_starting_anew_forgets_old_checkpoints(tiny_dir, world, tmp_path, monkey
     """Bug story: --resume none over a folder with later checkpoints of another run kept those as the newest: its
     own were deleted as the oldest, and the next --resume auto took the other run's."""
     run_here(sft, flags(tiny_dir, world, tmp_path, steps=4, save_every=1, keep=2), monkeypatch)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 4]
     run_here(sft, flags(tiny_dir, world, tmp_path, steps=2, save_every=1, keep=2, tau=0.2, resume="none"), monkeypatch)
     known = list_checkpoints(tmp_path)
-    assert [step for step, _ in known] == [1]
+    assert [step for step, _ in known] == [1, 2]
     assert json.loads((known[0][1] / "meta.json").read_text())["settings"]["tau"] == 0.2
     assert np.isfinite([line["loss"] for line in read_log(tmp_path)]).all() and len(read_log(tmp_path)) == 2
