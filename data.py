@@ -731,8 +731,24 @@ def rl_side(row, side, name):
     return check_input(item, name)
 
 
+def format_of(row):
+    """Return which of the known formats a row has, "" if none."""
+    if "qry_text" in row:
+        return "an RL row"
+    if "qry_image_path" in row:
+        return "a row of MMEB-train"
+    query = row.get("qry")
+    if isinstance(query, dict) and "conversations" in query:
+        return "an SFT row"
+    return "a bare pair" if isinstance(query, dict) and query.keys() & {"text", "images"} else ""
+
+
 def side_of(row, kind, side, name):
     """One side ("qry" or "pos") of a row -> item and answer. kind: "sft" or "rl"; name: the row's, for messages."""
+    wanted, command = {"sft": ("an SFT row", "annotate"), "rl": ("an RL row", "rl-subset")}[kind]
+    found = format_of(row)
+    if found not in (wanted, ""):
+        raise BadInput(f"{name}: this is {found}, not {wanted}. python data.py {command} --pairs FILE makes such rows.")
     if kind == "rl":
         return rl_side(row, side, f"{name}, {side}"), None
     check_keys(row, "an SFT row", name)

@@ -39,10 +39,10 @@ With --reasoner the answers (reasoning and summary) come from elsewhere and the 
 another model, which is run first, or from a file of lines {"key", "answer"} that anything else has filled in (--export
 writes it: support/answers.py). The results then go to OUT/<model name>-reads-<reasoner>.
 
-Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of weights,
-tokenizer, configuration, settings, versions and the text of model.py, data.py and decode.py, and by a hash of the
-input's text and its media's bytes: none is ever stale. All media are read for it at every start, each by one process
-(an estimated 50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
+Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of the model's
+files (weights, tokenizer, configuration), settings, versions and the text of model.py, data.py and decode.py, and by a
+hash of the input's text and its media's bytes: none is ever stale. All media are read for it at every start, each by
+one process (an estimated 50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
     python eval.py                                                            # 1 CPU: runs/toy/sft, runs/toy/rl
@@ -104,9 +104,11 @@ from support.run import (
     processes,
     read_json,
     run_script,
+    same_on_all_ranks,
     setting,
     stable_hash,
     start_processes,
+    weights_digest,
     write_args,
     write_file,
     write_json,
@@ -276,17 +278,12 @@ class DistinctInputs:
         return np.array(rows)
 
 
-def hash_model(embedder):
-    """Everything that decides an embedding, but for the input and the settings."""
-    about = [embedder.backbone.config.to_json_string(), embedder.tokenizer.backend_tokenizer.to_str()]
+def hash_model(model, device):
+    """Identity of everything that decides an embedding, except the input and the settings. model: folder or hub id."""
     code = [Path(__file__).parent / name for name in ("model.py", "data.py", "support/decode.py")]
-    about += [path.read_text() for path in code]
-    about += [torch.__version__, transformers.__version__, embedder.device.type]
-    found = hashlib.blake2b(repr(about).encode(), digest_size=16)
-    for name, p in embedder.named_parameters():
-        found.update(f"{name} {p.dtype}".encode())
-        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+    about = [weights_digest(model), *(path.read_text() for path in code), torch.__version__, transformers.__version__,
+             device.type]  # fmt: skip
+    return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -341,13 +338,16 @@ class EmbeddingCache:
     """The embeddings of one model under OUT/<model name>/cache, a folder for each kind and everything that decides
     it. All processes call embed() together."""
 
-    def __init__(self, embedder, settings, name, group=None):
+    def __init__(self, embedder, model, settings, name, group=None):
+        """model: the folder or hub id that the embedder comes from."""
         self.embedder = embedder
         self.settings = settings
         self.name = name
         self.group = group
         family = embedder.family
-        self.how = [hash_model(embedder), settings.max_new_tokens, settings.blank_image, family.image_pixels,
+        digest = hash_model(model, embedder.device)
+        same_on_all_ranks({f"content of {model}": digest})
+        self.how = [digest, settings.max_new_tokens, settings.blank_image, family.image_pixels,
                     family.video_pixels]  # fmt: skip
         self.encoded = {}  # kind -> how many inputs this run has embedded
 
@@ -890,7 +890,8 @@ def answers_of_reasoner(settings, inputs, name, device, group=None):
     if is_file_of_answers(settings.reasoner):
         greedy = [[answer] for answer in read_answers(settings.reasoner, inputs.keys, inputs.items)]
     else:
-        cache = EmbeddingCache(load_embedder(settings.reasoner, settings, device), settings, name, group)
+        reasoner = load_embedder(settings.reasoner, settings, device)
+        cache = EmbeddingCache(reasoner, settings.reasoner, settings, name, group)
         greedy = cache.texts("greedy", inputs.keys, inputs.items)
         if settings.samples:
             n = inputs.num_queries
@@ -1006,13 +1007,13 @@ def check_tasks(names, settings):
     return check_files(names, load, settings.root)
 
 
-def evaluate(embedder, tasks, inputs, settings, name, answers=None, group=None):
+def evaluate(embedder, model, tasks, inputs, settings, name, answers=None, group=None):
     """(content of scores.json, content of per_query.json, {task: {mode: {query of the report: its ranking}}}) on
     process 0, None on the others.
 
-    inputs: the DistinctInputs of the tasks; answers: of another reasoner.
+    model: the folder or hub id of the embedder; inputs: the DistinctInputs of the tasks; answers: of another reasoner.
     """
-    cache = EmbeddingCache(embedder, settings, name, group)
+    cache = EmbeddingCache(embedder, model, settings, name, group)
     keys = inputs.keys
     items = inputs.items
     query_keys = keys[: inputs.num_queries]
@@ -1235,6 +1236,7 @@ def main(argv=None):
     # A process that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     tasks = load_tasks(names, settings, group)
+    same_on_all_ranks({f"content of {task.name}": stable_hash(vars(task)) for task in tasks} | asdict(settings))
     inputs = DistinctInputs(tasks, hash_media(tasks, group))
     if settings.export:
         if rank == 0:
@@ -1256,7 +1258,7 @@ def main(argv=None):
     reported = {}  # name of a model's results -> what the report takes of it
     for name, model in model_of.items():
         embedder = load_embedder(model, settings, device)
-        result = evaluate(embedder, tasks, inputs, settings, name_of[model], answers, group)
+        result = evaluate(embedder, model, tasks, inputs, settings, name_of[model], answers, group)
         if rank == 0:
             scores, per_query, rankings = result
             report(Path(settings.out) / name, scores, per_query, embedder.backbone)

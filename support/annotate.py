@@ -4,8 +4,8 @@ rows, and the RL subset is drawn from the pairs that are left.
     bare pairs -> read_pairs -> a teacher's answers (kept on disk) -> judge -> SFT rows
 
 A pair is {"dataset_name", "qry": item, "pos": item}, an item {"text", "images": [path], "video": [frame path]}. A side
-is one of the two names; its key, side_key(), is its role and its content, so a side that many pairs share is asked for
-once.
+is one of the two names; its key, side_key(), is its role and its content (text and bytes of the media), so a side that
+many pairs share is asked for once.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from data import (
     without_marks,
 )
 from model import Embedder, Prompt, check_model
-from support.rows import dataset_of, read_parquet, scan_rows, write_rows
+from support.rows import dataset_of, hash_files, read_parquet, scan_rows, write_rows
 from support.run import (
     BadInput,
     Progress,
@@ -55,9 +55,11 @@ from support.run import (
     hold,
     processes,
     read_json,
+    same_on_all_ranks,
     stable_hash,
     start_processes,
     text_table,
+    weights_digest,
     write_json,
 )
 
@@ -147,17 +149,34 @@ def given_side(row, side, name):
     return rl_side(row, side, name)
 
 
-def side_key(side, item):
-    return f"{side} {content_key(**item)}"
+def side_key(side, item, digests):
+    """Role, text and the bytes of the media; a file that is not there counts as its path, until it is there."""
+    images = [digests[path] or path for path in item["images"]]
+    video = [digests[path] or path for path in item["video"]]
+    return f"{side} {content_key(item['text'], images, video)}"
 
 
-def keys_of_sides(pairs):
+def keys_of_sides(pairs, digests):
     """-> {key: item} of all sides, each content once, in the order of the pairs."""
     items = {}
     for pair in pairs:
         for side in SIDES:
-            items[side_key(side, pair[side])] = pair[side]
+            items[side_key(side, pair[side], digests)] = pair[side]
     return items
+
+
+def hash_media(pairs, root, group):
+    """{path of a pair: hash of its file's bytes, "" if there is none}. Raises BadInput if most files are missing."""
+    paths = {path for pair in pairs for side in SIDES for path in pair[side]["images"] + pair[side]["video"]}
+    file_of = {path: str(Path(root, path)) for path in sorted(paths)}
+    digest_of = hash_files(list(file_of.values()), group)
+    digests = {path: digest_of[file] for path, file in file_of.items()}
+    absent = [path for path in digests if not digests[path]]
+    if len(absent) > len(digests) / 2:
+        raise BadInput(f"--media_root {root}: {len(absent)} of {len(digests)} media files of --pairs do not exist "
+                       f"there, e.g. {file_of[absent[0]]}. Nothing was asked. Give the folder that the paths start "
+                       "from.")  # fmt: skip
+    return digests
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,8 +406,9 @@ REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "re
 class Filter:
     """The filters over all pairs: counts, and the pairs that pass as SFT rows."""
 
-    def __init__(self, answers, max_tokens, max_repeat):
+    def __init__(self, answers, digests, max_tokens, max_repeat):
         self.answers = answers  # key -> (file, offset)
+        self.digests = digests  # of the media, for the keys
         self.max_tokens = max_tokens
         self.max_repeat = max_repeat
         self.counts = {}  # dataset -> Counter of "kept" and REASONS
@@ -399,17 +419,20 @@ class Filter:
         for i, pair in enumerate(Progress(pairs, desc="filter", unit="pair")):
             parts = {}
             reasons = {}
+            rejected_answers = {}
             lengths = {}
             for side in SIDES:
-                answer = read_answer(*self.answers[side_key(side, pair[side])])
+                answer = read_answer(*self.answers[side_key(side, pair[side], self.digests)])
                 reason, parts[side] = judge(answer, self.max_tokens, self.max_repeat)
                 lengths[side] = answer.get("tokens", 0)
                 if reason:
                     reasons[side] = reason
+                    rejected_answers[side] = answer
             count = self.counts.setdefault(pair["dataset_name"], Counter())
             count[next(iter(reasons.values()), "kept")] += 1  # a pair counts once, the query's reason first
             if reasons:
-                line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": reasons}
+                line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": reasons,
+                        "answers": rejected_answers}  # fmt: skip
                 rejected.write(json.dumps(line) + "\n")
                 continue
             for side in SIDES:
@@ -417,9 +440,9 @@ class Filter:
             yield sft_row(pair, parts)
 
 
-def filter_answers(pairs, folder, args):
+def filter_answers(pairs, folder, digests, args):
     """Writes --out and, beside the raw answers, rejected.jsonl and report.txt."""
-    passed = Filter(find_answers(folder), args.max_tokens, args.max_repeat)
+    passed = Filter(find_answers(folder), digests, args.max_tokens, args.max_repeat)
     with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
         write_rows(args.out, passed.kept_rows(pairs, rejected))
     report = filter_report(passed.counts, passed.lengths)
@@ -471,14 +494,16 @@ def annotate(args):
     if world > 1:  # waits for the slowest
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
+    digests = hash_media(pairs, args.media_root, group)
+    items = keys_of_sides(pairs, digests)
     asked = question_settings(args)
+    same_on_all_ranks(asked | {"content of --pairs": stable_hash(*items)})
     refuse_other_answers(folder, asked)
-    barrier(group)  # all have read it
+    own = is_own_family(args.teacher)
+    barrier(group)  # all have read the settings
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", asked)
-    items = keys_of_sides(pairs)
-    own = is_own_family(args.teacher)
     calls = teacher_calls(items, args.batch_size * (OWN_CALL if own else 1))
     todo = unanswered(calls, find_answers(folder))
     barrier(group)  # all have read the answers' files before one writes: they agree on what is left to do
@@ -488,26 +513,22 @@ def annotate(args):
         ask_teacher(make_teacher(args, device), todo, items, folder, args.media_root)
     barrier(group)
     if rank == 0:
-        filter_answers(pairs, folder, args)
+        filter_answers(pairs, folder, digests, args)
     barrier(group)
     end_processes()
 
 
 def question_settings(args):
-    """What decides the answers."""
-    weights = []
-    for path in Path(args.teacher).glob("*.safe*"):  # another model may come under the same name
-        weights.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    """What decides the answers. Another teacher may come under the same name: the content of its files counts."""
     settings = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
-    return settings | {"weights": stable_hash(*sorted(weights)), "ask": ASK}
+    return settings | {"content of --teacher": weights_digest(args.teacher), "ask": ASK}
 
 
 def refuse_other_answers(folder, asked):
     """Stops where the folder holds answers to other questions or of another teacher."""
-    path = folder / "settings.json"
-    if not path.exists():
+    if not any(path.stat().st_size for path in folder.glob("answers-*.jsonl")):
         return
-    before = read_json(path)
+    before = read_json(folder / "settings.json")
     if changed := changes(before, asked):
         told = "; ".join(changed.values())
         raise SystemExit(f"{folder} holds answers to other settings ({told}); give another --out")

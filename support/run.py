@@ -539,7 +539,7 @@ class Loop:
             self.zero_gradients += 1
             if self.zero_gradients in (1, 10, 100):
                 self.say(f"step {step + 1}: the gradient is exactly 0 ({self.zero_gradients} such steps by now), so "
-                         "nothing is learned. Are all targets of a batch equal, or all rewards of a group?")  # fmt: skip
+                         "nothing is learned. Are all targets of a batch equal, or all rewards of a group?")
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, picture, read_log, run_here, run_processes
+from safetensors.torch import load_file, save_file
 
 import data
 import support.annotate as annotate_file
@@ -214,7 +215,8 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
-    sides = {annotate_file.side_key(s, p[s]) for p in pairs for s in ("qry", "pos")}
+    digests = annotate_file.hash_media(pairs, world, None)
+    sides = {annotate_file.side_key(s, p[s], digests) for p in pairs for s in ("qry", "pos")}
     assert len(raw_answers(annotated)) == len(sides) == 18
 
 
@@ -281,10 +283,11 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
     (tmp_path / "teacher").mkdir()
     for path in writer_dir.iterdir():
         shutil.copy(path, tmp_path / "teacher")
-    os.utime(tmp_path / "teacher/model.safetensors", (0, 0))
+    tensors = load_file(tmp_path / "teacher/model.safetensors")
+    save_file({name: x * 2 for name, x in tensors.items()}, tmp_path / "teacher/model.safetensors", {"format": "pt"})
     settings = Path(f"{out}.answers/settings.json")
     settings.write_text(settings.read_text().replace(str(writer_dir), str(tmp_path / "teacher")))
-    assert "weights" in annotate(world, out, tmp_path / "teacher")
+    assert "content of --teacher" in annotate(world, out, tmp_path / "teacher")
     assert "is one of the files of --pairs" in annotate(world, world / "rl.json", writer_dir)
 
 

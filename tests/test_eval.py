@@ -435,9 +435,9 @@ def test_errors_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["model.py", "data.py", "decode.py"])
-def test_cache_knows_the_code(embedder, monkeypatch, changed):
+def test_cache_knows_the_code(tiny_dir, monkeypatch, changed):
     """Embeddings are found again under a hash of the code that makes them. Bug story: the decode step had moved to a
     file that the hash did not cover, so that old and new embeddings would have met in one table."""
-    before, real = ev.hash_model(embedder), Path.read_text
+    before, real = ev.hash_model(tiny_dir, torch.device("cpu")), Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: real(path) + "#" * (path.name == changed))
-    assert ev.hash_model(embedder) != before
+    assert ev.hash_model(tiny_dir, torch.device("cpu")) != before

@@ -525,7 +525,7 @@ def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_pa
     items = [{"text": "what", "images": [], "video": []}, {"text": "and", "images": [], "video": []}]
     texts = [["<think>a</think><answer>b<gen_emb>", "<think>a</think><answer>c<gen_emb>"], ["no embedding"] * 2]
     settings = ev.Settings(out=str(tmp_path), workers=0, batch_size=3)
-    cache = ev.EmbeddingCache(reader, settings, "reader")
+    cache = ev.EmbeddingCache(reader, reader_dir, settings, "reader")
     got = ev.embed_answers(cache, ["x", "y"], items, texts)
     assert cache.encoded == {"answers": 3} and got["valid"].tolist() == [[True, True], [False, False]]
     for s in range(2):

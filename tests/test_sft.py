@@ -5,8 +5,8 @@
 
 import copy
 import json
-import shutil
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
