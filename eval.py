@@ -1240,7 +1240,7 @@ def main(argv=None):
     inputs = DistinctInputs(tasks, hash_media(tasks, group))
     if settings.export:
         if rank == 0:
-            export_inputs(settings.export, inputs.keys, inputs.items)
+            export_inputs(settings.export, inputs.keys, inputs.items, settings.blank_image)
         end_processes()
         return
 

@@ -11,6 +11,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 
 from model import Embedder
+from support.run import weights_digest
 
 
 class UMEModel(AbsEncoder):
@@ -19,8 +20,11 @@ class UMEModel(AbsEncoder):
         self.embedder = Embedder.from_pretrained(folder, **where)
         self.mode = mode
         self.settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        name = str(folder).strip("/").replace("/", "-")
-        meta = {"name": f"ume/{name}-{mode}", "modalities": ["text", "image"]}
+        # mteb takes a stored score of the same name and revision: both must say all that decides it
+        name = f"{str(folder).strip('/').replace('/', '-')}-{mode}"
+        if mode != "disc":
+            name += f"-{max_new_tokens}"
+        meta = {"name": f"ume/{name}", "revision": weights_digest(folder), "modalities": ["text", "image"]}
         self.mteb_model_meta = ModelMeta.create_empty(meta)
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **_):

@@ -12,7 +12,7 @@ read back. Rows with other keys are left alone, so that one file can hold the an
 
 from pathlib import Path
 
-from data import DISC, INSTRUCTION, check_text, without_marks
+from data import DISC, INSTRUCTION, blank_picture, check_text, without_marks
 from support.rows import scan_rows, write_rows
 from support.run import BadInput
 
@@ -24,12 +24,19 @@ def check_export(path):
         raise BadInput(f"--export {path}: the file is there already and may hold answers; delete it or name another")
 
 
-def export_inputs(path, keys, items):
-    """Writes the file with empty answers."""
+def export_inputs(path, keys, items, blank_image):
+    """Write the file with empty answers. blank_image: inputs without media name the blank image, which is written next
+    to the file, because the model reads it there too."""
     check_export(path)
+    blank = Path(path).with_suffix(".blank.png")
+    if blank_image:
+        blank.parent.mkdir(parents=True, exist_ok=True)
+        blank_picture().save(blank)
     rows = []
     for key, item in zip(keys, items):
         prompt = f"{without_marks(item).strip()}\n{DISC}\n{INSTRUCTION}"
+        if blank_image and not (item["images"] or item["video"]):
+            item = item | {"images": [str(blank)]}
         rows.append({"key": key} | item | {"prompt": prompt, "answer": None})
     write_rows(path, rows)
     print(f"{path}: {len(keys):,} inputs; fill in the answers, then give it as --reasoner in place of --export, with "

@@ -653,7 +653,8 @@ def test_two_processes_export_one_file(mini, tmp_path):
     argv = ["--root", mini, "--tasks", "VOC2007", "--export"]
     run_processes(ev, [*argv, tmp_path / "two.jsonl"])
     ev.main([*map(str, argv), str(tmp_path / "one.jsonl")])
-    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    of_two = (tmp_path / "two.jsonl").read_text().replace("two.blank.png", "one.blank.png")
+    assert of_two == (tmp_path / "one.jsonl").read_text() and (tmp_path / "two.blank.png").exists()
 
 
 def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):

@@ -101,7 +101,8 @@ SMALL = {
     "zhibinlan/UME-R1-2B": "runs/2b/rl", "UME-sft-train.json": "toy/sft.json", "UME-rl-train.json": "toy/rl.json",
     "MMEB-train": "toy", "MORE_PAIRS": "toy/rl_dev.json", " PAIRS ": " toy/rl_test.json ", " DIR ": " toy ",
     "data/MMEB": "mini_mmeb_root", "/tmp/mini": "mini", "tests/data": f"{ROOT}/tests/data",
-    " assets": f" {ROOT}/assets", 'device="cuda"': 'device="cpu"', "=2048": "=16", "step-1000": "step-1",
+    " assets": f" {ROOT}/assets", 'device="cuda"': 'device="cpu"', "=512": "=16", "step-1000": "step-1",
+    '"runs/toy/rl"': '"writer"', "runs/toy/data": "toy",
 }  # fmt: skip
 SFT = "{} --model tiny --steps 2 --save_every 1 --batch_size 4 --micro_batch 2 --workers 0"
 RL = "{} --steps 1 --batch_size 4 --max_new_tokens 16 --workers 0"
