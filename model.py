@@ -897,6 +897,9 @@ def load_tokenizer(name_or_path):
     if pads != [config.image_token_id, config.video_token_id]:
         raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
                        "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
+    if tokenizer(family.image_pad, add_special_tokens=False).input_ids[-1] != config.image_token_id:
+        raise BadInput(f"{name_or_path}: its tokenizer splits control tokens such as {family.image_pad} into letters. "
+                       'Remove "split_special_tokens" from tokenizer_config.json.')  # fmt: skip
     return tokenizer
 
 
