@@ -372,12 +372,12 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
     assert annotate(world, out, writer_dir, "--media_root", root) == 0
     first = raw_answers(out)
     assert len(first) == 18 and not any("error" in answer for answer in first.values())
-    (root / "images/0.png").rename(tmp_path / "0.png")  # one is missing: an error, then asked
-    picture(99).save(root / "images/1.png")  # another image under the same name
+    (root / "images/4.png").rename(tmp_path / "4.png")  # one is missing: an error, then asked
+    picture(99).save(root / "images/5.png")  # another image under the same name
     assert annotate(world, out, writer_dir, "--media_root", root) == 0
     second = raw_answers(out)
     assert sum("error" in answer for answer in second.values()) >= 1 and len(second) > len(first)
-    (tmp_path / "0.png").rename(root / "images/0.png")
+    (tmp_path / "4.png").rename(root / "images/4.png")
     assert annotate(world, out, writer_dir, "--media_root", root) == 0
     assert raw_answers(out) == second, "the old answers about this image are still there"
     rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
