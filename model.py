@@ -362,8 +362,8 @@ class Embedder(nn.Module):
         """Reads each prompt once and decodes G completions of it. Yields (prompt, Rollouts) as they finish.
 
         prompts: iterable of Prompt; one that cannot be read comes back at once, as (prompt, None). Rollout g of a
-        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it: on a GPU up to
-        rounding, which can turn a close choice. slots: completions decoded at once. prefill_tokens: most tokens of one
+        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it, up to rounding,
+        which can turn a close choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at once. prefill_tokens: most tokens of one
         pass over prompts, which bounds its memory; a longer prompt has a pass of its own. temperature 0 is greedy.
 
         The live completions are rows of one cache, left-aligned, each with its own length. The first `slots` of them

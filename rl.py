@@ -518,7 +518,7 @@ def main():
                 embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than the decoding
 
             # rollout: its random numbers are a function of (seed, step, pair, side, g), whatever the number of
-            # processes; so are its tokens, on a GPU up to rounding, which can turn a close choice between two
+            # processes; so are its tokens, up to the rounding of a pass's size, which can turn a close choice
             global_index = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
             seeds = [stable_hash(args.seed, step, i, side) for side in (0, 1) for i in global_index]
             with unsharded(embedder):

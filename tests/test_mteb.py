@@ -4,11 +4,13 @@ products. Run it where mteb is installed (pip install mteb); it is skipped elsew
     python -m pytest tests/test_mteb.py
 """
 
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, picture
+from safetensors.torch import load_file, save_file
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed")
 datasets = pytest.importorskip("datasets")
@@ -55,3 +57,27 @@ def test_mteb_sees_our_dot_products(writer, writer_dir, mode, tmp_path):
     scores_of = embed([f"Find the page.\n{query}" for query in queries]) @ embed([{"images": [p]} for p in pages]).T
     hits = (scores_of.argmax(1) == torch.arange(6)).float().mean()
     assert scores["hit_rate_at_1"] == pytest.approx(float(hits), abs=1e-4)
+
+
+def test_other_weights_are_not_the_stored_score(writer_dir, tmp_path):
+    """Bug story (mteb#842): mteb stores a score under the model's name and revision. Other weights under the same path
+    got the score of the old ones (0.05 for a model with 0.825); so did another mode or --max_new_tokens."""
+    from mteb.cache import ResultCache
+    from mteb_model import UMEModel
+
+    path = shutil.copytree(writer_dir, tmp_path / "model")
+    task = retrieval_task(["page 0", "page 1"], [picture(0), picture(1)])
+    asked = []  # one entry for each call of the model's encode
+
+    def score(mode="disc", **settings):
+        model = UMEModel(path, mode, **settings)
+        model.encode = lambda *given, real=model.encode, **more: asked.append(1) or real(*given, **more)
+        before = len(asked)
+        mteb.evaluate(model, task, cache=ResultCache(tmp_path / "cache"))
+        return len(asked) > before
+
+    assert score() and not score(), "the same model is not asked again"
+    assert score("gen", max_new_tokens=4) and score("gen", max_new_tokens=8)
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: x * 2 for name, x in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    assert score(), "other weights are asked"
