@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("results", "scale", "data", "mmeb", "departures"))]
 SCRIPTS = ("sft.py", "rl.py", "eval.py")
-SIX = [ROOT / name for name in (*SCRIPTS, "reward.py", "model.py", "data.py")]  # a user's own script may lie beside them
+SIX = [ROOT / name for name in (*SCRIPTS, "reward.py", "model.py", "data.py")]  # a user's may lie beside them
 CODE = [*SIX, *ROOT.glob("support/*.py")]
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
