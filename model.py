@@ -363,8 +363,9 @@ class Embedder(nn.Module):
 
         prompts: iterable of Prompt; one that cannot be read comes back at once, as (prompt, None). Rollout g of a
         prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it, up to rounding,
-        which can turn a close choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at once. prefill_tokens: most tokens of one
-        pass over prompts, which bounds its memory; a longer prompt has a pass of its own. temperature 0 is greedy.
+        which can turn a close choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at
+        once. prefill_tokens: most tokens of one pass over prompts, which bounds its memory; a longer prompt has a pass
+        of its own. temperature 0 is greedy.
 
         The live completions are rows of one cache, left-aligned, each with its own length. The first `slots` of them
         are decoded, those after them wait. The last row moves into the place of one that ends; when none waits any
@@ -918,9 +919,18 @@ def check_config(config, name_or_path):
         method = config.quantization_config.get("quant_method", "unknown method")
         raise BadInput(f"{name_or_path}: the weights are quantised ({method}). This code computes with plain weights. "
                        "Give the folder or hub id of the model in bf16 or fp32.")  # fmt: skip
-    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-        raise BadInput(f"{name_or_path}: config.json has layers with sliding attention. Here every layer reads all "
-                       "earlier tokens, so the results would be wrong. Choose another model.")  # fmt: skip
+    text = config.text_config
+    rope = text.rope_parameters.get("rope_type", "default")
+    unknown = []
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        unknown.append("layers with sliding attention")
+    if text.hidden_act != "silu":
+        unknown.append(f"hidden_act {text.hidden_act}")
+    if rope in ("dynamic", "longrope"):  # their angles depend on the length
+        unknown.append(f"rope_type {rope}")
+    if unknown:
+        raise BadInput(f"{name_or_path}: config.json has {', '.join(unknown)}. The decode step (support/decode.py) does not compute "
+                       "this, so its answers would be wrong. Choose another model, or extend that file.")  # fmt: skip
 
 
 def load_family(name_or_path):

@@ -91,10 +91,12 @@ def test_dropout_of_a_config_is_off(writer_dir, tmp_path, world, monkeypatch):
     (lambda c: c["text_config"].update(attention_dropout="0.1"), "attention_dropout"),
     (lambda c: c.update(dtype="nope"), "nope"),
     (lambda c: c["text_config"].update(layer_types=["sliding_attention"] * 4), "sliding attention"),
+    (lambda c: c["text_config"].update(hidden_act="gelu"), "hidden_act gelu"),
+    (lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0), "rope_type dynamic"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_computed(tiny_dir, tmp_path, change, message):
     """Bug story: quantised folders and a number in quotes ended in a traceback; layers with sliding attention were
-    decoded as full ones (cosine 0.8 to the plain pass) without a word."""
+    decoded as full ones (cosine 0.8 to the plain pass) without a word, and so was another activation as silu."""
     path = edited(tiny_dir, tmp_path / "model", "config.json", change)
     with pytest.raises(BadInput, match=message) as error:
         Embedder.from_pretrained(path)
