@@ -929,8 +929,9 @@ def check_config(config, name_or_path):
     if rope in ("dynamic", "longrope"):  # their angles depend on the length
         unknown.append(f"rope_type {rope}")
     if unknown:
-        raise BadInput(f"{name_or_path}: config.json has {', '.join(unknown)}. The decode step (support/decode.py) does not compute "
-                       "this, so its answers would be wrong. Choose another model, or extend that file.")  # fmt: skip
+        raise BadInput(f"{name_or_path}: config.json has {', '.join(unknown)}. The decode step (support/decode.py) "
+                       "does not compute this, so its answers would be wrong. Choose another model, or extend that "
+                       "file.")  # fmt: skip
 
 
 def load_family(name_or_path):
