@@ -215,6 +215,12 @@ def save_arrays(path, arrays):
         os.fsync(file.fileno())
 
 
+def version_of(file):
+    """What changes if an open file is written to. Whole seconds, because network disks round the rest in two ways."""
+    about = os.fstat(file.fileno())
+    return about.st_size, int(about.st_mtime)
+
+
 class Rows:
     """The rows of several files, read from the disk one by one: rows[i] -> (name for messages, dict)."""
 
@@ -222,7 +228,7 @@ class Rows:
         self.files = files
         self.indexes = [index_rows(file, check, cache) for file in files]
         self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
-        self.changed_at = [os.fstat(file.fileno()).st_mtime_ns for file in self.open]
+        self.versions = [version_of(file) for file in self.open]
         sizes = [len(index["spans"]) for index in self.indexes]
         self.starts = np.cumsum([0, *sizes])
         names = set()
@@ -244,7 +250,7 @@ class Rows:
         start, end = self.indexes[f]["spans"][j].tolist()
         # pread takes its place as an argument: forked workers share the open file
         content = os.pread(self.open[f].fileno(), end - start, start)
-        if os.fstat(self.open[f].fileno()).st_mtime_ns != self.changed_at[f]:
+        if version_of(self.open[f]) != self.versions[f]:
             raise BadInput(f"{self.files[f]} has changed since the run began. Restore the old file, or write the new "
                            "rows to a file with another name.")  # fmt: skip
         return f"{self.files[f]}, row {j}", json.loads(content)
