@@ -358,18 +358,10 @@ def make_optimizer(embedder, args, weight_decay=0.0):
 
 
 def resume(args, settings, embedder, optimizer):
-    """Fills both from the checkpoint that --resume says -> the step to go on with. The last thing before the first
-    step: only a command that can run replaces args.json or removes checkpoints."""
-    rank, _ = processes()
-    if rank == 0:
+    """Fills both from the checkpoint that --resume says -> the step to go on with."""
+    if processes()[0] == 0:
         check_space(args.out, embedder, optimizer, args.keep)
-    start = load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
-    if rank == 0:
-        if args.resume == "none":  # another run's checkpoints would count as newer than this run's
-            shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
-        write_args(args.out, args)
-    barrier()
-    return start
+    return load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
 
 
 def no_gradient_sync(model, is_last):
@@ -516,7 +508,6 @@ class Loop:
             n_trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
             device = self.embedder.device.type
             print(f"{self.num_rows:,} pairs, {n_trained:,} trained parameters, {world} process(es) on {device}")
-            self.log = open_log(self.out, self.start)
         steps = range(self.start, self.args.steps)
         self.bar = Progress(steps, initial=self.start, total=self.args.steps, desc=name, unit="step", disable=not first)
         self.loop_began = time.perf_counter()
@@ -562,6 +553,8 @@ class Loop:
 
     def end_step(self, step, pairs, figures, tokens):
         """The step's line in log.jsonl, the bar, and a checkpoint where one is due. tokens: read or written by all."""
+        if step == self.start and processes()[0] == 0:
+            self.take_over()
         line = {"step": step + 1, **figures, "skipped": self.list_skipped(step, pairs), "nonfinite": self.nonfinite}
         line |= self.speed_figures(step, tokens)
         if processes()[0] == 0:
@@ -573,6 +566,15 @@ class Loop:
         if (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
             self.save(step + 1)
         self.check_share()
+
+    def take_over(self):
+        """Make --out the folder of this run: args.json and the log are its own, and the checkpoints after its start,
+        which are another run's and would count as newer, are removed."""
+        write_args(self.out, self.args)
+        self.log = open_log(self.out, self.start)
+        for step, later in list_checkpoints(self.out):
+            if step > self.start:
+                remove_checkpoint(later)
 
     def speed_figures(self, step, tokens):
         """The wall-clock figures of a step's log line."""
@@ -792,8 +794,7 @@ def restore(path, model, optimizer=None):
 def load_checkpoint(resume, folder, model, optimizer, settings):
     """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
 
-    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one; later
-    ones of the folder are then removed, or the next "auto" would take them.
+    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one.
     """
     rank, _ = processes()
     known = [path for _, path in list_checkpoints(folder)]
@@ -809,9 +810,6 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     barrier()  # nobody reads any more
     if rank == 0:
         print(f"resuming after step {meta['step']} from {path}", flush=True)
-        for step, later in list_checkpoints(folder):
-            if step > meta["step"]:
-                remove_checkpoint(later)
     return meta["step"]
 
 
@@ -935,8 +933,8 @@ def check_batch_size(batch_size, world):
 
 
 def begin_run(args, digest_of):
-    """Locks --out -> what a resumed run must share, or None if the run in --out is finished. Changes nothing there:
-    resume() does, when the whole command is known to be usable.
+    """Locks --out -> what a resumed run must share, or None if the run in --out is finished. Nothing else changes there
+    before the first step is complete (Loop.take_over): the command may still turn out to be unusable.
 
     digest_of: a --data file -> digest of its content; a run never goes on with other data under the same name.
     """
