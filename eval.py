@@ -1242,10 +1242,11 @@ def main(argv=None):
     check_settings(settings)
     names = choose_tasks(settings)
     if not names:
-        own = ", ".join(known_tasks(settings.root)) or "none"
-        raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; others, for "
-                         f"--tasks: {own}; the toy world is made by: python data.py toy; MMEB: python eval.py "
-                         "--check --root ROOT")  # fmt: skip
+        known = known_tasks(settings.root)
+        own = f"; to run your own: --tasks {' '.join(known)}" if known else ""
+        raise SystemExit(f"no task files in {settings.root}/tasks/test and no files of MMEB in {settings.root}/"
+                         f"annotations{own}; the toy world is made by: python data.py toy; MMEB: python eval.py --check --root "
+                         "ROOT --tasks image video visdoc")  # fmt: skip
     if settings.check:
         raise SystemExit(0 if check_tasks(names, settings) else 1)
     name_of = name_models(settings.model, settings.reasoner)

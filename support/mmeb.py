@@ -112,7 +112,7 @@ def check_texts(queries, pool, folder, name):
 # --------------------------------------------------------------------------------------------------------------
 # Annotation files
 
-HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT"
+HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT --tasks NAME"
 
 
 def annotation_files(folder, config, split):
@@ -138,7 +138,7 @@ def refuse_missing_shards(files):
         totals = sorted({total for total, _ in found})
         if len(totals) > 1 or len(set(found)) < len(found):
             raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {', '.join(totals)}), and "
-                           f"rows would be read twice. Delete the older ones{HOW_TO_GET}")  # fmt: skip
+                           "rows would be read twice. Delete the older files")  # fmt: skip
         n = int(totals[0])
         first = int((totals[0], n) in found)  # some tools count from 1
         absent = sorted(set(range(first, first + n)) - {number for _, number in found})
@@ -165,7 +165,7 @@ def files_of_card(folder, config, split):
                 absent += [] if found else [pattern]
     if files and absent:
         raise MissingFile(f"{folder} has no file {absent[0]}, which its README.md names for split {split}{HOW_TO_GET}")
-    return files
+    return list(dict.fromkeys(files))  # two patterns may match one file
 
 
 def files_by_name(folder, config, split):
