@@ -1245,8 +1245,8 @@ def main(argv=None):
         known = known_tasks(settings.root)
         own = f"; to run your own: --tasks {' '.join(known)}" if known else ""
         raise SystemExit(f"no task files in {settings.root}/tasks/test and no files of MMEB in {settings.root}/"
-                         f"annotations{own}; the toy world is made by: python data.py toy; MMEB: python eval.py --check --root "
-                         "ROOT --tasks image video visdoc")  # fmt: skip
+                         f"annotations{own}; the toy world is made by: python data.py toy; MMEB: python eval.py "
+                         "--check --root ROOT --tasks image video visdoc")  # fmt: skip
     if settings.check:
         raise SystemExit(0 if check_tasks(names, settings) else 1)
     name_of = name_models(settings.model, settings.reasoner)
