@@ -33,6 +33,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -309,11 +310,12 @@ def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
     return np.ascontiguousarray(x), np.array([t, h, w])
 
 
-def open_picture(source, root=None):
+def open_picture(source, root=None, is_frame=False):
     """A path (relative to root) or a PIL picture -> PIL picture, decoded, in RGB. Raises Skip with file and reason.
 
     The border for media: whatever a decoder raises on a broken file, and decoders raise anything, is a Skip. Memory
-    errors and interrupts pass. The EXIF orientation is ignored, as in the official loader.
+    errors and interrupts pass. The EXIF orientation is ignored, and an image with several frames or pages shows its
+    first one, as in the official loader. is_frame: the source is one frame of a video and must hold one image only.
     """
     name = getattr(source, "filename", "") or "a picture given as an object"
     try:
@@ -325,6 +327,10 @@ def open_picture(source, root=None):
                 return blank_picture()
             picture = Image.open(path)
         check_size(picture, name)
+        if is_frame and picture.format not in PREVIEWS and getattr(picture, "n_frames", 1) > 1:
+            raise Skip(f"{name}: holds {picture.n_frames} images where one frame of a video must be. Save each of them "
+                       "as a file and list these files")  # fmt: skip
+        rescale_transparency(picture)
         picture.load()  # Image.open reads the header only: a truncated file shows here
         return to_rgb(picture)
     except (Skip, MemoryError, KeyboardInterrupt, SystemExit, Stopped):
@@ -334,6 +340,9 @@ def open_picture(source, root=None):
         raise Skip(f"{name}: cannot be read as a picture ({reason})") from error
 
 
+PREVIEWS = ("MPO", "PSD")  # the further images of these formats are previews or layers of the first one
+
+
 def find_picture(source, root=None):
     """The path of a picture's file; None for the authors' stand-in for "no picture", which need not be there.
 
@@ -341,19 +350,28 @@ def find_picture(source, root=None):
     opening it would wait for ever.
     """
     path = Path(root or "", source)
-    if path.name == "blank.jpg" and not path.exists():
-        return None
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
-        raise Skip(f"{source}: the path leaves --media_root {root}")
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long
         raise Skip(f"{path}: cannot be read as a picture ({error.strerror})") from error
+    if path.name == "blank.jpg" and not exists:
+        return None
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
+        raise Skip(f"{source}: the path leaves --media_root {root}")
     if not exists:
-        raise Skip(f"{path}: no such file (is --media_root right?)")
+        raise Skip(f"{path}: no such file{hint_of_absent(path, root)}")
     if not path.is_file():
         raise Skip(f"{path}: cannot be read as a picture (it is no file)")
     return path
+
+
+def hint_of_absent(path, root):
+    """What may be wrong with a path that does not exist, as the end of a sentence."""
+    for form in ("NFC", "NFD"):
+        if os.path.exists(unicodedata.normalize(form, str(path))):
+            return (f"; one that looks the same exists, its name is in Unicode form {form} and this one is not. Write "
+                    f"the path in form {form}, or rename the file")  # fmt: skip
+    return " (is --media_root right?)" if root else ""
 
 
 def check_size(picture, name):
@@ -382,15 +400,27 @@ def to_rgb(picture):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+def rescale_transparency(picture):
+    """Pillow reads PNGs of 2, 4 and 16 bits as 8 bits, and leaves the transparent colour as the file has it."""
+    rawmode = picture.tile[0].args if picture.format == "PNG" and picture.tile else ""
+    factor = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(rawmode)
+    colour = picture.info.get("transparency")
+    if factor and colour is not None:
+        scaled = tuple(int(value * factor) for value in np.atleast_1d(colour))
+        picture.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
+
+
 def grey_of_8_bits(picture):
-    """Grey of 16 bits, scaled by its range; convert() cuts it off at 255, so that nearly all of it is white."""
+    """Grey of 16 bits, scaled by its range; convert() cuts it off at 255, so that nearly all of it is white. So is
+    what a PNG declares as transparent."""
     tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 bits per sample, 262 is 0 where white is
     bits = tags.get(258, (16,))[0]
     top = 2**bits - 1
-    grey = np.asarray(picture).clip(0, top)
-    grey = np.rint(grey * (255 / top)).astype(np.uint8)
+    values = np.asarray(picture)
+    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
     if tags.get(262) == 0:
         grey = 255 - grey
+    grey[values == picture.info.get("transparency", -1)] = 255
     return Image.fromarray(grey)
 
 
@@ -581,7 +611,8 @@ def place_media(item, marks, root, family):
     patches = [np.zeros((0, family.patch_values), np.uint8)]
     grids = []
     for mark in marks:
-        if mark == IMAGE_MARK:
+        is_frame = mark == VIDEO_MARK
+        if not is_frame:
             sources = [next(images)]
             bounds = family.image_pixels
             pad = family.image_pad
@@ -589,7 +620,7 @@ def place_media(item, marks, root, family):
             sources = thinned(item["video"])
             bounds = family.video_pixels
             pad = family.video_pad
-        frames = [open_picture(source, root) for source in sources]
+        frames = [open_picture(source, root, is_frame) for source in sources]
         x, grid = patch_bytes(frames, *bounds, family)
         text = text.replace(mark, media_text(pad, family.in_tokens(grid), len(frames), family), 1)
         patches.append(x)
@@ -664,6 +695,10 @@ def as_list(media, name="", kind="image"):
         if kind == "video" and str(m).lower().endswith(VIDEO_FILES):
             raise BadInput(f"{name}: {m} is a video file; a video is the list of its frames, which this makes: "
                            f"ffmpeg -i {m} -vf fps=2 FOLDER/%04d.jpg")  # fmt: skip
+    if len(media) > 1 and all(m is media[0] for m in media) and getattr(media[0], "n_frames", 1) > 1:
+        raise BadInput(f"{name}: {kind} is one object {len(media)} times, as ImageSequence.Iterator returns it, so all "
+                       "frames would be equal. Take copies: [frame.copy() for frame in "
+                       "ImageSequence.Iterator(picture)]")  # fmt: skip
     return [m for m in media if m]
 
 
@@ -810,9 +845,18 @@ class RowCheck:
                 raise BadInput(f"{name}: no {token} in the {whose} text, so it has no such embedding; mend it")
 
 
+def is_stand_in(path):
+    """Whether a path is the authors' blank picture, which says "no picture", whatever folder is before images/."""
+    parts = Path(os.path.normpath(path)).parts
+    return parts == ("blank.jpg",) or parts[-2:] == ("images", "blank.jpg")
+
+
 def content_key(text, images, video):
-    """Identity of a side, an int64: equal stripped text and equal media paths."""
-    content = [(text or "").strip(), [str(m) for m in images], [str(m) for m in video]]
+    """Identity of a side, an int64: equal stripped text and equal media paths, in any spelling and without the blank
+    picture."""
+    images = [os.path.normpath(m) for m in map(str, images) if not is_stand_in(m)]
+    video = [os.path.normpath(str(m)) for m in video]
+    content = [(text or "").strip(), images, video]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

@@ -62,7 +62,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,13 +82,15 @@ from data import (
     GEN,
     QWEN2_VL,
     Skip,
+    blank_picture,
     check_text,
     encode_input,
+    find_picture,
     open_picture,
 )
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
-from support.mmeb import MMEB, check_files, leaderboard, load_mmeb, paper_table
+from support.mmeb import HOW_TO_GET, MMEB, check_files, leaderboard, load_mmeb, paper_table, tasks_of_column
 from support.report import change_table, gap_table, sampled_queries, score_table, write_report
 from support.rows import one_or_more
 from support.run import (
@@ -182,6 +183,9 @@ def load_task(name, root, vidore_instruction=True) -> Task:
     """
     path = Path(root) / "tasks" / f"{name}.json"
     if path.is_file():
+        if name in MMEB or tasks_of_column(name):
+            raise BadInput(f"{path}: {name} is a task or a group of MMEB, so the scores would be compared with the "
+                           "published ones. Rename the file")  # fmt: skip
         return Task(**load_own_task(name, path, root, METRICS))
     if name in MMEB:
         return Task(**load_mmeb(name, Path(root), vidore_instruction))
@@ -207,14 +211,12 @@ def inputs_of(task):
 
 
 def media_paths(task):
-    paths = set()
-    for item in inputs_of(task):
-        paths.update(media_of(item))
-    return paths
+    return {path for item in inputs_of(task) for path in media_of(item)}
 
 
 def hash_media(tasks, group=None):
-    """{path: hash of the file's bytes}, "" where there is no such file; stops where most of a task's are not there.
+    """{path: hash of the file's bytes, or of the blank picture that stands in for it}, "" where there is no such file;
+    stops where most of a task's are not there.
     The processes share out the files, which all of them must see."""
     paths_of = {task.name: media_paths(task) for task in tasks}
     paths = sorted(set().union(*paths_of.values()))
@@ -237,13 +239,18 @@ def hash_media(tasks, group=None):
 
 
 def digest_of_file(path):
-    if not os.path.isfile(path):
-        return ""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:  # open_picture will say why
+        found = find_picture(path)
+        if found is None:
+            return hash_bytes(blank_picture().tobytes()).hexdigest()
+        with open(found, "rb") as file:
+            return hashlib.file_digest(file, hash_bytes).hexdigest()
+    except (Skip, OSError):  # open_picture will say why
         return ""
+
+
+def hash_bytes(content=b""):
+    return hashlib.blake2b(content, digest_size=16)
 
 
 def input_key(item, digests):
@@ -251,7 +258,7 @@ def input_key(item, digests):
     images = [digests[path] or path for path in item["images"]]
     video = [digests[path] or path for path in item["video"]]
     content = json.dumps([item["text"].strip(), images, video])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return hash_bytes(content.encode()).hexdigest()
 
 
 class DistinctInputs:
@@ -382,7 +389,8 @@ class EmbeddingCache:
         barrier(self.group)
         self.encoded[kind] = self.encoded.get(kind, 0) + len(todo)
         if rank == 0:
-            print(f"{title}: {len(todo):,} of {len(keys):,} inputs embedded, the others from {folder}", flush=True)
+            others = f", the others from {folder}" if len(todo) < len(keys) else ""
+            print(f"{title}: {len(todo):,} of {len(keys):,} inputs embedded{others}", flush=True)
         return folder
 
     def folder(self, kind, samples):
@@ -943,20 +951,29 @@ def embed_answers(cache, keys, items, texts, everywhere=False):
 
 def ablate_trace(texts):
     """{kind: texts} with the reasoning removed, and with the reasoning of the next input that has another one."""
-    parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
-    reasonings = [part[2] for part in parts if part]
+    parts = [parts_around_reasoning(text) for text in texts]
+    reasonings = [part[1] for part in parts if part]
+    n = len(reasonings)
+    other = list(reasonings)  # the next reasoning that differs, or the same one if all are equal
+    for i in reversed(range(2 * n)):  # twice round, because the list is a ring
+        following = reasonings[(i + 1) % n]
+        other[i % n] = other[(i + 1) % n] if following == reasonings[i % n] else following
+    others = iter(other)
     ablated = {"removed": [], "swapped": []}
-    following = 0  # the place in `reasonings` after this input's own
     for text, part in zip(texts, parts):
-        if not part:
-            ablated["removed"].append(text)
-            ablated["swapped"].append(text)
-            continue
-        following += 1
-        others = (x for x in reasonings[following:] + reasonings[:following] if x != part[2])
-        ablated["removed"].append(part[1] + part[3])
-        ablated["swapped"].append(part[1] + next(others, part[2]) + part[3])
+        before, _, after = part or (text, "", "")
+        ablated["removed"].append(before + after)
+        ablated["swapped"].append(before + (next(others) if part else "") + after)
     return ablated
+
+
+def parts_around_reasoning(text):
+    """(text up to <think>, reasoning, text from </think>), None if a tag is missing."""
+    start = text.find("<think>") + len("<think>")
+    end = text.find("</think>", start)
+    if "<think>" not in text or end < 0:
+        return None
+    return text[:start], text[start:end], text[end:]
 
 
 def embed_ablated(cache, keys, items, greedy):
@@ -983,17 +1000,23 @@ def embed_ablated(cache, keys, items, greedy):
 
 
 def choose_tasks(settings):
-    """Names of the wanted tasks. Without --tasks: ROOT/tasks/test and those of the 78 that have annotations."""
+    """Names of the wanted tasks. Without --tasks: ROOT/tasks/test and those of the 78 that have annotations; with
+    --check all in ROOT/tasks, and all of the 78 unless there are only own tasks."""
     root = Path(settings.root)
-    own = [name for name in known_tasks(root) if name.startswith("test/")]
+    known = known_tasks(root)
+    own = [name for name in known if settings.check or name.startswith("test/")]
+    check_all = settings.check and (settings.tasks or not own or (root / "annotations").is_dir())
     published = [name for name, about in MMEB.items()
-                 if settings.check or (root / "annotations" / about["repo"]).is_dir()]  # fmt: skip
+                 if check_all or (root / "annotations" / about["repo"]).is_dir()]  # fmt: skip
     if not settings.tasks:
-        return own if settings.check and own else own + published
+        return own + published
     names = []
     for wanted in settings.tasks:
-        members = [name for name in published if wanted in (MMEB[name]["group"], MMEB[name]["modality"])]
-        names += members or [wanted]
+        members = tasks_of_column(wanted) if wanted not in known else []
+        present = [name for name in published if name in members]
+        if members and not present:
+            raise MissingFile(f"--tasks {wanted}: {root}/annotations has none of its {len(members)} tasks{HOW_TO_GET}")
+        names += present or [wanted]
     return list(dict.fromkeys(names))
 
 
@@ -1002,7 +1025,7 @@ def check_tasks(names, settings):
 
     def load(name):
         task = load_task(name, settings.root, settings.vidore_instruction)
-        return len(task.queries), len(task.candidates), media_paths(task)
+        return len(task.queries), len(task.candidates), inputs_of(task)
 
     return check_files(names, load, settings.root)
 
@@ -1220,8 +1243,11 @@ def main(argv=None):
     check_settings(settings)
     names = choose_tasks(settings)
     if not names:
-        raise SystemExit(f"no task files in {settings.root}/tasks/test and no {settings.root}/annotations; the toy "
-                         "world is made by: python data.py toy; MMEB: python eval.py --check --root ROOT")  # fmt: skip
+        known = known_tasks(settings.root)
+        own = f"; to run your own: --tasks {' '.join(known)}" if known else ""
+        raise SystemExit(f"no task files in {settings.root}/tasks/test and no files of MMEB in {settings.root}/"
+                         f"annotations{own}; the toy world is made by: python data.py toy; MMEB: python eval.py "
+                         "--check --root ROOT --tasks image video visdoc")  # fmt: skip
     if settings.check:
         raise SystemExit(0 if check_tasks(names, settings) else 1)
     name_of = name_models(settings.model, settings.reasoner)

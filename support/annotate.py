@@ -35,6 +35,7 @@ from data import (
     content_key,
     encode,
     encode_input,
+    is_stand_in,
     media_marks,
     open_picture,
     rl_row,
@@ -75,7 +76,6 @@ ROLES = {"qry": ("query", "what somebody looks for"), "pos": ("candidate", "one 
 FRAME_SIDE = 448  # a foreign teacher sees a video as pictures no larger than this: 256 tokens each for most
 OWN_CALL = 8  # batches in one call of our decode loop, which refills the slots of ended answers
 ANY_MARK = f"{IMAGE_MARK}|{VIDEO_MARK}"
-STAND_INS = ("blank.jpg", "images/blank.jpg")  # paths that say "no picture"
 STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(?:gen|disc)_emb>|\[/?INST\]")
 
 
@@ -123,7 +123,7 @@ def bare_side(row, side, name):
     """One side of a row in any of read_pairs' formats -> item: media paths, and the text without marks."""
     item = given_side(row, side, name)
     text = re.sub(r"<\|image_\d+\|>", "", without_marks(item)).strip()
-    images = [path for path in item["images"] if str(path) not in STAND_INS]
+    images = [path for path in item["images"] if not is_stand_in(path)]
     video = item["video"]
     if not (text or images or video):
         raise BadInput(f"{name}: neither text nor media; fill the side or take the row out")
@@ -282,7 +282,7 @@ def opened(item, root):
     if mark:
         raise Skip(f"the text holds a literal {mark[0]}, which an SFT row would take for the mark of a picture")
     images = [open_picture(path, root) for path in item["images"]]
-    video = [open_picture(path, root) for path in thinned(item["video"])]
+    video = [open_picture(path, root, is_frame=True) for path in thinned(item["video"])]
     return item | {"images": images, "video": video}
 
 
@@ -358,11 +358,13 @@ def split_answer(text):
     """(reasoning, summary), or None where the form is wrong. The opening <think> may stand in the teacher's prompt,
     <answer> may be missing or a box (GLM-4.1V and 4.5V), <gen_emb> or </answer> may close it."""
     text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
-    form = r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*"
-    match = re.fullmatch(form, text, re.DOTALL)
-    if not match or not match[1].strip():
+    reasoning, closed, rest = text.removeprefix("<think>").partition("</think>")
+    if not closed or not reasoning.strip():
         return None
-    reasoning, summary = match.groups()
+    rest = rest.lstrip().removeprefix("<answer>")
+    # Read backwards, because a search for the end from the front takes quadratic time in a run of white space.
+    closing = re.match(r"(?:\s|>bme_neg<|>rewsna/<)*", rest[::-1])
+    summary = rest[: len(rest) - closing.end()]
     return reasoning.strip("\n"), summary.strip("\n")
 
 

@@ -112,7 +112,7 @@ def check_texts(queries, pool, folder, name):
 # --------------------------------------------------------------------------------------------------------------
 # Annotation files
 
-HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT"
+HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT --tasks NAME"
 
 
 def annotation_files(folder, config, split):
@@ -120,7 +120,31 @@ def annotation_files(folder, config, split):
     files = files_of_card(folder, config, split) or files_by_name(folder, config, split)
     if not files:
         raise MissingFile(f"{folder} has no files of config {config or 'default'}, split {split}{HOW_TO_GET}")
+    refuse_missing_shards(files)
     return files
+
+
+SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(\.\w+)")  # NAME-00000-of-00002.parquet; older ones have a hash
+
+
+def refuse_missing_shards(files):
+    """Raises where a shard of a table is missing: with fewer candidates the scores would be higher."""
+    shards = {}  # (folder, NAME, ending) -> [(N, number)] of its NAME-number-of-N
+    for path in files:
+        if found := SHARD.fullmatch(path.name):
+            name, number, total, ending = found.groups()
+            shards.setdefault((path.parent, name, ending), []).append((total, int(number)))
+    for (folder, name, ending), found in shards.items():
+        totals = sorted({total for total, _ in found})
+        if len(totals) > 1 or len(set(found)) < len(found):
+            raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {', '.join(totals)}), and "
+                           "rows would be read twice. Delete the older files")  # fmt: skip
+        n = int(totals[0])
+        first = int((totals[0], n) in found)  # some tools count from 1
+        absent = sorted(set(range(first, first + n)) - {number for _, number in found})
+        if absent:
+            example = f"{name}-{absent[0]:0{len(totals[0])}}-of-{totals[0]}{ending}"
+            raise MissingFile(f"{folder}: {len(absent)} of {n} files {name}-* are missing, e.g. {example}{HOW_TO_GET}")
 
 
 def files_of_card(folder, config, split):
@@ -132,11 +156,16 @@ def files_of_card(folder, config, split):
     if not config and len(configs) == 1:  # the only one is the default one, whatever it is called
         parts = next(iter(configs.values()))
     files = []
+    absent = []
     for part in parts or []:
         if isinstance(part, dict) and part["split"] == split:
             for pattern in one_or_more(part["path"]):
-                files += sorted(folder.glob(pattern))
-    return files
+                found = sorted(folder.glob(pattern))
+                files += found
+                absent += [] if found else [pattern]
+    if files and absent:
+        raise MissingFile(f"{folder} has no file {absent[0]}, which its README.md names for split {split}{HOW_TO_GET}")
+    return list(dict.fromkeys(files))  # two patterns may match one file
 
 
 def files_by_name(folder, config, split):
@@ -471,8 +500,8 @@ class FileCheck(NamedTuple):
 def check_files(names, load, root):
     """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there
 
-    load: name -> (number of queries, number of candidates, paths of all media); raises OSError or ValueError where
-    the task's file is missing or broken.
+    load: name -> (number of queries, number of candidates, all inputs); raises OSError or ValueError where the task's
+    file is missing or broken.
     """
     checks = {name: check_task_files(name, load) for name in Progress(names, desc="check", unit="task")}
     print_checks(checks)
@@ -481,14 +510,16 @@ def check_files(names, load, root):
         if check.problems:
             tasks_that_need.setdefault(check.needed, []).append(name)
     for needed, tasks in tasks_that_need.items():
-        print(f"\nmissing for {', '.join(tasks)}:", *download_commands(needed, root), sep="\n    ")
+        if needed:  # own tasks need no download: their problem is in the table
+            print(f"\nmissing for {', '.join(tasks)}:", *download_commands(needed, root), sep="\n    ")
     return not tasks_that_need
 
 
 def check_task_files(name, load):
     about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
     try:
-        num_queries, num_candidates, paths = load(name)
+        num_queries, num_candidates, items = load(name)
+        paths = {(path, kind == "video") for item in items for kind in ("images", "video") for path in item[kind]}
         with ThreadPoolExecutor(16) as threads:
             problems = [problem for problem in threads.map(picture_problem, sorted(paths)) if problem]
     except (OSError, ValueError) as error:
@@ -497,10 +528,11 @@ def check_task_files(name, load):
     return FileCheck(counts, problems, about["archive"])
 
 
-def picture_problem(path):
+def picture_problem(path_and_kind):
     """Every picture is decoded, as a run would."""
+    path, is_frame = path_and_kind
     try:
-        open_picture(path)
+        open_picture(path, is_frame=is_frame)
     except Skip as error:
         return str(error)
     return ""
@@ -524,10 +556,8 @@ def print_checks(checks):
 
 
 def download_commands(needed, root):
-    commands = []
-    if needed:
-        commands = [f"hf download --repo-type dataset {needed} --local-dir ROOT/annotations/{needed}"]
-    commands = ASSET["archives"].get(needed, commands)
+    of_annotations = [f"hf download --repo-type dataset {needed} --local-dir ROOT/annotations/{needed}"]
+    commands = ASSET["archives"].get(needed, of_annotations)
     return [command.replace("ROOT", root) for command in commands]
 
 

@@ -217,8 +217,8 @@ def embeddable_json(data):
 
 
 def score_columns(row):
-    """The modes and pass@k of a row of the tables."""
-    return {column: round(x, 5) for column, x in row.items() if column not in (*PLAIN, "invalid")}
+    """The modes, pass@k and the share of invalid answers of a row of the tables."""
+    return {column: round(x, 5) for column, x in row.items() if column not in PLAIN}
 
 
 def describe_task(task):
@@ -275,10 +275,11 @@ def verdict(rankings):
 
 def parts_of_answer(text):
     """The parts of <think>REASONING</think><answer>SUMMARY<gen_emb>, or all of a text that has another form."""
-    parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", text, re.DOTALL)
-    if not parts:
+    head = re.match(r"\s*<think>(.*?)</think>\s*<answer>", text, re.DOTALL)
+    if not head:
         return {"text": clip(text, "answer")}
-    return {"reasoning": clip(parts[1].strip(), "answer"), "summary": clip(parts[2].strip(), "answer")}
+    summary = text[head.end() :].rstrip().removesuffix("</answer>").removesuffix("<gen_emb>")
+    return {"reasoning": clip(head[1].strip(), "answer"), "summary": clip(summary.strip(), "answer")}
 
 
 def clip(text, kind):

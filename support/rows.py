@@ -32,7 +32,7 @@ def scan_rows(path, block=1 << 24):
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFile(f"{path}: no such file; give --data the SFT or RL file")
+        raise MissingFile(f"{path}: no such file. Relative paths start from {os.getcwd()}")
     with open(path, "rb") as file:
         head = file.read(1024)
         if not_utf8(head):

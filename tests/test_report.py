@@ -131,7 +131,7 @@ def test_verdicts(tmp_path):
     assert [x["models"][0]["verdict"] for x in data["examples"]] == [
         "both-right", "disc-right", "gen-right", "both-wrong"]  # fmt: skip
     assert {x["models"][1]["verdict"] for x in data["examples"]} == {"both-right"}
-    assert data["models"][0]["rows"]["t"] == {"disc": 0.5, "gen": 0.75, "pass@1": 0.5, "pass@2": 0.8}
+    assert data["models"][0]["rows"]["t"] == {"disc": 0.5, "gen": 0.75, "pass@1": 0.5, "pass@2": 0.8, "invalid": 0.0}
 
 
 def test_answers_are_split():
