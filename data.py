@@ -35,12 +35,14 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -52,7 +54,17 @@ from transformers.vision_utils import (
 )
 
 from support.rows import Rows
-from support.run import BadInput, Stopped, check_batch_size, check_bounds, forked_loader, one_ahead, run_script
+from support.run import (
+    BadInput,
+    Progress,
+    Stopped,
+    check_batch_size,
+    check_bounds,
+    forked_loader,
+    one_ahead,
+    processes,
+    run_script,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)
@@ -372,6 +384,37 @@ def hint_of_absent(path, root):
             return (f"; one that looks the same exists, its name is in Unicode form {form} and this one is not. Write "
                     f"the path in form {form}, or rename the file")  # fmt: skip
     return " (is --media_root right?)" if root else ""
+
+
+def hash_media(paths, root=None, group=None):
+    """Return {path: hash of the bytes of the file, or of the blank image in its place}, "" if there is no such file.
+    The ranks share the files, which all of them must see; group: the process group that they meet in."""
+    rank, world = processes()
+    paths = sorted(paths, key=str)
+    local_paths = paths[rank::world]
+    bar = Progress(total=len(local_paths), desc="read media", unit="file", disable=rank > 0 or len(paths) < 10_000)
+    digests = {}
+    with ThreadPoolExecutor(16) as threads, bar:
+        for path, digest in zip(local_paths, threads.map(partial(digest_of_file, root=root), local_paths)):
+            digests[path] = digest
+            bar.update(1)
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, digests, group)
+        for part in gathered:
+            digests |= part
+    return digests
+
+
+def digest_of_file(path, root=None):
+    try:
+        found = find_picture(path, root)
+        if found is None:
+            return hashlib.blake2b(blank_picture().tobytes(), digest_size=16).hexdigest()
+        with open(found, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except (Skip, OSError):  # open_picture will say why
+        return ""
 
 
 def check_size(picture, name):

@@ -64,7 +64,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -82,10 +81,9 @@ from data import (
     GEN,
     QWEN2_VL,
     Skip,
-    blank_picture,
     check_text,
     encode_input,
-    find_picture,
+    hash_media,
     open_picture,
 )
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
@@ -214,22 +212,10 @@ def media_paths(task):
     return {path for item in inputs_of(task) for path in media_of(item)}
 
 
-def hash_media(tasks, group=None):
-    """{path: hash of the file's bytes, or of the blank picture that stands in for it}, "" where there is no such file;
-    stops where most of a task's are not there.
-    The processes share out the files, which all of them must see."""
+def digests_of_media(tasks, group=None):
+    """{path: hash of its content} of all media. Raises SystemExit if most of a task's files do not exist."""
     paths_of = {task.name: media_paths(task) for task in tasks}
-    paths = sorted(set().union(*paths_of.values()))
-    rank, world = processes()
-    local_paths = paths[rank::world]
-    with ThreadPoolExecutor(16) as threads:
-        digests = dict(zip(local_paths, threads.map(digest_of_file, local_paths)))
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, digests, group)
-        digests = {}
-        for part in gathered:
-            digests |= part
+    digests = hash_media(set().union(*paths_of.values()), group=group)
     for name, needed in paths_of.items():  # before hours of work; single files that are missing count as misses
         absent = sorted(path for path in needed if not digests[path])
         if len(absent) > len(needed) / 2:
@@ -238,27 +224,12 @@ def hash_media(tasks, group=None):
     return digests
 
 
-def digest_of_file(path):
-    try:
-        found = find_picture(path)
-        if found is None:
-            return hash_bytes(blank_picture().tobytes()).hexdigest()
-        with open(found, "rb") as file:
-            return hashlib.file_digest(file, hash_bytes).hexdigest()
-    except (Skip, OSError):  # open_picture will say why
-        return ""
-
-
-def hash_bytes(content=b""):
-    return hashlib.blake2b(content, digest_size=16)
-
-
 def input_key(item, digests):
     """What the model sees of an input. A file that is not there counts as its path, until it is there."""
     images = [digests[path] or path for path in item["images"]]
     video = [digests[path] or path for path in item["video"]]
     content = json.dumps([item["text"].strip(), images, video])
-    return hash_bytes(content.encode()).hexdigest()
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 class DistinctInputs:
@@ -1263,7 +1234,7 @@ def main(argv=None):
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     tasks = load_tasks(names, settings, group)
     same_on_all_ranks({f"content of {task.name}": stable_hash(vars(task)) for task in tasks} | asdict(settings))
-    inputs = DistinctInputs(tasks, hash_media(tasks, group))
+    inputs = DistinctInputs(tasks, digests_of_media(tasks, group))
     if settings.export:
         if rank == 0:
             export_inputs(settings.export, inputs.keys, inputs.items, settings.blank_image)

@@ -35,6 +35,7 @@ from data import (
     content_key,
     encode,
     encode_input,
+    hash_media,
     is_stand_in,
     media_marks,
     open_picture,
@@ -46,7 +47,7 @@ from data import (
     without_marks,
 )
 from model import Embedder, Prompt, check_model
-from support.rows import dataset_of, hash_files, read_parquet, scan_rows, write_rows
+from support.rows import dataset_of, read_parquet, scan_rows, write_rows
 from support.run import (
     BadInput,
     Progress,
@@ -165,16 +166,14 @@ def keys_of_sides(pairs, digests):
     return items
 
 
-def hash_media(pairs, root, group):
-    """{path of a pair: hash of its file's bytes, "" if there is none}. Raises BadInput if most files are missing."""
+def digests_of_media(pairs, root, group=None):
+    """{path: hash of its content} of all media. Raises BadInput if most of the files do not exist."""
     paths = {path for pair in pairs for side in SIDES for path in pair[side]["images"] + pair[side]["video"]}
-    file_of = {path: str(Path(root, path)) for path in sorted(paths)}
-    digest_of = hash_files(list(file_of.values()), group)
-    digests = {path: digest_of[file] for path, file in file_of.items()}
+    digests = hash_media(paths, root, group)
     absent = [path for path in digests if not digests[path]]
     if len(absent) > len(digests) / 2:
         raise BadInput(f"--media_root {root}: {len(absent)} of {len(digests)} media files of --pairs do not exist "
-                       f"there, e.g. {file_of[absent[0]]}. Nothing was asked. Give the folder that the paths start "
+                       f"there, e.g. {absent[0]}. Nothing was asked. Give the folder that the paths start "
                        "from.")  # fmt: skip
     return digests
 
@@ -496,7 +495,7 @@ def annotate(args):
     if world > 1:  # waits for the slowest
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
-    digests = hash_media(pairs, args.media_root, group)
+    digests = digests_of_media(pairs, args.media_root, group)
     items = keys_of_sides(pairs, digests)
     asked = question_settings(args)
     same_on_all_ranks(asked | {"content of --pairs": stable_hash(*items)})

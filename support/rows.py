@@ -10,14 +10,12 @@ import os
 import re
 import sys
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-import torch.distributed as dist
 
-from support.run import BadInput, MissingFile, Progress, cure_of_bytes, keys_once, processes, write_file
+from support.run import BadInput, MissingFile, Progress, cure_of_bytes, keys_once, write_file
 
 
 def read_rows(path):
@@ -254,35 +252,6 @@ class Rows:
             raise BadInput(f"{self.files[f]} has changed since the run began. Restore the old file, or write the new "
                            "rows to a file with another name.")  # fmt: skip
         return f"{self.files[f]}, row {j}", json.loads(content)
-
-
-def hash_files(paths, group=None):
-    """Return {path: hash of the file's bytes}, "" if it cannot be read. The ranks share the files, which all of them
-    must see; group: the process group that they meet in."""
-    rank, world = processes()
-    local_paths = paths[rank::world]
-    bar = Progress(total=len(local_paths), desc="read media", unit="file", disable=rank > 0 or len(paths) < 10_000)
-    digests = {}
-    with ThreadPoolExecutor(16) as threads, bar:
-        for path, digest in zip(local_paths, threads.map(digest_of_file, local_paths)):
-            digests[path] = digest
-            bar.update(1)
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, digests, group)
-        for part in gathered:
-            digests |= part
-    return digests
-
-
-def digest_of_file(path):
-    if not os.path.isfile(path):
-        return ""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:  # open_picture will say why
-        return ""
 
 
 def read_parquet(path, columns=None, batch_size=1024):

@@ -215,7 +215,7 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
-    digests = annotate_file.hash_media(pairs, world, None)
+    digests = annotate_file.digests_of_media(pairs, world)
     sides = {annotate_file.side_key(s, p[s], digests) for p in pairs for s in ("qry", "pos")}
     assert len(raw_answers(annotated)) == len(sides) == 18
 

@@ -23,7 +23,7 @@ from test_annotate import run as run_data
 from test_report import CHROMIUM, browse, data_of, model_of, task_of
 
 import eval as ev
-from data import BadInput, Skip, content_key, encode_input, is_stand_in, open_picture
+from data import BadInput, Skip, content_key, digest_of_file, encode_input, is_stand_in, open_picture
 from support.annotate import opened, read_pairs, split_answer
 from support.mmeb import annotation_files
 from support.report import parts_of_answer, write_report
@@ -146,10 +146,10 @@ def test_the_key_of_a_missing_blank_image(tmp_path):
     """The model sees the same white image wherever the path points, and the key says so; another missing file still
     counts as its path."""
     paths = [str(tmp_path / name) for name in ("a/blank.jpg", "b/blank.jpg", "a/gone.jpg", "b/gone.jpg")]
-    digests = {path: ev.digest_of_file(path) for path in paths}
+    digests = {path: digest_of_file(path) for path in paths}
     first, second, gone, other = (ev.input_key({"text": "", "images": [path], "video": []}, digests) for path in paths)
     assert first == second and len({first, gone, other}) == 3
-    assert ev.digest_of_file(str(tmp_path / ("x" * 300) / "blank.jpg")) == ""  # a name that no disk can have
+    assert digest_of_file(str(tmp_path / ("x" * 300) / "blank.jpg")) == ""  # a name that no disk can have
 
 
 @pytest.mark.parametrize("name", ["GQA", "image", "I-QA"])

@@ -667,7 +667,7 @@ def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
         reason(mini, writer_dir, file, tmp_path / "out", samples=4)
     with pytest.raises(ValueError, match="there already and may hold answers"):
         ev.main(["--root", str(mini), "--export", str(file)])
-    monkeypatch.setattr(ev, "hash_media", None)  # before all media are read
+    monkeypatch.setattr(ev, "digests_of_media", None)  # before all media are read
     with pytest.raises(ValueError, match="NAME.jsonl"):
         ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
     wrong = tmp_path / "answers.json"

@@ -309,15 +309,13 @@ def die_softly():
     raise KeyboardInterrupt
 
 
-def test_going_back_forgets_what_came_after(tmp_path):
+def test_going_back_forgets_what_came_after(tiny_dir, world, tmp_path, monkeypatch):
     """Bug story: --resume of an older checkpoint of the same folder left the later ones, which the next --resume auto
     took, and --keep deleted the new ones as the oldest."""
-    model, optimizer = small()
-    for step in (1, 2, 3):
-        train(model, optimizer, 1)
-        save_checkpoint(tmp_path, model, optimizer, step, {}, keep=3)
-    assert load_checkpoint(tmp_path / "checkpoints/step-1", tmp_path, *small(), {}) == 1
-    assert [n for n, _ in list_checkpoints(tmp_path)] == [1]
+    run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=1, keep=3), monkeypatch)
+    again = flags(tiny_dir, world, tmp_path, steps=2, save_every=1, keep=3, resume=tmp_path / "checkpoints/step-1")
+    run_here(sft, again, monkeypatch)
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [1, 2]
 
 
 def test_folders_of_two_nodes(tiny_dir, world, tmp_path, capfd):
