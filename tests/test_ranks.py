@@ -1,8 +1,8 @@
-"""One run on 1, 2, 4 and 8 ranks and on two nodes, replicated and sharded, has one result; kills of a rank, a torchrun
-and a node.
+"""The result of a run is the same on 1, 2, 4 and 8 ranks and on two nodes, with DDP and with FSDP. After a kill of a
+rank, a torchrun or a node all processes end, and the same command resumes the run.
 
-A node is a torchrun with two ranks in a working folder of its own. Both torchruns are on this machine and meet on
-loopback, started as docs/scale.md says. --out is one folder, as on a shared disk.
+A node is a torchrun with two ranks and a working folder of its own. The two torchruns are on this machine and meet on
+loopback by the flags of docs/scale.md. --out is one folder, as on a shared disk.
 
     python -m pytest tests/test_ranks.py -m slow
 """
@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, picture, read_log, run_processes
@@ -33,8 +32,7 @@ from support.run import list_checkpoints
 
 pytestmark = pytest.mark.slow
 LAYOUTS = [(2, 1), (4, 1), (8, 1), (4, 2)]  # ranks, nodes
-SHARDED = [(4, 1), (8, 1), (4, 2)]
-TRAINING = [(ranks, nodes, False) for ranks, nodes in LAYOUTS] + [(ranks, nodes, True) for ranks, nodes in SHARDED]
+TRAINING = [(*layout, False) for layout in LAYOUTS] + [(*layout, True) for layout in LAYOUTS[1:]]  # FSDP
 LR = 1e-4
 
 # ---- the runs --------------------------------------------------------------------------------------------------
@@ -42,30 +40,28 @@ LR = 1e-4
 
 @contextlib.contextmanager
 def torchruns(script, argv, folder, nodes=2):
-    """Yield one torchrun for each node, with two ranks each. Working folders and outputs are in `folder`, and so is
-    --out. At the end kill what still runs, and print the outputs: a failed test shows them."""
+    """Yield the torchruns of the nodes, two ranks each. Working folders and outputs are in `folder`, and so is --out.
+    At the end kill what still runs, and print the outputs: pytest shows them if the test fails."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{s.getsockname()[1]}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc_per_node", 2, *meet, script]
-    started, outputs = [], []
-    for node in range(nodes):
-        (folder / f"node{node}").mkdir(parents=True, exist_ok=True)
-        outputs.append(folder / f"node{node}/output.txt")
-        with open(outputs[-1], "w") as output:
-            started.append(subprocess.Popen(list(map(str, [*command, *argv])), cwd=folder / f"node{node}",
-                                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                                            stdout=output, stderr=subprocess.STDOUT))  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = []
     try:
+        for node in range(nodes):
+            (folder / f"node{node}").mkdir(exist_ok=True)
+            with open(folder / f"node{node}.txt", "w") as output:
+                started.append(subprocess.Popen(list(map(str, [*command, *argv])), cwd=folder / f"node{node}", env=env,
+                                                stdout=output, stderr=subprocess.STDOUT))  # fmt: skip
         yield started
     finally:
         for pid in pids(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for process in started:
+        for node, process in enumerate(started):
             process.wait()
-        for path in outputs:
-            print(f"---- {path.parent.name}\n{path.read_text()}")
+            print(f"---- node {node}\n{(folder / f'node{node}.txt').read_text()}")
 
 
 def run_nodes(script, argv, folder, nodes=2):
@@ -75,7 +71,6 @@ def run_nodes(script, argv, folder, nodes=2):
 
 def run(module, argv, folder, ranks, nodes=1):
     """Run a script on some ranks. On one node they are forks of this process. rl.py also records its tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
     if nodes == 1:
         run_processes(module, argv, ranks, before=lambda rank: module is rl and record_tokens(rl, folder))
     elif module is rl:
@@ -89,84 +84,78 @@ def run(module, argv, folder, ranks, nodes=1):
 
 
 def record_tokens(rl, folder):
-    """Make rl.rollout write the tokens of a rank to folder/tokens-RANK-STEP.json: {side and row: G lists of ids}."""
-    from support.run import processes
-
-    real, calls = rl.rollout, []
+    """Make rl.rollout write the tokens of its rank to folder/tokens-RANK.json: {side and row: G lists of ids}."""
+    real = rl.rollout
 
     def rollout(embedder, rows, seeds, args):
         rollouts = real(embedder, rows, seeds, args)
-        calls.append(1)
         sides = ["query"] * (len(rows) // 2) + ["target"] * (len(rows) // 2)
         tokens = {f"{side} of {row.name}": [list(map(int, ids)) for ids in r.ids]
                   for side, row, r in zip(sides, rows, rollouts)}  # fmt: skip
-        (folder / f"tokens-{processes()[0]}-{len(calls)}.json").write_text(json.dumps(tokens))
+        (folder / f"tokens-{rl.processes()[0]}.json").write_text(json.dumps(tokens))
         return rollouts
 
     rl.rollout = rollout
 
 
-def recorded_tokens(folder, ranks, step=1):
-    """The tokens of all ranks together; every side of every row is in one rank."""
-    parts = [json.loads((folder / f"tokens-{rank}-{step}.json").read_text()) for rank in range(ranks)]
-    together = {name: tokens for part in parts for name, tokens in part.items()}
-    assert len(together) == sum(map(len, parts))
-    return together
+def recorded_tokens(folder, ranks):
+    """The tokens of all ranks. No side of a row is on two ranks."""
+    parts = [json.loads((folder / f"tokens-{rank}.json").read_text()) for rank in range(ranks)]
+    gathered = {name: tokens for part in parts for name, tokens in part.items()}
+    assert len(gathered) == sum(map(len, parts))
+    return gathered
 
 
 # ---- the data --------------------------------------------------------------------------------------------------
 
 
-def copies(rows, n):
-    """n rows of one dataset with different texts: the rows again and again, each time about other things."""
+def copies(path, n, spoil):
+    """Return n rows of one dataset: those of the file again and again, with other texts. Two have a missing image."""
+    rows = json.loads(path.read_text())
     texts = [json.dumps(rows[i % len(rows)] | {"dataset_name": "one"}) for i in range(n)]
-    return [json.loads(text.replace("thing", f"thing {i // len(rows)} of")) for i, text in enumerate(texts)]
+    rows = [json.loads(text.replace("thing", f"thing {i // len(rows)} of")) for i, text in enumerate(texts)]
+    for i in (7, 13):
+        spoil(rows[i])
+    return json.dumps(rows)
 
 
 @pytest.fixture(scope="module")
-def folder(world, tmp_path_factory):
-    """32 SFT rows, 16 RL rows and two tasks. Two rows of each file name an image that is missing."""
-    folder = tmp_path_factory.mktemp("ranks")
-    rows = copies(json.loads((world / "sft.json").read_text()), 32)
-    for i in (7, 13):
-        rows[i]["qry"]["image"] = ["images/0.png", "images/gone.png"]
-    (folder / "sft.json").write_text(json.dumps(rows))
-    rows = copies(json.loads((world / "rl.json").read_text()), 16)
-    rows[1]["qry_image"] = rows[8]["qry_image"] = "images/gone.png"
-    (folder / "rl.json").write_text(json.dumps(rows))
+def argv_of(tiny_dir, writer_dir, world, tmp_path_factory):
+    """Return argv_of(module, out, **flags) for 32 SFT rows, 16 RL rows or two tasks. rl.py takes two optimiser steps on
+    its rollouts, so that its KL is above 0."""
+    folder = tmp_path_factory.mktemp("data")
+    gone = "images/gone.png"
+    sft_rows = copies(world / "sft.json", 32, lambda row: row["qry"].update(image=["images/0.png", gone]))
+    (folder / "sft.json").write_text(sft_rows)
+    (folder / "rl.json").write_text(copies(world / "rl.json", 16, lambda row: row.update(qry_image=gone)))
     write_tasks(folder)
     (folder / "images").mkdir()
     picture(0).save(folder / "images/x.png")
-    return folder
 
+    def argv_of(module, out, **more):
+        if module is ev:
+            return ["--model", writer_dir, "--root", folder, "--out", out, "--samples", 2, "--max_new_tokens", 16,
+                    "--workers", 0]  # fmt: skip
+        more |= dict(data=folder / f"{module.__name__}.json", batch_size=16, lr=LR)
+        if module is sft:
+            return flags(tiny_dir, world, out, **more)
+        return rl_flags(writer_dir, world, out, inner_steps=2, w_anchor=1, **more)
 
-def sft_argv(tiny_dir, world, folder, out, **more):
-    return flags(tiny_dir, world, out, **dict(data=folder / "sft.json", batch_size=16, lr=LR, steps=2) | more)
-
-
-def rl_argv(writer_dir, world, folder, out, **more):
-    """Two optimiser steps on the rollouts of one step: the KL of the second one is not 0."""
-    given = dict(data=folder / "rl.json", batch_size=16, lr=LR, steps=1, inner_steps=2, w_anchor=1.0)
-    return rl_flags(writer_dir, world, out, **given | more)
-
-
-def eval_argv(writer_dir, folder, out):
-    return ["--model", writer_dir, "--root", folder, "--out", out, "--samples", 2, "--max_new_tokens", 16,
-            "--workers", 0]  # fmt: skip
+    return argv_of
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_dir, writer_dir, world, folder):
-    """The folder of the three runs on one rank: sft, rl and eval."""
-    alone = folder / "alone"
-    run(sft, sft_argv(tiny_dir, world, folder, alone / "sft/out"), alone / "sft", 1)
-    run(rl, rl_argv(writer_dir, world, folder, alone / "rl/out"), alone / "rl", 1)
-    run(ev, eval_argv(writer_dir, folder, alone / "eval/out"), alone / "eval", 1)
-    return alone
+def alone(argv_of, tmp_path_factory):
+    """Return the folder of the runs on one rank: sft, rl and eval."""
+    folder = tmp_path_factory.mktemp("alone")
+    for module in (sft, rl, ev):
+        run(module, argv_of(module, folder / module.__name__), folder, 1)
+    return folder
 
 
-def skipped(out):
-    return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+def assert_same_skipped(out, want):
+    got, want = ((path / "skipped.jsonl").read_text() for path in (out, want))
+    assert got == want and {json.loads(line)["row"].split()[-1] for line in got.splitlines()} == {"7", "13"}
 
 
 def assert_close_weights(out, want, start):
@@ -182,43 +171,42 @@ def assert_close_weights(out, want, start):
 
 
 @pytest.mark.parametrize("ranks, nodes, fsdp", TRAINING)
-def test_sft(tiny_dir, world, folder, alone, tmp_path, ranks, nodes, fsdp):
+def test_sft(tiny_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
     """Losses, gradient norms, final weights and the list of skipped rows are those of one rank."""
-    run(sft, sft_argv(tiny_dir, world, folder, tmp_path / "out", fsdp=fsdp), tmp_path, ranks, nodes)
-    got, want = read_log(tmp_path / "out"), read_log(alone / "sft/out")
-    for a, b in zip(want, got, strict=True):
+    out, want = tmp_path / "out", alone / "sft"
+    run(sft, argv_of(sft, out, fsdp=fsdp), tmp_path, ranks, nodes)
+    for a, b in zip(read_log(want), read_log(out), strict=True):
         tolerance = 1e-5 if a["step"] == 1 else 1e-4
         assert b == pytest.approx(a, abs=tolerance, rel=tolerance)
-    assert skipped(tmp_path / "out") == skipped(alone / "sft/out")
-    assert sorted(line["row"].split()[-1] for line in skipped(tmp_path / "out")) == ["13", "7"]
-    assert_close_weights(tmp_path / "out", alone / "sft/out", tiny_dir)
+    assert_same_skipped(out, want)
+    assert_close_weights(out, want, tiny_dir)
 
 
 @pytest.mark.parametrize("ranks, nodes, fsdp", TRAINING)
-def test_rl(writer_dir, world, folder, alone, tmp_path, ranks, nodes, fsdp):
-    """Every token of the rollouts is that of one rank. So are rewards, KL, loss, final weights and the list of skipped
-    rows."""
-    run(rl, rl_argv(writer_dir, world, folder, tmp_path / "out", fsdp=fsdp), tmp_path, ranks, nodes)
-    got, want = recorded_tokens(tmp_path, ranks), recorded_tokens(alone / "rl", 1)
-    assert got == want and len(want) == 2 * 16
-    assert len({str(ids) for group in want.values() for ids in group}) > 32, "the rollouts hardly differ"
-    (a,), (b,) = read_log(alone / "rl/out"), read_log(tmp_path / "out")
+def test_rl(writer_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
+    """All tokens of the rollouts are those of one rank. So are rewards, KL, loss, final weights and the list of
+    skipped rows."""
+    out, want = tmp_path / "out", alone / "rl"
+    run(rl, argv_of(rl, out, fsdp=fsdp), tmp_path, ranks, nodes)
+    a, b = recorded_tokens(alone, 1), recorded_tokens(tmp_path, ranks)
+    assert a == b and len(a) == 2 * 16
+    assert len({str(ids) for group in a.values() for ids in group}) > 32, "the rollouts hardly differ"
+    (a,), (b,) = read_log(want), read_log(out)
     assert b == pytest.approx(a, abs=1e-6, rel=1e-4) and a["kl"] > 1e-3 and a["reward"] > 0
-    assert skipped(tmp_path / "out") == skipped(alone / "rl/out")
-    assert sorted(line["row"].split()[-1] for line in skipped(tmp_path / "out")) == ["1", "8"]
-    assert_close_weights(tmp_path / "out", alone / "rl/out", writer_dir)
+    assert_same_skipped(out, want)
+    assert_close_weights(out, want, writer_dir)
 
 
 @pytest.mark.parametrize("ranks, nodes", LAYOUTS)
-def test_eval(writer_dir, folder, alone, tmp_path, ranks, nodes):
-    """Scores and answers of every query are those of one rank to the last digit, embeddings to 1e-5. With 8 ranks each
+def test_eval(writer_dir, argv_of, alone, tmp_path, ranks, nodes):
+    """Scores and answers of every query are those of one rank to the last digit, embeddings to 1e-5. Each of 8 ranks
     has one input, and half of them have nothing to sample."""
-    run(ev, eval_argv(writer_dir, folder, tmp_path / "out"), tmp_path, ranks, nodes)
-    got, want = tmp_path / "out" / writer_dir.name, alone / "eval/out" / writer_dir.name
+    run(ev, argv_of(ev, tmp_path / "out"), tmp_path, ranks, nodes)
+    out, want = tmp_path / "out" / writer_dir.name, alone / "eval" / writer_dir.name
     for name in ("scores.json", "per_query.json"):
-        a, b = (without_times(json.loads((out / name).read_text())) for out in (want, got))
+        a, b = (without_times(json.loads((path / name).read_text())) for path in (want, out))
         assert a == b and a
-    a, b = embedded(want), embedded(got)
+    a, b = embedded(want), embedded(out)
     assert a.keys() == b.keys() and len(a) == 8 + 4  # greedy, samples
     assert len({str(texts) for texts, _ in a.values()}) > 6, "the answers hardly differ"
     for key, (texts, embeddings) in a.items():
@@ -236,14 +224,12 @@ def embedded(out):
     found = {}
     for folder in (out / "cache").iterdir():
         for rows, file in ev.shards(folder):
-            arrays = zip(rows, file.get_tensor("disc"), file.get_tensor("gen"))
-            for (key, _, texts), disc, gen in arrays:
-                found[folder.name, key] = texts, np.concatenate([disc, gen.flatten()])
+            for (key, _, texts), disc, gen in zip(rows, file.get_tensor("disc"), file.get_tensor("gen")):
+                found[folder.name, key] = texts, [*disc, *gen.flatten()]
     return found
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------
-
 
 VICTIMS = {
     "rank": lambda torchruns: [children(torchruns[0])[1]],
@@ -255,30 +241,30 @@ VICTIMS = {
 @pytest.mark.parametrize("victim, nodes, fsdp", [
     ("rank", 1, False), ("torchrun", 2, True), ("node", 2, True), ("node", 2, False),
 ])  # fmt: skip
-def test_kill(tiny_dir, world, folder, tmp_path, victim, nodes, fsdp):
+def test_kill(tiny_dir, argv_of, tmp_path, victim, nodes, fsdp):
     """A rank, one of two torchruns, or a node with all its processes gets SIGKILL, and all processes of all nodes end.
-    The same command resumes from the last checkpoint and ends with the log and the bits of a run that was left alone.
-    Replicas on four ranks are equal to rounding only: DDP orders its buckets by the first step after a start, and the
-    order decides how four numbers are added up."""
+    The same command resumes from the last checkpoint and ends with the log and the bits of an unbroken run.
+
+    With DDP on four ranks it does so up to rounding: the first step after a start has other buckets than the later
+    ones, and the position in a bucket decides the order in which four gradients are added up."""
     cut, unbroken = tmp_path / "cut", tmp_path / "unbroken"
-    argv, unbroken_argv = (sft_argv(tiny_dir, world, folder, out, steps=16, save_every=2, workers=1, fsdp=fsdp)
-                           for out in (cut, unbroken))  # fmt: skip
+    argv, unbroken_argv = (argv_of(sft, out, steps=10, save_every=2, workers=1, fsdp=fsdp) for out in (cut, unbroken))
     run(sft, unbroken_argv, tmp_path, 2 * nodes)
+    log = cut / "log.jsonl"
     with torchruns(ROOT / "sft.py", argv, tmp_path, nodes) as started:
-        log = cut / "log.jsonl"
         wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, seconds=300)
-        assert len(pids(cut)) >= nodes + 2 * nodes + 2 * nodes  # torchruns, ranks, loader workers
+        assert len(pids(cut)) >= 3 * nodes  # a torchrun and two ranks each, and loader workers
         for pid in VICTIMS[victim](started):
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not pids(cut), seconds=60)
         assert all(process.wait() != 0 for process in started)
     saved = list_checkpoints(cut)[-1][0]
-    assert 2 <= saved < 16 and not (cut / "model.safetensors").exists()
+    assert 2 <= saved < 10 and not (cut / "model.safetensors").exists()
     run_nodes(ROOT / "sft.py", argv, tmp_path, nodes)
-    printed = "".join(path.read_text() for path in tmp_path.glob("node*/output.txt"))
-    assert f"resuming after step {saved} " in printed
+    assert any(f"resuming after step {saved} " in path.read_text() for path in tmp_path.glob("node*.txt"))
+    assert_same_skipped(cut, unbroken)
     a, b = read_log(unbroken), read_log(cut)
-    assert len(b) == 16 and skipped(cut) == skipped(unbroken)
+    assert len(a) == len(b) == 10
     if fsdp or nodes == 1:
         assert a == b and same_weights(weights(unbroken), weights(cut))
     else:
