@@ -665,8 +665,9 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
 
     All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
     Learning rate, batches and the random numbers of the rollouts are functions of (seed, step), and nothing draws from
-    the global random state, so it is not stored. A resumed run equals an unbroken one bit for bit on the CPU; on a GPU
-    up to rounding, since attention's backward pass adds up in no fixed order.
+    the global random state, so it is not stored. A resumed run equals an unbroken one bit for bit on the CPU, except
+    with DDP on more than two ranks: DDP adds up in another order in the first step after a start. On a GPU it is equal
+    up to rounding, because attention's backward pass adds up in no fixed order.
     alone: rank 0 calls it without the others. Returns whether the checkpoint is there.
     """
     rank, world = processes()
