@@ -105,7 +105,6 @@ class Prompt:
     row: Row | None  # None: it cannot be read, `problem` says why
     seed: int = 0  # of its random numbers
     problem: str = ""
-    script: list | None = None  # for tests and benchmarks: G lists of tokens, written in place of the sampled ones
 
 
 @dataclass
@@ -446,12 +445,8 @@ class Embedder(nn.Module):
     def append_tokens(self, completions, hidden, decoder, temperature):
         """Samples the next token of each completion, given the states [A, D] at their last tokens."""
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), self.banned, temperature or 1.0)
-        uniforms = forced = None
-        if temperature:
-            uniforms = [c.uniforms[len(c.ids)] for c in completions]
-        if completions[0].prompt.script:
-            forced = [c.scripted_token(self.end_id) for c in completions]
-        for completion, (token, logp) in zip(completions, sample(logits, uniforms, forced)):
+        uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
+        for completion, (token, logp) in zip(completions, sample(logits, uniforms)):
             completion.append(int(token), logp, self.end_id)
 
     def texts_of(self, rollouts):
@@ -715,9 +710,8 @@ class Completion:
 
     @classmethod
     def begin(cls, prompt, g, disc, temperature, max_new_tokens):
-        limit = len(prompt.script[g]) if prompt.script else max_new_tokens
-        uniforms = row_uniforms(prompt.seed, g, limit + 1) if temperature else None
-        return cls(prompt, g, disc, uniforms, limit)
+        uniforms = row_uniforms(prompt.seed, g, max_new_tokens + 1) if temperature else None
+        return cls(prompt, g, disc, uniforms, max_new_tokens)
 
     def append(self, token, logp, end_id):
         if len(self.ids) == self.limit:
@@ -726,10 +720,6 @@ class Completion:
         self.ids.append(token)
         self.logp.append(logp)
         self.ended = token == end_id
-
-    def scripted_token(self, end_id):
-        script = self.prompt.script[self.g]
-        return script[len(self.ids)] if len(self.ids) < len(script) else end_id
 
 
 class Waiting:
@@ -773,9 +763,9 @@ def remove_ended(live, cache):
     return ended
 
 
-def sample(logits, uniforms, forced=None):
-    """Inverse-CDF sampling. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy; forced: A tokens that
-    are taken instead -> A pairs [token, log p], as floats: one transfer a step, on which the loop waits."""
+def sample(logits, uniforms):
+    """Sample by the inverse CDF. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy -> A pairs
+    [token, log p], as floats: one transfer a step, on which the loop waits."""
     logp = logits.log_softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
@@ -783,8 +773,6 @@ def sample(logits, uniforms, forced=None):
         cdf = logp.double().exp_().cumsum_(-1)
         u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    if forced is not None:
-        tokens = torch.tensor(forced, device=logits.device)
     return torch.stack([tokens.double(), logp.gather(-1, tokens[:, None])[:, 0].double()], 1).tolist()
 
 

@@ -107,8 +107,6 @@ class Settings:
                                                   "time only")
     update_batch: int = setting(2, "groups per forward pass of the update; memory and time only")
     G: int = setting(8, "rollouts per prompt")
-    inner_steps: int = setting(1, "optimiser steps per batch of rollouts; an end after the first of several falls back "
-                                  "to the last checkpoint")
     max_new_tokens: int = setting(2048, "longest completion; also the constant that normalises the loss (norm)")
     temperature: float = setting(1.0, "sampling temperature")
     eps_low: float = setting(0.2, "the ratio is clipped below at 1 - eps_low")
@@ -116,7 +114,6 @@ class Settings:
     beta: float = setting(0.04, "weight of the KL term")
     reward_weights: list[str] = field(default_factory=list, metadata={
         "help": "NAME=WEIGHT of any reward of reward.py, over format=1 embedding=1 share=0 gap=0; 0: only in the log"})
-    w_grpo: float = setting(1.0, "weight of the clipped objective; 0 is a control")
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
     beta2: float = setting(0.999, "AdamW's second beta")
@@ -157,7 +154,8 @@ PRESETS = {
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.28, beta=0.04, norm=2048):
-    """GRPO with a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO).
+    """GRPO with a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO). The clip acts
+    only if several optimiser steps use one batch of rollouts; rl.py takes one, as the paper does.
 
     B completions (of one pass, not of the global batch). logp, old_logp, ref_logp [B, T]: log-probabilities of the
     sampled tokens under the policy (with gradient), the policy that sampled them, and the reference; advantages [B];
@@ -264,22 +262,11 @@ class Group:
     ok: bool  # not a skipped pair
 
 
-@dataclass
-class UpdateBatch:
-    """Groups of one forward pass. Their first pass runs before any update, so that it gives the old log-probabilities
-    too: with one inner step the ratio is exactly 1 and the clip never acts."""
-
-    groups: list
-    old_logp: torch.Tensor | None = None  # [M], of all completions' tokens
-    ref_logp: torch.Tensor | None = None  # [M]
-    ref_embeddings: torch.Tensor | None = None  # [number of embeddings, D]
-
-
-def update_batches(groups, n):
-    """n groups each, similar lengths together. The longest are first, where the gradients do not take memory yet, and
-    what does not fit shows at once."""
+def micro_batches(groups, n):
+    """Return lists of n groups, similar lengths together. The longest come first: gradients take no memory yet, and an
+    out-of-memory error shows at once."""
     by_length = sorted(groups, key=lambda g: len(g.row.ids) + sum(map(len, g.rollouts.ids)), reverse=True)
-    return [UpdateBatch(by_length[start : start + n]) for start in range(0, len(groups), n)]
+    return [by_length[start : start + n] for start in range(0, len(groups), n)]
 
 
 @dataclass
@@ -390,42 +377,43 @@ class Figures:
 
 
 def update(model, reference, batches, args):
-    """Gradients of one inner step over this process's groups -> figures for the log. batches: from update_batches()."""
+    """Gradients of the step over this process's groups -> figures for the log. batches: from micro_batches().
+
+    One optimiser step uses a batch of rollouts, so the policy that sampled them is the policy itself: the ratio is 1,
+    and its gradient is that of the log-probability. The old log-probabilities are those of this pass and not of the
+    decode loop, whose rounding differs.
+    """
     embedder = without_ddp(model)
     device = embedder.device
     _, world = processes()
-    num_ok = sum(float(group.ok) for batch in batches for group in batch.groups)
+    num_ok = sum(float(group.ok) for groups in batches for group in groups)
     num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all processes and both sides
     figures = Figures()
-    for batch in batches:
+    for groups in batches:
         stop_if_asked()
-        packed = pack_groups(embedder, batch.groups)
+        packed = pack_groups(embedder, groups)
         asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels)
         asked |= dict(temperature=args.temperature, ban=True)  # as when they were sampled
-        ok = torch.tensor([float(group.ok) for group in batch.groups], device=device)  # [n]
+        ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], without the skipped pairs
-        advantages = torch.cat([group.advantages for group in batch.groups])  # [n * G]
+        advantages = torch.cat([group.advantages for group in groups])  # [n * G]
 
-        if batch.ref_logp is None:  # the reference first, while no graph is in memory
-            with torch.no_grad():
-                out = reference(packed.batch, **asked)
-            batch.ref_logp, batch.ref_embeddings = out.logp, out.embeddings
-        with no_gradient_sync(model, is_last=batch is batches[-1]):
+        with torch.no_grad():  # the reference first, while no graph is in memory
+            ref = reference(packed.batch, **asked)
+        with no_gradient_sync(model, is_last=groups is batches[-1]):
             out = model(packed.batch, **asked)
-            if batch.old_logp is None:
-                batch.old_logp = out.logp.detach()
-            logp, old_logp, ref_logp = (padded(x, packed) for x in (out.logp, batch.old_logp, batch.ref_logp))
+            logp = padded(out.logp, packed)  # [n * G, T]
             loss, stats = grpo_loss(
-                logp, old_logp, ref_logp, args.w_grpo * advantages, mask,
+                logp, logp.detach(), padded(ref.logp, packed), advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
             # grpo_loss is the mean over this batch: its share of the mean over the groups of all processes
-            loss = loss * len(batch.groups) / num_groups
-            anchor = anchor_loss(out.embeddings, batch.ref_embeddings, packed.group_of_read, ok) / num_groups
+            loss = loss * len(groups) / num_groups
+            anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_read, ok) / num_groups
             (world * (loss + args.w_anchor * anchor)).backward()  # DDP and FSDP average over the processes
 
-        sampled = [x for group in batch.groups for logp in group.rollouts.logp for x in logp]
-        mismatch = (torch.tensor(sampled, device=device) - batch.old_logp).abs()  # decode loop against update pass
+        sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]
+        mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # decode loop against update pass
         tokens = mask.sum()
         figures.add(
             loss=loss,
@@ -463,11 +451,6 @@ def summary(rewards, parts, advantages, rollouts, ok):
     out["no_spread_share"] = mean(no_spread.float().mean(0))
     out = {"reward": (out["reward_query"] + out["reward_target"]) / 2, **out}
     return {name: float(x) for name, x in out.items()}
-
-
-def means_of(dicts):
-    """[{name: x}, ..] -> {name: mean}"""
-    return {name: sum(x[name] for x in dicts) / len(dicts) for name in (dicts[0] if dicts else {})}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -535,15 +518,11 @@ def main():
             # update
             lr = args.lr * (1 - step / args.steps)
             groups = [Group(*group) for group in zip(rows, rollouts, advantages, ok.repeat(2).tolist())]
-            batches = update_batches(groups, args.update_batch)
-            updates = []  # the figures of each inner step
-            for _ in range(args.inner_steps):
-                stats = update(model, reference, batches, args)
-                stats["grad_norm"] = clip_gradients(optimizer, args.clip)
-                checked = {"loss": stats["loss"], "gradient norm": stats["grad_norm"], "sum of rewards": reward_sum}
-                if loop.apply_gradients(step, pairs, lr, checked):
-                    updates.append(stats)
-            loop.end_step(step, pairs, {**figures, **means_of(updates), "lr": lr}, tokens)
+            stats = update(model, reference, micro_batches(groups, args.update_batch), args)
+            norm = clip_gradients(optimizer, args.clip)
+            checked = {"loss": stats["loss"], "gradient norm": norm, "sum of rewards": reward_sum}
+            loop.apply_gradients(step, pairs, lr, checked)
+            loop.end_step(step, pairs, {**figures, **stats, "grad_norm": norm, "lr": lr}, tokens)
         save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
     end_run(args, settings)
 

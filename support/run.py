@@ -1068,13 +1068,13 @@ def write_args(out, args, **more):
 # Flags
 
 BOUNDS = (  # lowest value, whether it is allowed itself, highest value, settings
-    (1, True, math.inf, "steps batch_size micro_batch update_batch prefill_tokens inner_steps save_every keep"),
+    (1, True, math.inf, "steps batch_size micro_batch update_batch prefill_tokens save_every keep"),
     (1, True, math.inf, "max_new_tokens max_length max_tokens size"),
     (2, True, math.inf, "G"),  # a group of one has no advantage: nothing would be learned
     (0, True, math.inf, "workers tau_steps skip_nonfinite samples report_queries beta eps_high video_max_pixels"),
     (0, True, 2**63 - 1, "seed"),
     (0, True, 10, "lr weight_decay"),
-    (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_grpo w_anchor"),
+    (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_anchor"),
     (0, True, 1, "warmup lr_floor max_skipped max_repeat eps_low"),
     (0, True, 0.999999, "beta2"),
     (0, False, math.inf, "tau tau_start clip"),

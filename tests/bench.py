@@ -38,7 +38,6 @@ DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]
 RECIPES = {
     "rl": [],
     "rl plain (paper)": ["--w_anchor", "0"],
-    "rl without GRPO": ["--w_grpo", "0"],
 }
 
 

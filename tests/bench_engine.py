@@ -33,7 +33,7 @@ from transformers import LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGe
 
 import rl  # noqa: E402
 from data import encode_input  # noqa: E402
-from model import Embedder, Rollouts, add_embedding_tokens  # noqa: E402
+from model import Embedder, Output, Rollouts, add_embedding_tokens  # noqa: E402
 from reward import embedding_reward, format_reward, group_advantages  # noqa: E402
 from support.decode import Decoder  # noqa: E402
 
@@ -220,7 +220,7 @@ def our_step(embedder, reference, optimizer, rows, script, args):
     texts = [embedder.tokenizer.decode(ids) for r in rollouts for ids in r.ids]
     rewards = torch.cat([embedding_reward(gen[0], gen[1]), embedding_reward(gen[1], gen[0])])
     advantages = group_advantages(rewards + format_reward(texts).view(2 * p, G))
-    batches = rl.update_batches(groups_of(rows, rollouts, advantages), args.update_batch)
+    batches = rl.micro_batches(groups_of(rows, rollouts, advantages), args.update_batch)
     rl.update(embedder, reference, batches, args)
     torch.nn.utils.clip_grad_norm_([p for p in embedder.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -261,19 +261,19 @@ def update_case(size, part):
     if part == "reference":
         return lambda: official_reference(embedder, sides), lambda: our_reference(embedder, rows, rollouts, args)
     A = torch.randn(2, G, generator=torch.Generator().manual_seed(0))
-    # not the first inner step: the values of the reference and of the sampling policy are there (any will do)
+    # the reference's values are given to both (any will do): the policy's pass is what is compared
     refs = [torch.full_like(ids[:, x["input_ids"].shape[1] :], -10.0, dtype=torch.float32) for x, ids in sides]
-    old = [torch.full((sum(map(len, r.ids)),), -10.0) for r in rollouts]
-    batches = []
-    for group, logp in zip(groups_of(rows, rollouts, A), old):
-        batches.append(rl.UpdateBatch([group], logp, logp, torch.zeros(1 + G, embedder.width)))
+    batches = rl.micro_batches(groups_of(rows, rollouts, A), 1)
+
+    def reference(_batch, read, labels, **_):
+        return Output(torch.zeros(len(read), embedder.width), torch.full((len(labels),), -10.0))
 
     def official():
         official_loss(embedder, sides, refs, A)
         embedder.zero_grad()
 
     def ours():
-        rl.update(embedder, embedder, batches, args)
+        rl.update(embedder, reference, batches, args)
         embedder.zero_grad()
 
     return official, ours

@@ -173,23 +173,32 @@ def generate_all(model, rows, seeds=None, script=None, **settings):
     from model import Prompt
 
     seeds = range(len(rows)) if seeds is None else seeds
-    prompts = [Prompt(n, row, seeds[n], script=script and script[n]) for n, row in enumerate(rows)]
-    return {prompt.key: r for prompt, r in model.generate(prompts, **settings)}
+    prompts = [Prompt(n, row, seeds[n]) for n, row in enumerate(rows)]
+    with scripted(model, script, lambda prompt: prompt.key) if script else contextlib.nullcontext():
+        return {prompt.key: r for prompt, r in model.generate(prompts, **settings)}
 
 
 @contextlib.contextmanager
-def scripted(model, script):
-    """model.generate() writes script[n], G lists of token ids, for the row that is named n or "input n"."""
-    from dataclasses import replace
+def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1])):
+    """In place of sampling, model.generate() writes script[n], G lists of token ids, for the prompt of this number: of
+    the row that is named n or "input n"."""
+    from model import sampling_logits
 
-    real = model.generate
+    def append_tokens(completions, hidden, decoder, temperature):
+        logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), model.banned, temperature or 1.0)
+        scripts = [script[number(c.prompt)][c.g] for c in completions]
+        tokens = [ids[len(c.ids)] if len(c.ids) < len(ids) else model.end_id for c, ids in zip(completions, scripts)]
+        at = torch.tensor(tokens, device=logits.device)[:, None]
+        logp = logits.log_softmax(-1).gather(-1, at)[:, 0].tolist()
+        for completion, ids, token, log_p in zip(completions, scripts, tokens, logp):
+            completion.limit = len(ids)
+            completion.append(token, log_p, model.end_id)
 
-    def generate(prompts, **given):
-        return real((replace(p, script=script[int(p.row.name.split()[-1])]) for p in prompts), **given)
-
-    model.generate = generate
-    yield
-    del model.generate  # the method of the class is visible again
+    model.append_tokens = append_tokens
+    try:
+        yield
+    finally:
+        del model.append_tokens  # the method of the class is visible again
 
 
 # ---- the twin: transformers' own forward pass ------------------------------------------------------------------

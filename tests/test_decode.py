@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from conftest import MODELS, encoded, generate_all, inputs, random_backbone, transformers_read
+from conftest import MODELS, encoded, generate_all, inputs, random_backbone, scripted, transformers_read
 from torch.nn.functional import rms_norm
 
 import model as model_file
@@ -220,10 +220,10 @@ def test_step_casts_no_weight(writer_dir, monkeypatch):
     monkeypatch.setattr(Decoder, "read", counted)
     for trained in (True, False):
         model.requires_grad_(trained)
-        prompts = [Prompt(n, row, script=[[5] * (n + 2)]) for n, row in enumerate(rows)]
-        for _, r in model.generate(prompts, slots=2):
-            ones = torch.ones(1, 2)
-            assert torch.nn.functional.linear(ones, ones).dtype == r.disc.dtype == torch.float32
+        with scripted(model, [[[5] * (n + 2)] for n in range(2)], lambda prompt: prompt.key):
+            for _, r in model.generate([Prompt(n, row) for n, row in enumerate(rows)], slots=2):
+                ones = torch.ones(1, 2)
+                assert torch.nn.functional.linear(ones, ones).dtype == r.disc.dtype == torch.float32
     smallest_weight = model.backbone.model.language_model.layers[0].self_attn.k_proj.weight.numel()
     assert len(largest) == 6 and max(largest) < smallest_weight
     assert not torch.is_autocast_enabled("cpu")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import rl
 import sft
 from data import PairData
-from model import Embedder, Prompt
+from model import Embedder
 from support.decode import Decoder, attention_of_few_rows
 from support.run import all_sum, distribute, end_processes, gather, start_processes, unsharded
 
@@ -119,7 +119,7 @@ def test_rl_update_equals_the_cpus(writer_dir, world):
         rewards, _ = rl.rewards_of(model, rollouts, pairs, args)
         advantages = rl.group_advantages(rewards.flatten(0, 1))
         groups = [rl.Group(*group, True) for group in zip(rows, rollouts, advantages)]
-        figures = rl.update(model, reference, rl.update_batches(groups, 2), args)
+        figures = rl.update(model, reference, rl.micro_batches(groups, 2), args)
         assert figures["ratio"] == pytest.approx(1.0) and figures["logp_mismatch"] < 1e-4
         found.append(([r.ids for r in rollouts], rewards.cpu(), gradients(model)))
     assert found[0][0] == found[1][0]
@@ -207,7 +207,7 @@ def test_decode_and_update_agree_in_bf16(real_2b):
     rollouts = rl.rollout(real_2b, prompts, [0, 1], args)
     groups = [rl.Group(row, r, torch.tensor([1.0, -1.0, 0.5, -0.5], device="cuda"), True)
               for row, r in zip(prompts, rollouts)]  # fmt: skip
-    figures = rl.update(real_2b, real_2b, rl.update_batches(groups, 1), args)
+    figures = rl.update(real_2b, real_2b, rl.micro_batches(groups, 1), args)
     real_2b.zero_grad()
     assert figures["ratio"] == 1.0 and figures["kl"] == 0.0
     assert figures["logp_mismatch"] < 0.03
@@ -232,8 +232,7 @@ def test_synchronisations(writer_dir, world):
     rows = encoded(model, inputs()[:2], answered=False)
     found = {}
     for n in (20, 60):
-        prompts = [Prompt(k, row, script=[[5] * n]) for k, row in enumerate(rows)]
-        found[n], places = count_syncs(lambda prompts=prompts: list(model.generate(prompts, slots=2)))
+        found[n], places = count_syncs(lambda n=n: generate_all(model, rows, script=[[[5] * n]] * 2, slots=2))
     assert (found[60] - found[20]) / 40 <= 4, places  # one more than without a script
     model.train()
     few, many = pairs_of(model, world), pairs_of(model, world)
@@ -260,7 +259,7 @@ def test_memory_of_training_passes(real_2b):
     )  # fmt: skip
     group = rl.Group(row, rollouts, torch.linspace(-1, 1, 8, device="cuda"), True)
     args = rl.Settings()
-    assert peak_gib(lambda: rl.update(real_2b, real_2b, rl.update_batches([group, group], 2), args)) < 60
+    assert peak_gib(lambda: rl.update(real_2b, real_2b, rl.micro_batches([group, group], 2), args)) < 60
     real_2b.zero_grad(set_to_none=True)
 
 
@@ -268,15 +267,14 @@ def test_memory_of_a_long_rollout(real_2b):
     """64 completions that grow to 1,024 tokens: the allocator holds at most half as much again as is used. Further
     rollouts hold no more: the graphs of each are given back."""
     rows = [text_prompt(real_2b, 600 + 30 * k) for k in range(8)]
-    prompts = [Prompt(k, row, script=[[7] * (1024 - 16 * g) for g in range(8)]) for k, row in enumerate(rows)]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    done = list(real_2b.generate(prompts, G=8, slots=64))
+    done = generate_all(real_2b, rows, script=[[[7] * (1024 - 16 * g) for g in range(8)]] * 8, G=8, slots=64)
     assert len(done) == 8
     assert torch.cuda.max_memory_reserved() < 1.5 * torch.cuda.max_memory_allocated()
     held = []
     for _ in range(6):
-        list(real_2b.generate([Prompt(0, rows[0], script=[[7] * 300] * 8)], G=8, slots=64))
+        generate_all(real_2b, rows[:1], script=[[[7] * 300] * 8], G=8, slots=64)
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert held[-1][0] <= held[1][0] and held[-1][1] <= 1.05 * held[1][1]
 

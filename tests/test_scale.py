@@ -94,7 +94,7 @@ def shards_equal_replicas(module, given, start, world, out, more):
     assert float((away > 1e-5).float().mean()) < 0.01 and float(away.max()) < 7e-4  # Adam: lr * sign of rounding noise
 
 
-@pytest.mark.parametrize("more", [dict(inner_steps=3), dict(train_vision=True)])
+@pytest.mark.parametrize("more", [{}, dict(train_vision=True)])
 def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
     """The same for rl.py: the sharded policy is put together to decode, the processes write different numbers of
     tokens; rollouts, rewards, losses and weights are those of two replicas. One step: behind it a token may be sampled
