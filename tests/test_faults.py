@@ -970,6 +970,7 @@ def test_what_is_ours_and_broken_is_made_again(tiny_dir, world, tmp_path, monkey
     run_here(sft, argv, monkeypatch)
     want = read_log(tmp_path / "out")
     (tmp_path / "out/model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "out/checkpoints/step-3")
     log = tmp_path / "out/log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([lines[0], "\0" * 20 + "\n", *lines[1:]]))
