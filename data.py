@@ -37,7 +37,7 @@ import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -981,9 +981,8 @@ class PairData(Dataset):
 class BatchOrder:
     """order[step] -> row numbers of the global batch of that step: one dataset each, shuffled, a function of the seed.
 
-    Every dataset is an endless sequence of permutations, one per epoch, cut into batches. A tail shorter than a batch
-    goes into the first batch of the next epoch, whose permutation puts these rows last, so that no batch holds a row
-    twice. A dataset smaller than a batch is left out. An epoch's batches over all datasets are shuffled together.
+    Every epoch shuffles the rows of each dataset, cuts them into batches and drops the tail that does not fill one. The
+    batches of all datasets are then shuffled together. A dataset smaller than a batch is left out.
     """
 
     def __init__(self, dataset, batch_size, seed, names=None):
@@ -1003,40 +1002,22 @@ class BatchOrder:
         self.left_out = ", ".join(too_small)  # names and sizes
         if not self.members:
             raise BadInput(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
-        self.permutation = cache(self.permutation)
-        self.starts = [0]  # first step of every epoch
-        self.epochs = []  # its batches, built when first asked for
+        self.steps_per_epoch = sum(len(rows) // batch_size for rows in self.members)
+        self.batches = lru_cache(maxsize=1)(self.batches)
 
-    def permutation(self, d, epoch):
-        """The order of dataset d's rows in an epoch, as indices into members[d]."""
-        n = len(self.members[d])
-        order = np.random.default_rng([self.seed, d, epoch]).permutation(n)
-        carried = (epoch * n) % self.batch_size  # rows of the last epoch still waiting for their batch
-        if carried:
-            waiting = self.permutation(d, epoch - 1)[n - carried :]
-            late = np.isin(order, waiting)
-            order = np.concatenate([order[~late], order[late]])
-        return order
-
-    def build(self, epoch):
-        """All batches of an epoch, shuffled: list of row numbers [batch_size]."""
+    def batches(self, epoch):
+        """Return the batches of an epoch, in order: a list of row numbers [batch_size]."""
         batches = []
-        B = self.batch_size
-        for d, member in enumerate(self.members):
-            n = len(member)
-            for k in range(epoch * n // B, (epoch + 1) * n // B):
-                places = range(k * B, (k + 1) * B)  # in the endless sequence
-                batches.append(member[[self.permutation(d, place // n)[place % n] for place in places]])
-        shuffled = np.random.default_rng([self.seed, 1 << 20, epoch]).permutation(len(batches))
-        return [batches[i] for i in shuffled]
+        for d, rows in enumerate(self.members):
+            shuffled = rows[np.random.default_rng([self.seed, d, epoch]).permutation(len(rows))]
+            full = len(rows) // self.batch_size * self.batch_size
+            batches += np.split(shuffled[:full], full // self.batch_size)
+        order = np.random.default_rng([self.seed, 1 << 20, epoch]).permutation(len(batches))
+        return [batches[i] for i in order]
 
     def __getitem__(self, step):
-        while step >= self.starts[-1]:
-            batches = self.build(len(self.epochs))
-            self.epochs.append(batches)
-            self.starts.append(self.starts[-1] + len(batches))
-        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
-        return self.epochs[epoch][step - self.starts[epoch]]
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return self.batches(epoch)[k]
 
 
 def step_loader(data, steps, workers):

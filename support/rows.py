@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from support.run import BadInput, MissingFile, Progress, cure_of_bytes, keys_once, write_file
+from support.run import BadInput, MissingFile, Progress, write_file
 
 
 def read_rows(path):
@@ -32,22 +32,14 @@ def scan_rows(path, block=1 << 24):
     if not path.is_file():
         raise MissingFile(f"{path}: no such file. Relative paths start from {os.getcwd()}")
     with open(path, "rb") as file:
-        head = file.read(1024)
-        if not_utf8(head):
-            raise BadInput(f"{path}: {cure_of_bytes(path)}")
+        is_list = file.read(1024).lstrip()[:1] == b"["
         file.seek(0)
-        is_list = head.lstrip()[:1] == b"["
         try:
             for i, (start, end, row) in enumerate(scan_list(file, path, block) if is_list else scan_lines(file, path)):
                 check_row(row, f"{path}, row {i}")
                 yield start, end, row
         except UnicodeDecodeError as error:
             raise BadInput(f"{path}: not valid UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def not_utf8(head):
-    """By the first bytes of a file: a byte order mark, UTF-16 or no text at all."""
-    return head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head
 
 
 def check_row(row, name):
@@ -71,13 +63,13 @@ def scan_lines(file, path):
 
 def parse_line(line, name):
     try:
-        return json.loads(line, object_pairs_hook=keys_once)
+        return json.loads(line.decode("utf-8"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadInput(f"{name}: not valid JSON ({getattr(error, 'msg', error)}); a file is one list of rows, or lines "
                        "of one whole row each") from error  # fmt: skip
     except UnicodeDecodeError:
         raise
-    except ValueError as error:  # a key that is there twice, a number of 5,000 digits
+    except ValueError as error:  # a number of 5,000 digits
         raise BadInput(f"{name}: {error}") from error
 
 
@@ -105,7 +97,7 @@ class ListText:
         self.path = path
         self.block = block  # bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
-        self.json = json.JSONDecoder(object_pairs_hook=keys_once)
+        self.json = json.JSONDecoder()
         self.text = ""  # what is being parsed
         self.place = 0  # the next character of it
         self.byte = 0  # where this character stands in the file

@@ -18,7 +18,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -205,7 +204,6 @@ def start_processes(fsdp=False):
     cudnn_attention_off()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed with -9 leaves its processes running: they save and end
         signal_with_parent(signal.SIGTERM)
-        end_without_torchrun()
     if world > 1 and not dist.is_initialized():  # CPU tensors go over gloo on GPUs too: no wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return rank, world, device
@@ -215,17 +213,6 @@ def cudnn_attention_off():
     """cuDNN is torch's first choice for attention on an H100 and makes an execution plan for every shape that is
     new to it, 23 to 450 ms each. Here nearly every pass has another shape; flash and efficient attention need none."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def end_without_torchrun():
-    """Where torchrun ended before signal_with_parent, no signal comes; its store, which the first node's torchrun
-    holds, does not answer then."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection(where, timeout=60).close()
-        except OSError as error:
-            raise SystemExit(f"torchrun has ended: its store at {where[0]}:{where[1]} gives {error}") from None
 
 
 def processes():
@@ -858,31 +845,30 @@ def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE, why=""):
         print(f"the resumed run has other settings from here on: {'; '.join(changed.values())}", flush=True)
 
 
-HELD = []  # open files whose locks this process holds
+HELD = []  # the open lock files of this process
 
 
 def hold(folder):
-    """Makes this run the only one that writes to the folder, or stops with a sentence that names the other one.
+    """Make this run the only one that writes to the folder, or raise BadInput with the name of the other run.
 
-    All processes call it: rank r holds byte r of the folder's .lock, and a run begins only where all bytes are free, so
-    not beside ranks that are still dying. The kernel frees a process's locks when it ends, however it ends.
+    All ranks call it, rank 0 holds the lock. The kernel releases it when the process ends, however it ends.
     """
-    rank, world = processes()
-    path, taken, made = Path(folder) / ".lock", "", Path(folder) / "args.json"
+    rank, _ = processes()
+    path, made = Path(folder) / ".lock", Path(folder) / "args.json"
     if made.exists():
         scripts = [Path(command[0]).name for command in (read_json(made).get("command", [""]), sys.argv)]
         if scripts[0] != scripts[1] and "eval.py" in scripts and {*scripts} <= {"sft.py", "rl.py", "eval.py"}:
             raise BadInput(f"{folder} is the folder of a run of {scripts[0]}; give another --out")
+    taken = ""
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", errors="backslashreplace")  # noqa: SIM115 (held as long as this process lives)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all bytes
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename} since {datetime.now():%Y-%m-%d %H:%M:%S}: "
                        f"{' '.join(sys.argv)[:300]}")  # fmt: skip
             file.flush()
-            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # all but the first
             HELD.append(file)
         except BlockingIOError:
             file.seek(0)
@@ -890,13 +876,7 @@ def hold(folder):
         except OSError as error:  # some network disks have no locks
             print(f"warning: {path} cannot be locked ({error}); see that no other run writes here", file=sys.stderr)
     if taken := next((text for text in gather_list([taken]) if text), ""):
-        raise BadInput(f"{folder} is in use by another run, or by processes of it that are still ending: {taken}; wait "
-                       "for it, end it, or give another --out")  # fmt: skip
-    if rank > 0 and path.exists():
-        file = open(path, "a+")  # noqa: SIM115
-        with contextlib.suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        HELD.append(file)
+        raise BadInput(f"{folder} is in use by another run: {taken}. Wait for it, end it, or give another --out.")
 
 
 def weights_digest(name_or_path):
@@ -1016,39 +996,13 @@ def write_json(path, data):
 
 
 def read_json(path):
-    """BadInput with the file, the reason and the cure where it is no JSON in UTF-8, or names a key twice."""
-    path = Path(path)
+    """Return the content of a JSON file. Raises BadInput with the file and the reason if it is not JSON in UTF-8."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=keys_once)
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not valid JSON in UTF-8 ({error}); {cure_of_bytes(path)}") from error
-
-
-def keys_once(pairs):
-    """For json's object_pairs_hook, which by itself keeps the last of two equal keys and drops the other."""
-    if len(found := dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
-    return found
-
-
-def cure_of_bytes(path):
-    """What to do about a text file that cannot be parsed, by its first bytes."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start.startswith(b"\xef\xbb\xbf"):
-        return f"it begins with a byte order mark: save it without one, or sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return f"it is in UTF-16: iconv -f UTF-16 -t UTF-8 {path} > NEW"
-    if start[:2] in (b"\x1f\x8b", b"PK"):
-        return "it is a packed file: unpack it"
-    if start == b"PAR1":
-        return "it is a parquet file, which --pairs and MMEB's annotations can be, by the ending .parquet"
-    if b"\0" in start:
-        return "it is no text file"
-    return "mend that place, or copy the file again if it is not whole"
+        raise BadInput(f"{path}: not valid JSON in UTF-8 ({error}). Fix it, or copy the file again.") from error
 
 
 def write_args(out, args, **more):
