@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import support.annotate as annotate_file
+import support.run as run_file
 from data import DISC, GEN, INSTRUCTION
 from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
@@ -38,6 +39,7 @@ def run(*argv):
         return stop.code
     finally:
         sys.argv = before
+        run_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
     return 0
 
 
