@@ -53,18 +53,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from support.rows import Rows
-from support.run import (
-    BadInput,
-    Progress,
-    Stopped,
-    check_batch_size,
-    check_bounds,
-    forked_loader,
-    one_ahead,
-    processes,
-    run_script,
-)
+from support.distributed import forked_loader, one_ahead, processes
+from support.files import Rows
+from support.program import BadInput, Progress, Stopped, run_script
+from support.settings import check_batch_size, check_bounds
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol constants (must match the released models and data)

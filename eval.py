@@ -88,30 +88,12 @@ from data import (
 )
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
+from support.distributed import barrier, end_processes, forked_loader, processes, start_processes
+from support.files import one_or_more, read_json, stable_hash, write_file, write_json
 from support.mmeb import HOW_TO_GET, MMEB, check_files, leaderboard, load_mmeb, paper_table, tasks_of_column
+from support.program import BadInput, MissingFile, Progress, run_script
 from support.report import change_table, gap_table, sampled_queries, score_table, write_report
-from support.rows import one_or_more
-from support.run import (
-    BadInput,
-    MissingFile,
-    Progress,
-    barrier,
-    end_processes,
-    forked_loader,
-    hold,
-    parse_args,
-    processes,
-    read_json,
-    run_script,
-    same_on_all_ranks,
-    setting,
-    stable_hash,
-    start_processes,
-    weights_digest,
-    write_args,
-    write_file,
-    write_json,
-)
+from support.settings import hold, parse_args, same_on_all_ranks, setting, weights_digest, write_args
 from support.tasks import load_own_task
 
 KS = (1, 5, 10)

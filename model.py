@@ -52,20 +52,12 @@ from data import (
     normalise,
     to_device,
 )
+from support.checkpoint import refuse_not_finite
 from support.decode import Decoder
-from support.run import (
-    BadInput,
-    MissingFile,
-    Progress,
-    apply_umask,
-    cudnn_attention_off,
-    is_sharded,
-    processes,
-    read_json,
-    refuse_not_finite,
-    stable_hash,
-    stop_if_asked,
-)
+from support.distributed import cudnn_attention_off, is_sharded, processes
+from support.files import apply_umask, read_json, stable_hash
+from support.loop import stop_if_asked
+from support.program import BadInput, MissingFile, Progress
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels

@@ -58,32 +58,23 @@ from model import (
     store_linear_in_bf16,
 )
 from reward import REWARDS, group_advantages, total_reward
-from support.rows import index_rows
-from support.run import (
-    BadInput,
-    Loop,
+from support.distributed import (
     all_sum,
-    begin_run,
     clip_gradients,
     distribute,
-    end_run,
     gather,
     gather_list,
-    make_optimizer,
     no_gradient_sync,
-    parse_args,
     processes,
-    resume,
-    run_script,
-    setting,
     shard,
-    stable_hash,
     start_processes,
-    stop_if_asked,
     unsharded,
-    usable,
     without_ddp,
 )
+from support.files import index_rows, stable_hash
+from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
+from support.program import BadInput, run_script
+from support.settings import parse_args, setting
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are those of 2b.

@@ -44,28 +44,21 @@ import torch.nn.functional as F
 
 from data import DISC, GEN, PairData, RowCheck, step_loader
 from model import Embedder, check_model, int_tensors, save_model
-from support.rows import index_rows
-from support.run import (
-    Loop,
+from support.distributed import (
     all_sum,
     barrier,
-    begin_run,
     clip_gradients,
     distribute,
-    end_run,
     gather,
-    make_optimizer,
     no_gradient_sync,
-    parse_args,
     processes,
-    resume,
-    run_script,
-    setting,
     start_processes,
-    stop_if_asked,
-    usable,
     without_ddp,
 )
+from support.files import index_rows
+from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
+from support.program import run_script
+from support.settings import parse_args, setting
 from support.toy import write_toy
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 
 from model import Embedder
-from support.run import weights_digest
+from support.settings import weights_digest
 
 
 class UMEModel(AbsEncoder):

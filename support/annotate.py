@@ -47,23 +47,10 @@ from data import (
     without_marks,
 )
 from model import Embedder, Prompt, check_model
-from support.rows import dataset_of, read_parquet, scan_rows, write_rows
-from support.run import (
-    BadInput,
-    Progress,
-    barrier,
-    changes,
-    end_processes,
-    hold,
-    processes,
-    read_json,
-    same_on_all_ranks,
-    stable_hash,
-    start_processes,
-    text_table,
-    weights_digest,
-    write_json,
-)
+from support.distributed import barrier, end_processes, processes, start_processes
+from support.files import dataset_of, read_json, read_parquet, scan_rows, stable_hash, write_json, write_rows
+from support.program import BadInput, Progress, text_table
+from support.settings import changes, hold, same_on_all_ranks, weights_digest
 
 ASK = (
     "This is the {role} of a search: {what}. Think it through first, between <think> and </think>: what it shows or "

@@ -13,8 +13,8 @@ read back. Rows with other keys are left alone, so that one file can hold the an
 from pathlib import Path
 
 from data import DISC, INSTRUCTION, blank_picture, check_text, without_marks
-from support.rows import scan_rows, write_rows
-from support.run import BadInput
+from support.files import scan_rows, write_rows
+from support.program import BadInput
 
 
 def check_export(path):

@@ -9,8 +9,11 @@ from torch.utils.data import Dataset
 
 from data import DISC, GEN, QWEN2_VL, PairData, RowCheck, Skip, content_key, find_picture, side_of
 from model import Embedder, check_model, load_family, load_tokenizer
-from support.rows import Rows, dataset_of
-from support.run import BadInput, Progress, forked_loader, hold, open_checkpoint, restore, text_table, weights_digest
+from support.checkpoint import open_checkpoint, restore
+from support.distributed import forked_loader
+from support.files import Rows, dataset_of
+from support.program import BadInput, Progress, text_table
+from support.settings import hold, weights_digest
 
 PROBLEMS = ("schema", "media", "too long", "left out")
 SHOWN = 5  # messages of each problem

@@ -12,7 +12,8 @@ from statistics import fmean
 
 import numpy as np
 
-from support.run import read_json, text_table, write_file
+from support.files import read_json, write_file
+from support.program import text_table
 
 PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are no shares
 

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from data import check_input, check_keys
-from support.run import BadInput, read_json
+from support.files import read_json
+from support.program import BadInput
 
 TASK_KEYS = ("name", "modality", "group", "eval_type", "main_metric", "queries", "candidates")  # of its file
 QUERY_KEYS = ("input", "labels", "grades", "candidates")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data import QWEN2_VL, blank_picture, rl_row, sft_row
-from support.rows import write_rows
+from support.files import write_rows
 
 CELL = QWEN2_VL.token_side  # pixels: one cell is one visual token
 DRAWINGS = 12  # of every content of a cell

@@ -63,7 +63,7 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     import rl
     from data import DISC, PairData
     from model import Embedder
-    from support.run import stable_hash
+    from support.files import stable_hash
 
     torch.set_num_threads(1)
     embedder = Embedder.from_pretrained(model)

@@ -29,7 +29,7 @@ def start(module, argv, processes, output):
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            from support.run import run_script
+            from support.program import run_script
 
             os.setpgid(0, 0)
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)

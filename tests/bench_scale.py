@@ -121,7 +121,7 @@ def measured(values, stage, fsdp):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from model import Embedder
-    from support.run import shard
+    from support.distributed import shard
 
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))

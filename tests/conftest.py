@@ -322,13 +322,13 @@ def real(tmp_path_factory):
 
 def run_here(module, argv, monkeypatch):
     """The script's main() in this process: no second import of torch, and the test may replace its parts."""
-    import support.run
+    import support.settings as settings_file
 
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     try:
         module.main()
     finally:
-        support.run.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
+        settings_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
 
 
 def run_killed(module, step_function, call, argv, monkeypatch):

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import DistinctInputs, best_first, collect, digests_of_media, greedy_sides, load_task, score_candidates  # noqa: E402
-from support.run import BadInput, MissingFile, run_script, write_file  # noqa: E402
+from support.files import write_file  # noqa: E402
+from support.program import BadInput, MissingFile, run_script  # noqa: E402
 
 BENCH = "python tests/bench.py toy --seeds 3 --recipes rl"
 TASK = "test/ground"  # queries and candidates are pictures, and it takes some reasoning

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 
 import data
 import support.annotate as annotate_file
-import support.run as run_file
+import support.settings as settings_file
 from data import DISC, GEN, INSTRUCTION
 from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
-from support.rows import write_rows
+from support.files import write_rows
 
 
 def run(*argv):
@@ -39,7 +39,7 @@ def run(*argv):
         return stop.code
     finally:
         sys.argv = before
-        run_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
+        settings_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
     return 0
 
 

@@ -39,8 +39,9 @@ from data import (
     step_loader,
 )
 from support import toy
-from support.rows import Rows, read_rows
-from support.run import BadInput, one_ahead
+from support.distributed import one_ahead
+from support.files import Rows, read_rows
+from support.program import BadInput
 
 # Qwen2-VL-Instruct's published chat template
 TEMPLATE = (

@@ -106,7 +106,7 @@ def test_every_flag_is_read(script):
     calls."""
     read = {node.attr for path in CODE for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
     assert settings_of(script) - {"preset"} <= read
-    assert "--preset" in (ROOT / "support/run.py").read_text(encoding="utf-8")  # it is read before the others
+    assert "--preset" in (ROOT / "support/settings.py").read_text(encoding="utf-8")  # it is read before the others
 
 
 def test_departures_are_complete():

@@ -28,13 +28,17 @@ import data as data_file
 import eval as ev
 import rl
 import sft
-import support.run as run_file
+import support.checkpoint as checkpoint_file
+import support.loop as loop_file
+import support.program as program_file
+import support.settings as settings_file
 from data import DISC, INSTRUCTION, RowCheck, Skip, encode_input, open_picture, patchify
 from model import Embedder, Prompt
 from support.annotate import read_pairs
 from support.check import export_checkpoint
-from support.rows import index_rows, read_rows
-from support.run import BadInput, list_checkpoints
+from support.checkpoint import list_checkpoints
+from support.files import index_rows, read_rows
+from support.program import BadInput
 
 # ---- 1. a process that has failed ends ---------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def start(stage, argv, patch="", processes=1, script=True, until=60, **more):
     """
     code = f"import sys, os, signal, time\nsys.argv = ['{stage}.py', *sys.argv[1:]]\nimport {stage} as s\n{patch}\n"
     code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # these tests may themselves run under nohup
-    code += "from support.run import run_script\nrun_script(s.main)" if script else "s.main()"
+    code += "from support.program import run_script\nrun_script(s.main)" if script else "s.main()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
     if processes > 1:
         port = str(20_000 + os.getpid() % 20_000)
@@ -176,7 +180,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     model = broken_model(tiny_dir, tmp_path / "dead", value)
     ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
              "--max_new_tokens", "4", "--samples", "2"])  # fmt: skip
-    run_file.HELD.clear()
+    settings_file.HELD.clear()
     entry = json.loads((tmp_path / "out/dead/scores.json").read_text())["tasks"]["test/local"]
     printed = capsys.readouterr().out
     if value == 0:
@@ -594,7 +598,7 @@ def test_ablation_where_nothing_is_valid(tiny_dir, tmp_path, capsys):
     write_local_task(tmp_path)
     argv = ["--model", str(tiny_dir), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"]
     ev.main([*argv, "--max_new_tokens", "2", "--ablate", "trace"])
-    run_file.HELD.clear()
+    settings_file.HELD.clear()
     assert "no input has a valid answer, so there is no reasoning to take out" in capsys.readouterr().out
 
 
@@ -677,7 +681,7 @@ def test_a_broken_stream_does_not_end_a_run(tiny_dir, world, tmp_path, stream):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
     """The save of step 4 fails halfway: the error is heard, step 2 stands, nothing half written fills the disk."""
-    real, calls = run_file.save_file, []
+    real, calls = checkpoint_file.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -686,7 +690,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkey
             raise OSError(28, "No space left on device", str(path))
         real(tensors, path)
 
-    monkeypatch.setattr(run_file, "save_file", full)
+    monkeypatch.setattr(checkpoint_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=6, save_every=2), monkeypatch)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"] and len(calls) == 3
@@ -775,7 +779,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_dir, world, tmp_path, 
 
 def test_an_ascii_terminal_loses_no_line(tmp_path):
     """Bug story: what stdout could not take was dropped, the whole line of a ± with it."""
-    code = "from support.run import run_script; run_script(lambda: print('change 1.0±0.2'))"
+    code = "from support.program import run_script; run_script(lambda: print('change 1.0±0.2'))"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     assert b"change 1.0\\xb10.2" in subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).stdout
 
@@ -783,8 +787,8 @@ def test_an_ascii_terminal_loses_no_line(tmp_path):
 def test_nohup_stays(monkeypatch):
     """A signal that is ignored from the start, as nohup does with SIGHUP, is not turned into an end of the run."""
     monkeypatch.setattr(signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
-    with run_file.Loop(sft.Settings(), {}, None, None, 0, 0) as loop:
-        assert set(loop.before) == set(run_file.STOPPING) - {signal.SIGHUP}
+    with loop_file.Loop(sft.Settings(), {}, None, None, 0, 0) as loop:
+        assert set(loop.before) == set(program_file.STOPPING) - {signal.SIGHUP}
 
 
 # ---- 10. ranges of flags -----------------------------------------------------------------------------------------
@@ -811,7 +815,7 @@ def test_flags_out_of_their_range(module, flag, value, tmp_path, monkeypatch):
 
 def test_every_number_has_its_range():
     """A new setting cannot be forgotten in the table."""
-    bounded = {name for *_, names in run_file.BOUNDS for name in names.split()}
+    bounded = {name for *_, names in settings_file.BOUNDS for name in names.split()}
     for module in (sft, rl, ev):
         for field in module.Settings.__dataclass_fields__.values():
             assert field.type not in ("int", "float", int, float) or field.name in bounded, field.name
@@ -891,9 +895,9 @@ def test_a_swapped_reference_is_refused(writer_dir, world, tmp_path, monkeypatch
     Embedder.from_pretrained(writer_dir).save_pretrained(model)
     argv = rl_flags(model, world, tmp_path / "out", steps=2, save_every=1)
     run_processes(rl, argv, 1, codes=-signal.SIGKILL, before=act_at(rl, "update", 2, die))
-    before = run_file.weights_digest(model)
+    before = settings_file.weights_digest(model)
     changed_model(writer_dir, model, lambda tensors: tensors["model.norm.weight"].mul_(1.01))
-    assert run_file.weights_digest(model) != before
+    assert settings_file.weights_digest(model) != before
     with pytest.raises(SystemExit, match="content of --model"):
         run_here(rl, argv, monkeypatch)
 
@@ -902,11 +906,11 @@ def test_shapes_are_tested_when_tensors_are_restored(tmp_path):
     """Bug story: a stored Linear(3, 4) was loaded into a Linear(3, 6) without a word."""
     small, large = torch.nn.Linear(3, 4), torch.nn.Linear(3, 6)
     optimizer = torch.optim.AdamW(small.parameters())
-    run_file.save_checkpoint(tmp_path, small, optimizer, 1, {})
+    checkpoint_file.save_checkpoint(tmp_path, small, optimizer, 1, {})
     with pytest.raises(BadInput, match=r"model/weight has shape \[4, 3\], the model \[6, 3\]"):
-        run_file.load_checkpoint("auto", tmp_path, large, torch.optim.AdamW(large.parameters()), {})
+        checkpoint_file.load_checkpoint("auto", tmp_path, large, torch.optim.AdamW(large.parameters()), {})
     with pytest.raises(BadInput, match=r"model/0.weight has shape None, the model \[4, 3\]"):
-        run_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(torch.nn.Linear(3, 4)))
+        checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(torch.nn.Linear(3, 4)))
 
 
 @pytest.mark.parametrize("file, content", [("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"),
@@ -916,13 +920,13 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file,
     """Torn by a disk, not by a kill: the message has the --resume that goes on."""
     model = torch.nn.Linear(3, 4)
     for step in (1, 2):
-        run_file.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {})
+        checkpoint_file.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {})
     path = tmp_path / "checkpoints/step-2" / file
     path.unlink() if content is None else path.write_bytes(content)
     older = tmp_path / "checkpoints/step-1"
     with pytest.raises(BadInput, match=f"step-2: this checkpoint is broken .*--resume {older} takes the one before"):
-        run_file.load_checkpoint("auto", tmp_path, model, torch.optim.AdamW(model.parameters()), {})
-    assert run_file.load_checkpoint(older, tmp_path, model, torch.optim.AdamW(model.parameters()), {}) == 1
+        checkpoint_file.load_checkpoint("auto", tmp_path, model, torch.optim.AdamW(model.parameters()), {})
+    assert checkpoint_file.load_checkpoint(older, tmp_path, model, torch.optim.AdamW(model.parameters()), {}) == 1
 
 
 def test_a_run_is_extended(tiny_dir, world, tmp_path, monkeypatch, capsys):
@@ -962,7 +966,7 @@ def test_only_our_own_files_are_cleared_away(tmp_path):
     """Bug story: notes.txt in checkpoints/ ended the save, a copy named step-2-best was deleted as the oldest."""
     model = torch.nn.Linear(3, 4)
     for step in (1, 2, 3):
-        run_file.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {}, keep=1)
+        checkpoint_file.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {}, keep=1)
         if step == 1:
             (tmp_path / "checkpoints/notes.txt").write_text("mine")
             shutil.copytree(tmp_path / "checkpoints/step-1", tmp_path / "checkpoints/step-1-best")
@@ -1017,7 +1021,7 @@ def test_a_second_run_is_refused(tiny_dir, world, tmp_path):
     child = os.fork()
     if child == 0:
         sys.argv = ["sft.py", "by hand"]
-        run_file.hold(tmp_path)
+        settings_file.hold(tmp_path)
         os.write(held[1], b".")
         os.read(done[0], 1)
         os._exit(0)
@@ -1046,8 +1050,8 @@ def test_no_git_no_terminal(tiny_dir, world, tmp_path):
 
 def test_the_disk_is_looked_at_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
     """A checkpoint's size is known: a disk that cannot hold it stops the run at once, not after --save_every steps."""
-    usage = run_file.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run_file.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    usage = checkpoint_file.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint_file.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
     monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("no step before the check"))
     with pytest.raises(BadInput, match="has 0.0 GB free, this run needs .* GB: up to 3 checkpoints"):
         run_here(sft, flags(tiny_dir, world, tmp_path), monkeypatch)
@@ -1119,7 +1123,7 @@ def test_the_reason_of_a_stop_is_heard_when_saving_fails(tiny_dir, world, tmp_pa
         raise OSError(28, "No space left on device", "part-0.safetensors")
 
     monkeypatch.setattr(sft, "contrastive_loss", broken)
-    monkeypatch.setattr(run_file, "save_file", full)
+    monkeypatch.setattr(checkpoint_file, "save_file", full)
     with pytest.raises(SystemExit) as end:
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=50), monkeypatch)
     printed = capsys.readouterr().err
@@ -1153,16 +1157,16 @@ def test_a_signal_is_no_broken_picture(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "a.png")
 
     def load(_):
-        raise run_file.Stopped("SIGTERM", 143)
+        raise program_file.Stopped("SIGTERM", 143)
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(run_file.Stopped):
+    with pytest.raises(program_file.Stopped):
         open_picture(tmp_path / "a.png")
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(capsys):
     """A new flag must not make older runs unresumable: its default is what they did; the change is said."""
-    run_file.refuse_changed({"lr": 1.0, "G": 8}, {"lr": 1.0, "G": 8, "new": "x"}, "runs/old")
+    settings_file.refuse_changed({"lr": 1.0, "G": 8}, {"lr": 1.0, "G": 8, "new": "x"}, "runs/old")
     assert "new None -> x" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="G 8 -> 4"):
-        run_file.refuse_changed({"G": 8}, {"G": 4, "new": "x"}, "runs/old")
+        settings_file.refuse_changed({"G": 8}, {"G": 4, "new": "x"}, "runs/old")

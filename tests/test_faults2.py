@@ -26,12 +26,14 @@ import eval as ev
 import rl
 import sft
 import support.annotate as annotate_file
-import support.run as run_file
+import support.settings as settings_file
 from data import RowCheck, blank_picture, encode, encode_input, open_picture
 from model import Embedder
 from support.check import export_checkpoint
-from support.rows import Rows, write_rows
-from support.run import BadInput, list_checkpoints, weights_digest
+from support.checkpoint import list_checkpoints
+from support.files import Rows, write_rows
+from support.program import BadInput
+from support.settings import weights_digest
 
 
 def edited(source, path, file, change):
@@ -167,7 +169,8 @@ def test_nodes_with_other_commits_of_a_hub_id(world, tmp_path, monkeypatch):
     """The same for a hub id: its identity is the commit that the node has cached."""
     digests = []
     for commit in ("aaa", "bbb"):
-        monkeypatch.setattr(run_file, "cached_file", lambda *_, commit=commit: f"/cache/snapshots/{commit}/config.json")
+        config = f"/cache/snapshots/{commit}/config.json"
+        monkeypatch.setattr(settings_file, "cached_file", lambda *_, config=config: config)
         digests.append(weights_digest("org/model"))
     assert digests == ["aaa", "bbb"]
 
@@ -222,7 +225,7 @@ def test_the_last_step_is_a_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
     run_here(sft, flags(tiny_dir, world, tmp_path / "a", steps=2, lr=1e-4), monkeypatch)
     assert [step for step, _ in list_checkpoints(tmp_path / "a")] == [2]
     export_checkpoint(tmp_path / "a/checkpoints/step-2", tmp_path / "exported")
-    run_file.HELD.clear()
+    settings_file.HELD.clear()
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "exported"))
     with pytest.raises(BadInput, match="is a model folder, not a checkpoint"):
         export_checkpoint(tmp_path / "a", tmp_path / "b")
@@ -304,7 +307,7 @@ def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
     def encoded():
         ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
                  "--samples", "0", "--max_new_tokens", "8", "--report_queries", "0"])  # fmt: skip
-        run_file.HELD.clear()
+        settings_file.HELD.clear()
         return json.loads((tmp_path / "out/model/scores.json").read_text())["encoded"]["greedy"]
 
     assert encoded() == 3 and encoded() == 0

@@ -25,10 +25,10 @@ from test_report import CHROMIUM, browse, data_of, model_of, task_of
 import eval as ev
 from data import BadInput, Skip, content_key, digest_of_file, encode_input, is_stand_in, open_picture
 from support.annotate import opened, read_pairs, split_answer
+from support.files import read_rows, write_rows
 from support.mmeb import annotation_files
+from support.program import MissingFile
 from support.report import parts_of_answer, write_report
-from support.rows import read_rows, write_rows
-from support.run import MissingFile
 
 # ---- 5. shards ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import model
 import reward
 import rl
 from eval import DistinctInputs, digests_of_media, load_task, save_shard
-from support.run import BadInput, MissingFile
+from support.program import BadInput, MissingFile
 
 NAME = "{http://www.w3.org/2000/svg}"
 HOSTILE = "]]> & \"<script>alert('x')</script> \x00\x1b <!-- </text> &amp;"

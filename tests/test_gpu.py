@@ -24,7 +24,7 @@ import sft
 from data import PairData
 from model import Embedder
 from support.decode import Decoder, attention_of_few_rows
-from support.run import all_sum, distribute, end_processes, gather, start_processes, unsharded
+from support.distributed import all_sum, distribute, end_processes, gather, start_processes, unsharded
 
 pytestmark = [
     pytest.mark.gpu,

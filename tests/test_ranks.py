@@ -28,7 +28,7 @@ from test_sft import flags, same_weights, weights
 import eval as ev
 import rl
 import sft
-from support.run import list_checkpoints
+from support.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 LAYOUTS = [(2, 1), (4, 1), (8, 1), (4, 2)]  # ranks, nodes
@@ -79,7 +79,7 @@ def run(module, argv, folder, ranks, nodes=1):
         driver = folder / "rl.py"
         driver.write_text(f"import json, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\nimport rl\n"
                           f"{inspect.getsource(record_tokens)}\nrecord_tokens(rl, Path({str(folder)!r}))\n"
-                          "from support.run import run_script\nrun_script(rl.main)\n")  # fmt: skip
+                          "from support.program import run_script\nrun_script(rl.main)\n")  # fmt: skip
         run_nodes(driver, argv, folder)
     else:
         run_nodes(ROOT / f"{module.__name__}.py", argv, folder)

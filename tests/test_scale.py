@@ -23,12 +23,14 @@ from test_sft import flags, plain_step, same_weights, small, some_pairs, train, 
 
 import rl
 import sft
-import support.rows as rows_file
-import support.run as run_file
+import support.checkpoint as checkpoint_file
+import support.distributed as distributed_file
+import support.files as files_file
+import support.program as program_file
 from data import BatchOrder, RowCheck
 from model import Embedder
-from support.rows import Rows, index_rows, read_rows, scan_rows
-from support.run import list_checkpoints, load_checkpoint, save_checkpoint
+from support.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from support.files import Rows, index_rows, read_rows, scan_rows
 
 # ---- processes -------------------------------------------------------------------------------------------------
 
@@ -44,7 +46,7 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
     want_gradients = gradients(model)
 
     def main():
-        rank, _, _ = run_file.start_processes()
+        rank, _, _ = distributed_file.start_processes()
         model = trainable(writer_dir)
         if checkpointing:
             model.backbone.activation_checkpointing_enable({"use_reentrant": False})
@@ -62,7 +64,7 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
 
 def test_cudnn_attention_is_off(tiny_dir):
     """Wherever a process starts or an Embedder is loaded: its plan for every new shape takes longer than a pass."""
-    for start in (run_file.start_processes, lambda: Embedder.from_pretrained(tiny_dir)):
+    for start in (distributed_file.start_processes, lambda: Embedder.from_pretrained(tiny_dir)):
         torch.backends.cuda.enable_cudnn_sdp(True)
         start()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -295,7 +297,7 @@ def test_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     train(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, 1, {})
     with monkeypatch.context() as patch:
-        patch.setattr(run_file.shutil, "rmtree", lambda path: die_softly())
+        patch.setattr(checkpoint_file.shutil, "rmtree", lambda path: die_softly())
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2]
@@ -475,12 +477,12 @@ def test_index_is_made_once(world, tmp_path, monkeypatch):
     path, cache = tmp_path / "sft.json", tmp_path / "cache"
     path.write_bytes((world / "sft.json").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(rows_file.os, "replace", lambda *_: die_softly())
+        patch.setattr(program_file.os, "replace", lambda *_: die_softly())
         with pytest.raises(KeyboardInterrupt):
             index_rows(path, RowCheck("sft"), cache)
     first = index_rows(path, RowCheck("sft"), cache)
     with monkeypatch.context() as patch:
-        patch.setattr(rows_file, "scan_rows", lambda *_: pytest.fail("read again"))
+        patch.setattr(files_file, "scan_rows", lambda *_: pytest.fail("read again"))
         again = index_rows(path, RowCheck("sft"), cache)
         rows = Rows([path, path], RowCheck("sft"), cache)
     assert all(np.array_equal(first[key], again[key]) for key in first)

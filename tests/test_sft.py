@@ -30,7 +30,9 @@ import sft
 from data import PairData
 from model import Embedder
 from sft import Settings, info_nce, lr_at, sft_step
-from support.run import Stopped, list_checkpoints, load_checkpoint, make_optimizer, save_checkpoint, trained
+from support.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from support.loop import make_optimizer, trained
+from support.program import Stopped
 
 
 def twin_info_nce(query, target, tau, same=None):

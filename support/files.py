@@ -1,9 +1,10 @@
-"""Files of rows: streamed once, indexed, then read by byte range.
+"""Files: atomic writes, JSON, and files of rows that are streamed once, indexed and then read by byte range.
 
 The published SFT file has 1.46 M rows in 8 GB: no process ever holds more of it than a block and a row.
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,49 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from support.run import BadInput, MissingFile, Progress, write_file
+from support.program import BadInput, MissingFile, Progress
+
+
+def write_file(path, write):
+    """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
+    temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes have the same numbers
+    try:
+        write(temporary)
+        apply_umask(temporary)
+    except BaseException:  # a full disk must not be kept full
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def apply_umask(path):
+    """Give a file the mode that open() gives. safetensors creates 0600, which locks out the user's group."""
+    mask = os.umask(0)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # some network disks have no modes
+        os.chmod(path, 0o666 & ~mask)
+
+
+def write_json(path, data):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1, default=str)))
+
+
+def read_json(path):
+    """Return the content of a JSON file. Raises BadInput with the file and the reason if it is not JSON in UTF-8."""
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFile(f"{path}: no such file") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON in UTF-8 ({error}). Fix it, or copy the file again.") from error
+
+
+def stable_hash(*parts):
+    """A 63-bit seed out of integers and strings, the same in every process and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path):

@@ -1,0 +1,181 @@
+"""The settings of a run: flags, their bounds, args.json, the lock of the output folder, what a resume may change."""
+
+import argparse
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.utils import cached_file
+
+from support.distributed import gather_list, processes
+from support.files import read_json, write_json
+from support.program import BadInput
+
+
+def setting(default, help):
+    """A field of a script's settings: its default and what --help says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse_args(settings, presets, argv=None):
+    """Flags from a dataclass of settings; --preset is read first and sets the defaults of the others."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = transformers.HfArgumentParser(settings, add_help=False)
+    preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
+    if preset not in presets:
+        raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
+    what_it_does = sys.modules[settings.__module__].__doc__.split("\n\n")[0]
+    parser = transformers.HfArgumentParser(
+        settings, description=what_it_does, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(**presets[preset])
+    for action in parser._actions:  # HfArgumentParser adds --no_x to a true --x, with the help of the other
+        if any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help = argparse.SUPPRESS
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise SystemExit(f"unknown: {' '.join(unknown)}; --help lists the flags")
+    check_bounds(vars(args))
+    return args
+
+BOUNDS = (  # lowest value, whether it is allowed itself, highest value, settings
+    (1, True, math.inf, "steps batch_size micro_batch update_batch prefill_tokens save_every keep"),
+    (1, True, math.inf, "max_new_tokens max_length max_tokens size"),
+    (2, True, math.inf, "G"),  # a group of one has no advantage: nothing would be learned
+    (0, True, math.inf, "workers tau_steps skip_nonfinite samples report_queries beta eps_high video_max_pixels"),
+    (0, True, 2**63 - 1, "seed"),
+    (0, True, 10, "lr weight_decay"),
+    (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_anchor"),
+    (0, True, 1, "warmup lr_floor max_skipped max_repeat eps_low"),
+    (0, True, 0.999999, "beta2"),
+    (0, False, math.inf, "tau tau_start clip"),
+    (0.001, True, 100, "temperature"),  # beyond it logits leave their numbers' range, or reach the ban's
+)
+
+
+def check_bounds(given, **own):
+    """Raises BadInput where one of the given settings, a dict, is out of its bounds. own: {name: (lowest, whether it is
+    allowed itself, highest)}."""
+    bounds = {name: bound for *bound, names in BOUNDS for name in names.split()} | own
+    for name, value in given.items():
+        low, allowed, high = bounds.get(name, (0, True, math.inf))
+        if name not in bounds or isinstance(value, bool) or value is None:
+            continue
+        if not (low <= value <= high and (allowed or value > low) and math.isfinite(value)):
+            above = f"{'at least' if allowed else 'above'} {low}"
+            raise BadInput(f"--{name} {value}: must be {above}{f' and at most {high}' * math.isfinite(high)}")
+
+
+def check_batch_size(batch_size, world):
+    """Raises BadInput if the ranks cannot share a batch equally."""
+    if batch_size % world:
+        raise BadInput(f"--batch_size {batch_size} must be a multiple of the {world} processes")
+
+HELD = []  # the open lock files of this process
+
+
+def hold(folder):
+    """Make this run the only one that writes to the folder, or raise BadInput with the name of the other run.
+
+    All ranks call it, rank 0 holds the lock. The kernel releases it when the process ends, however it ends.
+    """
+    rank, _ = processes()
+    path, made = Path(folder) / ".lock", Path(folder) / "args.json"
+    if made.exists():
+        scripts = [Path(command[0]).name for command in (read_json(made).get("command", [""]), sys.argv)]
+        if scripts[0] != scripts[1] and "eval.py" in scripts and {*scripts} <= {"sft.py", "rl.py", "eval.py"}:
+            raise BadInput(f"{folder} is the folder of a run of {scripts[0]}; give another --out")
+    taken = ""
+    if rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", errors="backslashreplace")  # noqa: SIM115 (held as long as this process lives)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename} since {datetime.now():%Y-%m-%d %H:%M:%S}: "
+                       f"{' '.join(sys.argv)[:300]}")  # fmt: skip
+            file.flush()
+            HELD.append(file)
+        except BlockingIOError:
+            file.seek(0)
+            taken = file.read()
+        except OSError as error:  # some network disks have no locks
+            print(f"warning: {path} cannot be locked ({error}); see that no other run writes here", file=sys.stderr)
+    if taken := next((text for text in gather_list([taken]) if text), ""):
+        raise BadInput(f"{folder} is in use by another run: {taken}. Wait for it, end it, or give another --out.")
+
+
+def weights_digest(name_or_path):
+    """Identity of a model: of all bytes of weights, configuration and tokenizer (a sample misses a changed norm), about
+    a second a GB; of a hub id its commit."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            return Path(cached_file(str(name_or_path), "config.json")).parent.name
+        except OSError as error:
+            raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
+    digest = hashlib.blake2b(digest_size=16)
+    names = ("*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt",
+             "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+    for path in sorted(path for name in names for path in folder.glob(name)):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def same_on_all_ranks(about):
+    """Raises BadInput on every rank if one rank differs from rank 0. about: {name: value}, as JSON. Nodes may have
+    their own copies of data and models, and a run over different ones would train on without a word."""
+    first, *others = gather_list([(os.uname().nodename, about)])
+    for rank, (node, theirs) in enumerate(others, 1):
+        if changed := changes(first[1], theirs):
+            raise BadInput(f"rank {rank} on {node} differs from rank 0 on {first[0]}: {'; '.join(changed.values())}. "
+                           "Start all nodes with the same flags, data and models.")  # fmt: skip
+
+CHANGEABLE = ("steps", "lr")  # a resumed run may have others: people extend runs
+
+
+def changes(before, now):
+    """What differs between two dicts of settings, {key: text}."""
+    return {key: f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]}
+
+
+def refuse_changed(before, now, path, step=0, may_change=CHANGEABLE, why=""):
+    """Stops where a resumed run is not the same one. step: the step that it goes on after; why: said with the changes.
+
+    A setting that did not exist when the run began is said, not refused: its default is what the run did until then.
+    """
+    changed = changes(before, now)
+    refused = [text for key, text in changed.items() if key in before and key not in may_change]
+    if refused:
+        raise SystemExit(
+            f"{path} was made with other settings ({'; '.join(refused)}){why}. "
+            "Give the same ones, or another --out, or --resume none to start anew."
+        )
+    if now.get("steps", step) < step:
+        raise SystemExit(f"{path} is after step {step}, beyond --steps {now['steps']}; an earlier checkpoint can be "
+                         "named by --resume DIR, --resume none starts anew")  # fmt: skip
+    if changed and processes()[0] == 0:
+        print(f"the resumed run has other settings from here on: {'; '.join(changed.values())}", flush=True)
+
+
+def write_args(out, args, **more):
+    """args.json: settings, command line, commit and versions that made the folder."""
+    commit = None
+    if shutil.which("git"):
+        # no optional locks: a run that is killed at this moment would leave .git/index.lock in the user's repository
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"settings": asdict(args), "command": sys.argv, "commit": commit, **versions, **more}
+    write_json(Path(out) / "args.json", about)
