@@ -42,7 +42,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -53,7 +52,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from support.distributed import forked_loader, one_ahead, processes
+from support.distributed import forked_loader, gather_objects, one_ahead, processes
 from support.files import Rows
 from support.program import BadInput, Progress, Stopped, run_script
 from support.settings import check_batch_size, check_bounds
@@ -390,11 +389,8 @@ def hash_media(paths, root=None, group=None):
         for path, digest in zip(local_paths, threads.map(partial(digest_of_file, root=root), local_paths)):
             digests[path] = digest
             bar.update(1)
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, digests, group)
-        for part in gathered:
-            digests |= part
+    for part in gather_objects(digests, group):
+        digests |= part
     return digests
 
 

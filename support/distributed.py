@@ -83,13 +83,18 @@ def gather(x):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def gather_list(items):
-    """The same for a list of strings or tuples, equally long in every process."""
+def gather_objects(x, group=None):
+    """Return what every rank gave, in the order of the ranks. x: anything that can be pickled."""
     if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for group in zip(*parts) for item in group]
+        return [x]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, x, group)
+    return gathered
+
+
+def gather_list(items):
+    """Return all ranks' items in the order of a step's rows. items: a list, equally long on every rank."""
+    return [item for group in zip(*gather_objects(items)) for item in group]
 
 
 def all_sum(x):

@@ -160,7 +160,8 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and name in names:
             found[name] = node in tree.body
         if isinstance(node, ast.Import):
-            assert not names & {alias.name.split(".")[-1] for alias in node.names}, f"{path}: write from X import Y"
+            ours = [alias.name for alias in node.names if alias.name in names or alias.name.startswith("support.")]
+            assert not ours, f"{path}: write from X import Y"
     return found
 
 
