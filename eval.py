@@ -77,21 +77,16 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data import (
-    GEN,
-    QWEN2_VL,
-    Skip,
-    check_text,
-    encode_input,
-    hash_media,
-    open_picture,
-)
+from data import encode_input
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
+from support.backbones import QWEN2_VL
 from support.distributed import barrier, end_processes, forked_loader, processes, start_processes
 from support.files import one_or_more, read_json, stable_hash, write_file, write_json
+from support.formats import GEN, check_text
+from support.images import hash_media, open_picture
 from support.mmeb import HOW_TO_GET, MMEB, check_files, leaderboard, load_mmeb, paper_table, tasks_of_column
-from support.program import BadInput, MissingFile, Progress, run_script
+from support.program import BadInput, MissingFile, Progress, Skip, run_script
 from support.report import change_table, gap_table, sampled_queries, score_table, write_report
 from support.settings import hold, parse_args, same_on_all_ranks, setting, weights_digest, write_args
 from support.tasks import load_own_task

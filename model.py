@@ -38,26 +38,16 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
-from data import (
-    DISC,
-    FAMILIES,
-    FORMS,
-    GEN,
-    Row,
-    Skip,
-    check_input,
-    check_text,
-    encode_input,
-    family_of,
-    normalise,
-    to_device,
-)
+from data import Row, encode_input
+from support.backbones import FAMILIES, family_of, to_device
 from support.checkpoint import refuse_not_finite
 from support.decode import Decoder
 from support.distributed import cudnn_attention_off, is_sharded, processes
 from support.files import apply_umask, read_json, stable_hash
+from support.formats import DISC, FORMS, GEN, check_input, check_text
+from support.images import normalise
 from support.loop import stop_if_asked
-from support.program import BadInput, MissingFile, Progress
+from support.program import BadInput, MissingFile, Progress, Skip
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels

@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import PairData, Row, RowCheck, step_loader
+from data import PairData, Row, step_loader
 from model import (
     PREFILL_TOKENS,
     Batch,
@@ -72,6 +72,7 @@ from support.distributed import (
     without_ddp,
 )
 from support.files import index_rows, stable_hash
+from support.formats import RowCheck
 from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
 from support.program import BadInput, run_script
 from support.settings import parse_args, setting

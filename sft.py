@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import DISC, GEN, PairData, RowCheck, step_loader
+from data import PairData, step_loader
 from model import Embedder, check_model, int_tensors, save_model
 from support.distributed import (
     all_sum,
@@ -56,6 +56,7 @@ from support.distributed import (
     without_ddp,
 )
 from support.files import index_rows
+from support.formats import DISC, GEN, RowCheck
 from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
 from support.program import run_script
 from support.settings import parse_args, setting

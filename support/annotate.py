@@ -22,35 +22,31 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from data import (
+from data import encode, encode_input
+from model import Embedder, Prompt, check_model
+from support.backbones import FAMILIES
+from support.distributed import barrier, end_processes, processes, start_processes
+from support.files import dataset_of, read_json, read_parquet, scan_rows, stable_hash, write_json, write_rows
+from support.formats import (
     DISC,
-    FAMILIES,
     GEN,
     IMAGE_MARK,
     VIDEO_MARK,
-    Skip,
     check_input,
     check_keys,
     check_text,
     content_key,
-    encode,
-    encode_input,
-    hash_media,
     is_stand_in,
     media_marks,
-    open_picture,
     rl_row,
     rl_side,
     sft_row,
     sft_side,
-    thinned,
     without_marks,
 )
-from model import Embedder, Prompt, check_model
-from support.distributed import barrier, end_processes, processes, start_processes
-from support.files import dataset_of, read_json, read_parquet, scan_rows, stable_hash, write_json, write_rows
-from support.program import BadInput, Progress, text_table
-from support.settings import changes, hold, same_on_all_ranks, weights_digest
+from support.images import hash_media, open_picture, thinned
+from support.program import BadInput, Progress, Skip, text_table
+from support.settings import Command, changes, hold, same_on_all_ranks, weights_digest
 
 ASK = (
     "This is the {role} of a search: {what}. Think it through first, between <think> and </think>: what it shows or "
@@ -469,6 +465,7 @@ def histogram_lines(histogram):
 def annotate(args):
     """Asks the teacher for every distinct side, shared out over the processes, then filters. A killed run goes on
     where it was; with all answers there, only the filters run (again)."""
+    refuse_own_input(args)
     folder = Path(f"{args.out}.answers")
     if Path(args.out).exists() and not folder.is_dir():
         raise BadInput(f"--out {args.out} is a file that annotate has not made; give another name")
@@ -557,6 +554,7 @@ def ask_teacher(ask, todo, items, folder, root):
 
 def rl_subset(args):
     """A balanced draw from --pairs without what --sft holds."""
+    refuse_own_input(args)
     try:
         re.compile(args.visdoc)
     except re.error as error:
@@ -619,3 +617,40 @@ def draw_in_turns(pools, size):
                 else:
                     datasets.popleft()
     return chosen[:size]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def annotate_flags(p):
+    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs: .json, .jsonl or .parquet (docs/data.md)")
+    p.add_argument("--media_root", default=".", help="folder that the media paths start from")
+    p.add_argument("--teacher", required=True, help="folder or hub id of an image-text-to-text model")
+    p.add_argument("--out", required=True, help="SFT file; raw answers go to OUT.answers/")
+    p.add_argument("--batch_size", type=int, default=16, help="answers written at once by each process")
+    p.add_argument("--max_new_tokens", type=int, default=8192, help="an answer is cut off here")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--seed", type=int, default=0, help="of the samples, where --temperature is above 0")
+    p.add_argument("--max_tokens", type=int, default=8192, help="filter: longer answers are rejected (paper: 8192)")
+    p.add_argument("--max_repeat", type=float, default=0.3, help="filter: largest share of repeated 4-word sequences")
+
+
+def rl_subset_flags(p):
+    p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, as for annotate")
+    p.add_argument("--sft", nargs="*", default=[], help="SFT files whose pairs are left out")
+    p.add_argument("--out", required=True, help="RL file")
+    p.add_argument("--size", type=int, default=11_000, help="pairs (the paper has about 11,000)")
+    p.add_argument("--visdoc", default=r"colpali|visrag|vidore|visdoc|\bdoc\b",
+                   help="datasets of visual documents; nothing in a row tells them from pictures")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="of the draw")
+
+
+def refuse_own_input(args):
+    """Raises SystemExit if --out is one of the input files."""
+    if any(Path(file).resolve() == Path(args.out).resolve() for file in [*args.pairs, *getattr(args, "sft", [])]):
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
+
+
+ANNOTATE = Command("annotate", "bare pairs and a teacher -> SFT rows", annotate_flags, annotate)
+RL_SUBSET = Command("rl-subset", "a balanced RL file out of pairs that SFT does not see", rl_subset_flags, rl_subset)

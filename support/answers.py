@@ -12,8 +12,9 @@ read back. Rows with other keys are left alone, so that one file can hold the an
 
 from pathlib import Path
 
-from data import DISC, INSTRUCTION, blank_picture, check_text, without_marks
 from support.files import scan_rows, write_rows
+from support.formats import DISC, INSTRUCTION, check_text, without_marks
+from support.images import blank_picture
 from support.program import BadInput
 
 

@@ -1,5 +1,7 @@
 """Before and after a run (commands of data.py): a data file looked over, a checkpoint made a model folder."""
 
+import os
+import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +9,16 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from data import DISC, GEN, QWEN2_VL, PairData, RowCheck, Skip, content_key, find_picture, side_of
+from data import PairData
 from model import Embedder, check_model, load_family, load_tokenizer
+from support.backbones import QWEN2_VL
 from support.checkpoint import open_checkpoint, restore
 from support.distributed import forked_loader
 from support.files import Rows, dataset_of
-from support.program import BadInput, Progress, text_table
-from support.settings import hold, weights_digest
+from support.formats import DISC, GEN, RowCheck, content_key, side_of
+from support.images import find_picture
+from support.program import BadInput, Progress, Skip, text_table
+from support.settings import Command, hold, weights_digest
 
 PROBLEMS = ("schema", "media", "too long", "left out")
 SHOWN = 5  # messages of each problem
@@ -152,3 +157,34 @@ def export_checkpoint(checkpoint, out):
     restore(checkpoint, embedder)
     embedder.save_pretrained(out)
     print(f"wrote {out}: step {meta['step']} of {checkpoint}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def check_flags(p):
+    p.add_argument("file", help="SFT or RL file")
+    p.add_argument("--media_root", default=".", help="folder that the media paths start from")
+    p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
+    p.add_argument("--max_length", type=int, default=12_288, help="longer rows are skipped in training")
+    p.add_argument("--batch_size", type=int, default=1, help="a dataset with fewer rows is left out in training")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+
+
+def export_flags(p):
+    p.add_argument("checkpoint", help="OUT/checkpoints/step-N")
+    p.add_argument("--out", required=True, help="model folder")
+
+
+def run_check(args):
+    sys.exit(0 if check(args) else 1)
+
+
+def run_export(args):
+    export_checkpoint(args.checkpoint, args.out)
+
+
+CHECK = Command("check", "an SFT or RL file before a run; exit code 1 if a row cannot be used", check_flags, run_check)
+EXPORT = Command("export", "a checkpoint of sft.py or rl.py -> a model folder, for eval.py and others", export_flags,
+                 run_export)  # fmt: skip

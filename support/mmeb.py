@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 from huggingface_hub import metadata_load
 
-from data import NUM_FRAMES, Skip, check_text, open_picture, thinned
 from support.files import check_columns, one_or_more, read_parquet, read_rows, write_file
-from support.program import BadInput, MissingFile, Progress, text_table
+from support.formats import check_text
+from support.images import NUM_FRAMES, open_picture, thinned
+from support.program import BadInput, MissingFile, Progress, Skip, text_table
 
 ASSET = json.loads((Path(__file__).parent.parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
 MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data, in the order of the published tables

@@ -22,6 +22,10 @@ class MissingFile(BadInput, FileNotFoundError):
     """A BadInput that is also what Python raises for such a file."""
 
 
+class Skip(ValueError):
+    """A row that cannot be used as it is (unreadable picture, too long): masked out of its batch and counted."""
+
+
 class Stopped(BaseException):
     """The run ends here; all processes raise it together, so that they can save together. No Exception: whoever
     catches what a decoder or a library raises must not catch this."""

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, field
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -99,7 +101,7 @@ def hold(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", errors="backslashreplace")  # noqa: SIM115 (held as long as this process lives)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a second start in it is allowed
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename} since {datetime.now():%Y-%m-%d %H:%M:%S}: "
                        f"{' '.join(sys.argv)[:300]}")  # fmt: skip
@@ -179,3 +181,12 @@ def write_args(out, args, **more):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"settings": asdict(args), "command": sys.argv, "commit": commit, **versions, **more}
     write_json(Path(out) / "args.json", about)
+
+
+class Command(NamedTuple):
+    """A command of data.py."""
+
+    name: str
+    help: str
+    add_flags: Callable  # (parser) -> None
+    run: Callable  # (parsed flags) -> None

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from data import check_input, check_keys
 from support.files import read_json
+from support.formats import check_input, check_keys
 from support.program import BadInput
 
 TASK_KEYS = ("name", "modality", "group", "eval_type", "main_metric", "queries", "candidates")  # of its file

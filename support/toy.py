@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import QWEN2_VL, blank_picture, rl_row, sft_row
+from support.backbones import QWEN2_VL
 from support.files import write_rows
+from support.formats import rl_row, sft_row
+from support.images import blank_picture
+from support.settings import Command
 
 CELL = QWEN2_VL.token_side  # pixels: one cell is one visual token
 DRAWINGS = 12  # of every content of a cell
@@ -450,3 +453,19 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidat
         path.write_text(json.dumps(task))
     for name in reversed(row_files):  # sft.json last: where it is, the world is complete
         write_rows(out / f"{name}.json", rows[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def toy_flags(p):
+    p.add_argument("--out", default="runs/toy/data", help="folder")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
+
+
+def run_toy(args):
+    write_toy(args.out, args.seed)
+
+
+TOY = Command("toy", "write the toy world", toy_flags, run_toy)

@@ -61,9 +61,10 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     import torch
 
     import rl
-    from data import DISC, PairData
+    from data import PairData
     from model import Embedder
     from support.files import stable_hash
+    from support.formats import DISC
 
     torch.set_num_threads(1)
     embedder = Embedder.from_pretrained(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DISC, GEN, INSTRUCTION
+from support.formats import DISC, GEN, INSTRUCTION
 
 ROOT = Path(__file__).resolve().parent.parent
 EMPTY = "<think></think><answer><gen_emb>"  # a trace that says nothing

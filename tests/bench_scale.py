@@ -51,7 +51,7 @@ def random_model(hidden_size, tie, family="qwen2_vl", vision=None, depth=32, emb
     another family's tower."""
     import transformers
 
-    from data import FAMILIES
+    from support.backbones import FAMILIES
 
     model_class = getattr(transformers, FAMILIES[family].model_class)
     dim = text.get("head_dim") or hidden_size // text["num_attention_heads"]  # 128 in the real ones: 16, 24, 24
@@ -73,7 +73,7 @@ def vision_width(model):
 
 
 def mergers_of(model):
-    from data import family_of
+    from support.backbones import family_of
 
     return family_of(model.config).mergers(model.model.visual)
 

@@ -53,7 +53,7 @@ MODELS = {
 
 def random_backbone(model_type, vocabulary=300, tokens=None, **ids):
     """Norms and biases random too: ones and zeros would hide a pass that leaves them out."""
-    from data import FAMILIES
+    from support.backbones import FAMILIES
 
     text, vision = MODELS[model_type]
     text = dict(text, vocab_size=vocabulary, bos_token_id=None, **(tokens or {}))
@@ -206,7 +206,7 @@ def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1
 
 def processor_inputs(model, rows, left=False):
     """What transformers' processor would hand to the model for these rows, and where row b begins."""
-    from data import normalise
+    from support.images import normalise
 
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     B, L = len(rows), max(len(row.ids) for row in rows)
@@ -275,7 +275,7 @@ def turn_pair(human, answer, style=0):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """12 SFT and 12 RL pairs of two datasets with every kind of side; pictures, the blank one is missing."""
-    from data import DISC, INSTRUCTION
+    from support.formats import DISC, INSTRUCTION
 
     root = tmp_path_factory.mktemp("world")
     (root / "images").mkdir()

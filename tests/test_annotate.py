@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import data
 import support.annotate as annotate_file
+import support.formats as formats_file
 import support.settings as settings_file
-from data import DISC, GEN, INSTRUCTION
 from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
 from support.files import write_rows
+from support.formats import DISC, GEN, INSTRUCTION
 
 
 def run(*argv):
@@ -69,9 +70,9 @@ def test_four_formats_hold_the_same_pairs(world, tmp_path):
     assert read_pairs([tmp_path / "own.jsonl"]) == pairs
 
     answers = {"qry": ("so", "x"), "pos": ("so", "x")}
-    write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in pairs))
+    write_rows(tmp_path / "sft.json", (formats_file.sft_row(pair, answers) for pair in pairs))
     assert read_pairs([tmp_path / "sft.json"]) == pairs
-    write_rows(tmp_path / "rl.jsonl", map(data.rl_row, pairs))
+    write_rows(tmp_path / "rl.jsonl", map(formats_file.rl_row, pairs))
     assert read_pairs([tmp_path / "rl.jsonl"]) == pairs
 
     pictures = [pair | {"dataset_name": "OneTask"} for pair in pairs if not pair["qry"]["video"]]
@@ -422,7 +423,7 @@ def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
     write_rows(tmp_path / "pairs.json", pairs + pairs[:3])
     answers = {"qry": ("so", "x"), "pos": ("so", "x")}
     first = read_pairs([tmp_path / "pairs.json"])[:30]
-    write_rows(tmp_path / "sft.json", (data.sft_row(pair, answers) for pair in first))
+    write_rows(tmp_path / "sft.json", (formats_file.sft_row(pair, answers) for pair in first))
     flags = ["--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--size", 45]
     for out, seed in (("a.json", 0), ("b.json", 0), ("c.json", 1)):
         assert run("rl-subset", *flags, "--out", tmp_path / out, "--seed", seed) == 0

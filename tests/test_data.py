@@ -20,28 +20,14 @@ from conftest import picture, turn_pair
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import data as data_file
-from data import (
-    DISC,
-    GEN,
-    INSTRUCTION,
-    BatchOrder,
-    PairData,
-    Skip,
-    as_list,
-    blank_picture,
-    content_key,
-    encode,
-    encode_input,
-    normalise,
-    open_picture,
-    patchify,
-    step_loader,
-)
+import support.images as images_file
+from data import BatchOrder, PairData, encode, encode_input, patchify, step_loader
 from support import toy
 from support.distributed import one_ahead
 from support.files import Rows, read_rows
-from support.program import BadInput
+from support.formats import DISC, GEN, INSTRUCTION, as_list, content_key
+from support.images import blank_picture, normalise, open_picture
+from support.program import BadInput, Skip
 
 # Qwen2-VL-Instruct's published chat template
 TEMPLATE = (
@@ -495,7 +481,7 @@ def test_unreadable_pictures_are_skipped(tokenizer, tmp_path, monkeypatch):
         (root / f"cut.{kind}").write_bytes(content[: len(content) // 2])
     (root / "text.png").write_text("no picture")
     (root / "empty.png").write_text("")
-    monkeypatch.setattr(data_file, "MAX_DECODED", 20_000)
+    monkeypatch.setattr(images_file, "MAX_DECODED", 20_000)
     cases = [("gone.png", "no such file"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
              ("text.png", "cannot be read"), ("empty.png", "cannot be read"), (".", "cannot be read"),
              ("big.png", "200 x 200"),

@@ -32,13 +32,15 @@ import support.checkpoint as checkpoint_file
 import support.loop as loop_file
 import support.program as program_file
 import support.settings as settings_file
-from data import DISC, INSTRUCTION, RowCheck, Skip, encode_input, open_picture, patchify
+from data import encode_input, patchify
 from model import Embedder, Prompt
 from support.annotate import read_pairs
 from support.check import export_checkpoint
 from support.checkpoint import list_checkpoints
 from support.files import index_rows, read_rows
-from support.program import BadInput
+from support.formats import DISC, INSTRUCTION, RowCheck
+from support.images import open_picture
+from support.program import BadInput, Skip
 
 # ---- 1. a process that has failed ends ---------------------------------------------------------------------------
 

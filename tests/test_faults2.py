@@ -27,11 +27,13 @@ import rl
 import sft
 import support.annotate as annotate_file
 import support.settings as settings_file
-from data import RowCheck, blank_picture, encode, encode_input, open_picture
+from data import encode, encode_input
 from model import Embedder
 from support.check import export_checkpoint
 from support.checkpoint import list_checkpoints
 from support.files import Rows, write_rows
+from support.formats import RowCheck
+from support.images import blank_picture, open_picture
 from support.program import BadInput
 from support.settings import weights_digest
 

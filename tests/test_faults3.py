@@ -23,11 +23,13 @@ from test_annotate import run as run_data
 from test_report import CHROMIUM, browse, data_of, model_of, task_of
 
 import eval as ev
-from data import BadInput, Skip, content_key, digest_of_file, encode_input, is_stand_in, open_picture
+from data import BadInput, encode_input
 from support.annotate import opened, read_pairs, split_answer
 from support.files import read_rows, write_rows
+from support.formats import content_key, is_stand_in
+from support.images import digest_of_file, open_picture
 from support.mmeb import annotation_files
-from support.program import MissingFile
+from support.program import MissingFile, Skip
 from support.report import parts_of_answer, write_report
 
 # ---- 5. shards ---------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ import torch
 from conftest import ROOT, run_processes
 
 import eval as ev
-from data import Skip, open_picture
 from model import Embedder
+from support.images import open_picture
 from support.mmeb import sample_frames
+from support.program import Skip
 
 DATA = Path(__file__).parent / "data"
 FEW = ["VOC2007", "HMDB51", "VisRAG_ArxivQA"]  # one task of each modality, for runs that must be short

@@ -36,8 +36,9 @@ from transformers import (
 )
 
 import model as model_file
-from data import DISC, GEN, encode_input
+from data import encode_input
 from model import Embedder, TokenLogp, sample
+from support.formats import DISC, GEN
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip

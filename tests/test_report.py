@@ -17,7 +17,7 @@ from PIL import Image
 from test_eval import arrays, generate_by_text, unit, write_tasks
 
 import eval as ev
-from data import open_picture
+from support.images import open_picture
 from support.report import REPORT_BYTES, parts_of_answer, read_curves, sampled_queries, training_runs, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -36,10 +36,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import model as model_file
 import rl
 import sft
-from data import DISC, PairData, encode_input
+from data import PairData, encode_input
 from model import Embedder, padded_length, store_linear_in_bf16
 from reward import embedding_reward, format_reward
 from rl import Group, Settings, grpo_loss, micro_batches, pack_groups, padded, rewards_of, rollout, tree_mask, update
+from support.formats import DISC
 
 CLOSE = dict(rtol=0, atol=1e-5)
 

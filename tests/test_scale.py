@@ -27,10 +27,11 @@ import support.checkpoint as checkpoint_file
 import support.distributed as distributed_file
 import support.files as files_file
 import support.program as program_file
-from data import BatchOrder, RowCheck
+from data import BatchOrder
 from model import Embedder
 from support.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from support.files import Rows, index_rows, read_rows, scan_rows
+from support.formats import RowCheck
 
 # ---- processes -------------------------------------------------------------------------------------------------
 

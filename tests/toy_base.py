@@ -20,7 +20,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import GEN, INSTRUCTION, SYSTEM  # noqa: E402
+from support.formats import GEN, INSTRUCTION, SYSTEM  # noqa: E402
 from support.toy import (  # noqa: E402
     EXAMPLES,
     PLACES,

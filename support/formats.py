@@ -1,0 +1,287 @@
+"""The published formats: the protocol's constants and texts, SFT and RL rows, and what is wrong with a row.
+
+A query or target of any row is an item {"text", "images", "video"}; one of an SFT row also has an answer. Unknown keys
+are errors, because a misspelt key would be dropped without a word.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from support.program import BadInput
+
+SYSTEM = "You are a helpful assistant."
+
+INSTRUCTION = (
+    "Represent the above input text, images, videos, or any combination of the three as embeddings. "
+    "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or "
+    "sentence. Finally, use the <gen_emb> tag to represent the entire input."
+)
+
+GEN = "<gen_emb>"
+
+DISC = "<disc_emb>"  # added to the tokenizer after GEN
+
+IMAGE_MARK = "<image>"  # where media stand in the human text of SFT files
+
+VIDEO_MARK = "<video>"
+
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
+
+
+def check_text(text, name):
+    """Raises BadInput where a text cannot be tokenised as it is meant."""
+    if not isinstance(text, str):
+        raise BadInput(f"{name}: the text is no string but {type(text).__name__}")
+    for token in CONTROL_TOKENS:
+        if token in text:
+            raise BadInput(f"{name}: the text contains the control token {token}; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name}: character {error.start} of the text is half a surrogate pair, which is no character; "
+                       "remove it") from error  # fmt: skip
+
+
+def media_marks(item, name):
+    """The media marks of a text, in its order. Raises BadInput where they do not fit the media."""
+    marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", item["text"])
+    image_marks = marks.count(IMAGE_MARK)
+    video_marks = marks.count(VIDEO_MARK)
+    pictures = len(item["images"])
+    videos = int(bool(item["video"]))
+    if image_marks != pictures or video_marks != videos:
+        raise BadInput(
+            f"{name}: the text has {image_marks} {IMAGE_MARK} and {video_marks} {VIDEO_MARK} "
+            f"marks for {pictures} pictures and {videos} videos; make them equal"
+        )
+    return marks
+
+
+def without_marks(item):
+    """An input's text without the marks of its media, which RL rows may carry; the media come first in any case.
+
+    A mark stands at the start of the text or alone on a line, and there are no more of them than media. Anything else
+    is the user's text: the <video> of a question about HTML stays.
+    """
+    left = {IMAGE_MARK: len(item["images"]), VIDEO_MARK: int(bool(item["video"]))}
+
+    def drop(mark):
+        left[mark[0]] -= 1
+        return "" if left[mark[0]] >= 0 else mark[0]
+
+    any_mark = f"(?:{IMAGE_MARK}|{VIDEO_MARK})"
+    runs = rf"\A\s*(?:{any_mark}\s*)+|^[ \t]*(?:{any_mark}[ \t]*)+$"
+    return re.sub(runs, lambda run: re.sub(any_mark, drop, run[0]), item["text"], flags=re.MULTILINE)
+
+
+KEYS = {
+    "an SFT row": ("dataset_name", "dataset", "id", "num_tokens", "qry", "pos"),
+    "a side of an SFT row": ("image", "video", "conversations", "num_tokens"),
+    "a turn": ("from", "value", "role", "content"),
+    "an RL row": ("dataset_name", "dataset", "id", "num_tokens", "solution", "qry_text", "qry_image", "qry_video",
+                  "pos_text", "pos_image", "pos_video"),
+    "a pair": ("dataset_name", "dataset", "id", "num_tokens", "qry", "pos"),
+    "a row of MMEB-train": ("dataset_name", "dataset", "id", "qry", "qry_image_path", "pos_text", "pos_image_path",
+                            "neg_text", "neg_image_path"),
+    "an input": ("text", "images", "video"),
+}  # fmt: skip
+
+VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
+
+FORMS = (
+    '{"text": str, "images": [path or PIL picture], "video": [path or PIL picture of each frame]}, any of these keys, '
+    "or a str (a text), or a Path or PIL picture (a picture)"
+)
+
+
+def check_keys(given, kind, name, keys=None):
+    """Raises BadInput where something is no dict or has a key that its kind may not have."""
+    keys = keys or KEYS[kind]
+    if not isinstance(given, dict):
+        raise BadInput(f"{name}: expected {kind} with {', '.join(keys)}, found {type(given).__name__}")
+    unknown = [repr(key) for key in given if key not in keys]
+    if unknown:
+        raise BadInput(f"{name}: unknown key {', '.join(unknown)}; {kind} may have {', '.join(keys)}")
+
+
+def as_list(media, name="", kind="image"):
+    """The published files write "no media" as absent, "", [""] or []; one picture as a string. -> list of paths or
+    pictures. Raises BadInput for anything else."""
+    if media is None or isinstance(media, (str, Path, Image.Image)):
+        media = [media] if media else []
+    if not isinstance(media, (list, tuple)):
+        raise BadInput(f"{name}: {kind} must be a path or a list of paths, not {type(media).__name__}")
+    for m in media:
+        if not isinstance(m, (str, Path, Image.Image)):
+            raise BadInput(f"{name}: {kind} must be a flat list of paths, it holds {type(m).__name__}")
+        if str(m).startswith(("http://", "https://")):
+            raise BadInput(f"{name}: {m} is a web address; download it and give the file's path")
+        if kind == "video" and str(m).lower().endswith(VIDEO_FILES):
+            raise BadInput(f"{name}: {m} is a video file; a video is the list of its frames, which this makes: "
+                           f"ffmpeg -i {m} -vf fps=2 FOLDER/%04d.jpg")  # fmt: skip
+    if len(media) > 1 and all(m is media[0] for m in media) and getattr(media[0], "n_frames", 1) > 1:
+        raise BadInput(f"{name}: {kind} is one object {len(media)} times, as ImageSequence.Iterator returns it, so all "
+                       "frames would be equal. Take copies: [frame.copy() for frame in "
+                       "ImageSequence.Iterator(picture)]")  # fmt: skip
+    return [m for m in media if m]
+
+
+def check_input(item, name):
+    """An input of RL, evaluation or embed -> {"text", "images", "video"}, all there. Raises BadInput."""
+    if isinstance(item, str):
+        if re.fullmatch(r"https?://\S+", item) or (len(item) < 256 and os.path.isfile(item)):
+            raise BadInput(f'{name}: {item!r} could be a text or a file: {{"text": ...}} says text, Path(...) a '
+                           "picture (one on the web has to be downloaded)")  # fmt: skip
+        item = {"text": item}
+    elif isinstance(item, (Path, Image.Image)):
+        item = {"images": [item]}
+    elif not isinstance(item, dict):
+        raise BadInput(f"{name}: an input is {FORMS}; not {type(item).__name__}")
+    check_keys(item, "an input", name)
+    text = item.get("text")
+    if text is None:
+        text = ""
+    check_text(text, name)
+    images = as_list(item.get("images"), name, "images")
+    video = as_list(item.get("video"), name, "video")
+    return {"text": text, "images": images, "video": video}
+
+
+def format_of(row):
+    """Return which of the known formats a row has, "" if none."""
+    if "qry_text" in row:
+        return "an RL row"
+    if "qry_image_path" in row:
+        return "a row of MMEB-train"
+    query = row.get("qry")
+    if isinstance(query, dict) and "conversations" in query:
+        return "an SFT row"
+    return "a bare pair" if isinstance(query, dict) and query.keys() & {"text", "images"} else ""
+
+
+def side_of(row, kind, side, name):
+    """One side ("qry" or "pos") of a row -> item and answer. kind: "sft" or "rl"; name: the row's, for messages."""
+    wanted, command = {"sft": ("an SFT row", "annotate"), "rl": ("an RL row", "rl-subset")}[kind]
+    found = format_of(row)
+    if found not in (wanted, ""):
+        raise BadInput(f"{name}: this is {found}, not {wanted}. python data.py {command} --pairs FILE makes such rows.")
+    if kind == "rl":
+        return rl_side(row, side, f"{name}, {side}"), None
+    check_keys(row, "an SFT row", name)
+    if side not in row:
+        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+    return sft_side(row[side], f"{name}, {side}")
+
+
+def sft_side(side, name):
+    """One side of an SFT row -> item, whose text is all that the human says, and the assistant's answer or None."""
+    check_keys(side, "a side of an SFT row", name)
+    turns = side.get("conversations")
+    if not isinstance(turns, list) or len(turns) != 2:
+        found = f"{len(turns)} turns" if isinstance(turns, list) else type(turns).__name__
+        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, found {found}')
+    human = turn_text(turns[0], ("human", "user"), name)
+    answer = turn_text(turns[1], ("gpt", "assistant"), name)
+    if not isinstance(human, str) or not isinstance(answer, str | None):
+        raise BadInput(f'{name}: needs "conversations" whose texts are strings')
+    images = as_list(side.get("image"), name)
+    video = as_list(side.get("video"), name, "video")
+    if images and video:
+        raise BadInput(f"{name}: has both an image and a video; the format allows one of them")
+    return {"text": human, "images": images, "video": video}, answer
+
+
+def turn_text(turn, roles, name):
+    """What one turn says, in the keys from/value or role/content. roles: who may speak here."""
+    check_keys(turn, "a turn", name)
+    who = turn.get("from", turn.get("role", roles[0]))
+    if who not in roles:
+        raise BadInput(f'{name}: "conversations" has a turn of {who!r} where {" or ".join(roles)} must be')
+    if "value" not in turn and "content" not in turn:
+        raise BadInput(f'{name}: a turn of "conversations" has neither "value" nor "content"')
+    return turn["value"] if "value" in turn else turn["content"]
+
+
+def rl_side(row, side, name):
+    """One side ("qry" or "pos") of an RL row -> item."""
+    missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
+    if missing:
+        raise BadInput(f"{name}: the row lacks {', '.join(missing)}")
+    check_keys(row, "an RL row", name)
+    item = {"text": row[f"{side}_text"], "images": row[f"{side}_image"], "video": row[f"{side}_video"]}
+    return check_input(item, name)
+
+
+def sft_row(pair, answers):
+    """The SFT row of a pair {"dataset_name", "qry": item, "pos": item}; answers: (reasoning, summary) of each side."""
+    row = {"dataset_name": pair["dataset_name"]}
+    for side, (reasoning, summary) in answers.items():
+        item = pair[side]
+        if item["video"]:
+            media = {"video": item["video"]}
+            marks = VIDEO_MARK
+        else:
+            media = {"image": item["images"] or ["images/blank.jpg"]}
+            marks = IMAGE_MARK * len(media["image"])
+        human = f"{marks}{item['text']}\n{DISC}\n{INSTRUCTION}"
+        answer = f"<think>{reasoning}</think><answer>{summary}{GEN}"
+        row[side] = media | {"conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]}
+    return row
+
+
+def rl_row(pair):
+    """The RL row of a pair. No picture is "", one a string, several a list; no video is [""], as in published rows."""
+    row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
+    for side in ("qry", "pos"):
+        item = pair[side]
+        images = item["images"]
+        row[f"{side}_text"] = item["text"]
+        row[f"{side}_image"] = images[0] if len(images) == 1 else images or ""
+        row[f"{side}_video"] = item["video"] or [""]
+    return row
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """Raises BadInput for whatever is wrong with a row and shows without its pictures."""
+
+    kind: str  # "sft" or "rl"
+    needs: tuple = (DISC, GEN)  # what an SFT row must have: embedding tokens; "answer": an assistant's text to learn
+
+    def __call__(self, row, name):
+        for side in ("qry", "pos"):
+            item, answer = side_of(row, self.kind, side, name)
+            if self.kind == "sft":  # an RL row's texts have been checked, its marks do not count
+                self.check_texts(item, answer, f"{name}, {side}")
+
+    def check_texts(self, item, answer, name):
+        for text in (item["text"], answer or ""):
+            check_text(text, name)
+        media_marks(item, name)  # also without media: they may have been lost
+        if "answer" in self.needs and not answer:
+            raise BadInput(f"{name}: no assistant text, from which the next-token loss learns; mend the row")
+        for token, text, whose in ((DISC, item["text"], "user's"), (GEN, answer or "", "assistant's")):
+            if token in self.needs and token not in text:
+                raise BadInput(f"{name}: no {token} in the {whose} text, so it has no such embedding; mend it")
+
+
+def content_key(text, images, video):
+    """Identity of a side, an int64: equal stripped text and equal media paths, in any spelling and without the blank
+    picture."""
+    images = [os.path.normpath(m) for m in map(str, images) if not is_stand_in(m)]
+    video = [os.path.normpath(str(m)) for m in video]
+    content = [(text or "").strip(), images, video]
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def is_stand_in(path):
+    """Whether a path is the authors' blank picture, which says "no picture", whatever folder is before images/."""
+    parts = Path(os.path.normpath(path)).parts
+    return parts == ("blank.jpg",) or parts[-2:] == ("images", "blank.jpg")
