@@ -78,7 +78,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data import encode_input
-from model import PREFILL_TOKENS, Embedder, Prompt, check_model
+from model import PREFILL_TOKENS, Embedder, Prompt
 from support.answers import check_export, export_inputs, read_answers
 from support.backbones import QWEN2_VL
 from support.distributed import barrier, end_processes, forked_loader, processes, start_processes
@@ -90,6 +90,7 @@ from support.program import BadInput, MissingFile, Progress, Skip, run_script
 from support.report import change_table, gap_table, sampled_queries, score_table, write_report
 from support.settings import hold, parse_args, same_on_all_ranks, setting, weights_digest, write_args
 from support.tasks import load_own_task
+from support.weights import check_model
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")

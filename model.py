@@ -23,8 +23,6 @@ Where this departs from the official code
 """
 
 import contextlib
-import json
-import numbers
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,26 +33,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data import Row, encode_input
-from support.backbones import FAMILIES, family_of, to_device
+from support.backbones import PatchEmbed, add_states, family_of, fuse_norms, to_device
 from support.checkpoint import refuse_not_finite
 from support.decode import Decoder
 from support.distributed import cudnn_attention_off, is_sharded, processes
-from support.files import apply_umask, read_json, stable_hash
-from support.formats import DISC, FORMS, GEN, check_input, check_text
+from support.files import apply_umask, stable_hash
+from support.formats import DISC, GEN, check_arguments, check_input, check_text, list_of_inputs, list_of_traces
+from support.head import TokenLogp, sampling_logits
 from support.images import normalise
 from support.loop import stop_if_asked
-from support.program import BadInput, MissingFile, Progress, Skip
+from support.program import BadInput, Progress, Skip
+from support.weights import add_embedding_tokens, add_keys_of_transformers_4, load_pretrained
 
-HEAD_CHUNK = 256  # tokens whose logits exist at once, in two copies: 2 x 256 x 152 k x 4 B = 0.3 GB
 PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels
 AHEAD = 4  # completions that may wait for a slot with their prompts read: so that one prefill reads several prompts
 # Never sampled, and the media pads neither. By name: a tokenizer may declare any token as its pad, even <|im_end|>.
 NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
-BANNED = -1e9  # logit of a token that cannot be sampled: its probability is exactly 0 and 0 * log p stays 0, not NaN
 
 
 @dataclass
@@ -166,9 +163,13 @@ class Embedder(nn.Module):
             raise BadInput(f"{name_or_path}: its tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them")
         return cls(backbone, tokenizer).to(device).eval()
 
-    def save_pretrained(self, path):
-        """Weights, tokenizer, chat template, preprocessor and generation config, as plain transformers reads them."""
-        self.backbone.save_pretrained(path)
+    def save_pretrained(self, path, state=None):
+        """Write weights, tokenizer, chat template, image processor and generation config, as transformers reads them.
+        state: all parameters by name, if FSDP has sharded those of the module."""
+        if state is not None:
+            tied = {"backbone.lm_head.weight"} if self.backbone.config.tie_word_embeddings else set()
+            state = {name.removeprefix("backbone."): x for name, x in state.items() if name not in tied}
+        self.backbone.save_pretrained(path, state_dict=state)
         self.tokenizer.save_pretrained(path)
         family = self.family
         low, high = family.image_pixels
@@ -556,43 +557,6 @@ class Embedder(nn.Module):
 # Parts of a forward pass
 
 
-class PatchEmbed(nn.Module):
-    """The vision tower's first layer as the matrix product that it is: every patch is one place of its convolution, and
-    on GPUs Conv3d is many times slower at that. It holds the convolution, so that its weights keep their names."""
-
-    def __init__(self, proj):
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, pixels):
-        """[n, patch_values] -> [n, D_vit]"""
-        weight = self.proj.weight  # [D_vit, 3, frames, height, width]
-        return F.linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias)
-
-
-def fuse_norms(backbone):
-    """transformers' RMSNorms as torch's, one kernel for six; the same weights under the same names. Passes of a few
-    thousand tokens are bound by the starting of kernels: an SFT step of a 2B has 15 % fewer of them. Under CUDA's
-    autocast the result is fp32, with --fsdp too, whose parameters are bf16."""
-    for parent in list(backbone.modules()):
-        for name, norm in list(parent.named_children()):
-            if hasattr(norm, "variance_epsilon"):  # only transformers' have it
-                fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
-                fused.weight = norm.weight
-                setattr(parent, name, fused)
-
-
-def add_states(hidden, media_at, states):
-    """Qwen3-VL's DeepStack: vision states [m, D] are added after an early layer. hidden [B, L, D]; media_at [m] flat
-    indices. In the place of a method of transformers, which indexes with a mask: in every such layer, forward and
-    backward, the host then waits for the GPU. Other callers of the backbone still give a mask [B, L]."""
-    if media_at.dtype == torch.bool:
-        media_at = media_at.flatten().nonzero()[:, 0]
-    states = states.to(hidden.dtype)
-    # not index_add, nor index_copy in embed_tokens: they would keep the states, in fp32, until the backward
-    return hidden.flatten(0, 1).index_put((media_at,), states, accumulate=True).view_as(hidden)
-
-
 def padded_length(n, device):
     """n tokens, on a GPU rounded up to a multiple of 64: a mask needs no copy to be aligned, and the allocator meets
     fewer sizes."""
@@ -608,67 +572,6 @@ def pictures_of(rows, device):
 def int_tensors(device, *lists):
     """Lists of ints -> a tensor of each, in one transfer."""
     return to_device(device, *(torch.tensor(numbers, dtype=torch.long) for numbers in lists))
-
-
-def sampling_logits(logits, banned, temperature):
-    """The head's outputs [N, V] -> the logits of what is sampled, fp32, without gradient. May write into `logits`."""
-    logits = logits.float().index_fill_(-1, banned, BANNED)
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-def store_linear_in_bf16(embedder):
-    """For a frozen model that runs under bf16 autocast: the weights and biases of its linear layers are stored as
-    autocast rounds them at every use. The numbers stay the same, the memory is nearly halved. Token embeddings and
-    norms, which autocast leaves in fp32, stay, and so does a head that is tied to the embeddings."""
-    tied = embedder.backbone.get_input_embeddings().weight
-    for module in embedder.modules():
-        if isinstance(module, nn.Linear) and module.weight is not tied:
-            module.to(torch.bfloat16)
-
-
-class TokenLogp(torch.autograd.Function):
-    """log softmax(head(h))[y] and its entropy (no gradient), with one chunk's logits [c, V] in memory at a time.
-
-    Backward computes a chunk's logits again: d logp / d logits = (1[y] - softmax) / temperature. The products run in
-    `dtype`; the head's gradient is added up over the chunks in fp32, or every sum would be rounded to bf16 again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, master_weight, dtype, labels, banned, temperature):
-        weight = master_weight.to(dtype)  # once, not once a chunk
-        logp, entropy, norm = [], [], []
-        for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
-            x = sampling_logits(F.linear(h, weight), banned, temperature)  # [c, V]
-            top = x.amax(-1, keepdim=True)
-            e = (x - top).exp_()
-            total = e.sum(-1)
-            z = top[:, 0] + total.log()  # [c] log of the softmax's denominator
-            logp.append(x.gather(-1, y[:, None])[:, 0] - z)
-            entropy.append(z - e.mul_(x).sum(-1) / total)  # no vecdot: CUDA's autocast runs it in bf16
-            norm.append(z)
-            del x, e  # before the next chunk's logits are made
-        logp, entropy, norm = map(torch.cat, (logp, entropy, norm))
-        ctx.save_for_backward(hidden, weight, labels, banned, norm)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, labels, banned, norm = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for h, y, z, g, d_h in zip(*(x.split(HEAD_CHUNK) for x in (hidden, labels, norm, grad, d_hidden))):
-            x = sampling_logits(F.linear(h, weight), banned, ctx.temperature)
-            d = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [c, V]
-            d = d.scatter_add_(-1, y[:, None], g[:, None]).to(weight.dtype)
-            torch.mm(d, weight, out=d_h)
-            if d.dtype == d_weight.dtype:
-                d_weight.addmm_(d.T, h)  # without a second matrix of this size
-            else:
-                d_weight += d.T @ h
-            del x, d
-        return d_hidden, d_weight, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -780,40 +683,6 @@ def evaluating(model):
 # What embed() is given, and what it gives
 
 
-def check_arguments(mode, temperature, seed, **counts):
-    """Raises BadInput if one of embed()'s arguments cannot be used. numpy's numbers count as numbers, True does not."""
-    if mode not in ("disc", "gen", "both"):
-        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
-    for name, value in {"seed": seed, **counts}.items():
-        least = 0 if name == "seed" else 1
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise BadInput(f"{name}={value!r}: must be at least {least}, a whole number")
-    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not is_number or not (temperature == 0 or 0.001 <= temperature <= 100):
-        raise BadInput(f"temperature={temperature!r}: must be 0 (greedy) or from 0.001 to 100")
-
-
-def list_of_inputs(given):
-    """What embed() was given -> list; one input alone is a list of one."""
-    if isinstance(given, (str, Path, Image.Image, dict)):
-        return [given]
-    if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
-        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
-    return list(given)
-
-
-def list_of_traces(given, n):
-    """The traces that embed() was given -> list of n, or None."""
-    if given is None:
-        return None
-    traces = [given] if isinstance(given, str) else given
-    if not isinstance(traces, (list, tuple)):
-        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
-    if len(traces) != n:
-        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
-    return traces
-
-
 def drop_not_finite(disc, gen, valid):
     """NaN compares as neither better nor worse, so that a broken model would keep the list's order, which may be the
     right one. In place: an embedding that is not finite becomes zeros and its completion not valid.
@@ -832,152 +701,11 @@ def drop_not_finite(disc, gen, valid):
 # Loading and saving
 
 
-def check_model(name_or_path):
-    """Raises BadInput where a path is no model folder: transformers would look it up as a hub id."""
-    path = Path(name_or_path)
-    if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
-        raise MissingFile(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
-    if not path.is_dir():
-        return
-    if (path / "meta.json").exists():
-        raise BadInput(f"{path} is a checkpoint; to make a model folder of it: python data.py export {path} --out DIR")
-    if adapters := sorted(file.name for file in path.glob("adapter_*")):
-        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not read here; write it into the "
-                       "weights first, with peft's merge_and_unload() and save_pretrained()")  # fmt: skip
-    if not (path / "config.json").exists():
-        raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
-
-
-def load_tokenizer(name_or_path):
-    """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
-    check_model(name_or_path)
-    with told_of(name_or_path):
-        config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}, each of "
-                       "which is one record of FAMILIES in data.py: add another there")  # fmt: skip
-    check_config(config, name_or_path)
-    family = family_of(config)
-    vision = config.vision_config
-    sizes = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    if sizes != (family.patch, family.depth, family.merge):
-        raise BadInput(f"{name_or_path}: patches of the sizes {sizes}, others than {config.model_type} has in data.py; "
-                       "it needs a record of its own there")  # fmt: skip
-    pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
-    if pads != [config.image_token_id, config.video_token_id]:
-        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
-                       "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
-    if tokenizer(family.image_pad, add_special_tokens=False).input_ids[-1] != config.image_token_id:
-        raise BadInput(f"{name_or_path}: its tokenizer splits control tokens such as {family.image_pad} into letters. "
-                       'Remove "split_special_tokens" from tokenizer_config.json.')  # fmt: skip
-    return tokenizer
-
-
-@contextlib.contextmanager
-def told_of(name_or_path):
-    """Around transformers' loading, which may raise anything about a broken file: raises BadInput with its words."""
-    try:
-        yield
-    except Exception as error:
-        raise BadInput(f"{name_or_path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-
-
-def check_config(config, name_or_path):
-    """Raises BadInput if config.json asks for something that this code would compute wrongly."""
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "unknown method")
-        raise BadInput(f"{name_or_path}: the weights are quantised ({method}). This code computes with plain weights. "
-                       "Give the folder or hub id of the model in bf16 or fp32.")  # fmt: skip
-    text = config.text_config
-    rope = text.rope_parameters.get("rope_type", "default")
-    unknown = []
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        unknown.append("layers with sliding attention")
-    if text.hidden_act != "silu":
-        unknown.append(f"hidden_act {text.hidden_act}")
-    if rope in ("dynamic", "longrope"):  # their angles depend on the length
-        unknown.append(f"rope_type {rope}")
-    if unknown:
-        raise BadInput(f"{name_or_path}: config.json has {', '.join(unknown)}. The decode step (support/decode.py) "
-                       "does not compute this, so its answers would be wrong. Choose another model, or extend that "
-                       "file.")  # fmt: skip
-
-
-def load_family(name_or_path):
-    """The Family of a model that load_tokenizer() has accepted."""
-    return family_of(AutoConfig.from_pretrained(name_or_path))
-
-
-def load_pretrained(name_or_path, dtype):
-    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
-    another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
-    token embeddings may be missing."""
-    tokenizer = load_tokenizer(name_or_path)
-    with told_of(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path)
-        config.text_config.attention_dropout = 0.0  # the families have no other dropout; saved folders say 0 too
-        backbone, found = getattr(transformers, family_of(config).model_class).from_pretrained(
-            name_or_path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    tied = {"lm_head.weight"} if backbone.config.tie_word_embeddings else set()
-    wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
-    if wrong:
-        raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
-                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
-    if extra := sorted(found["unexpected_keys"]):
-        raise BadInput(f"{name_or_path}: the model of config.json has no room for {len(extra)} tensors of the files: "
-                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}; is it another model's?")  # fmt: skip
-    return tokenizer, backbone
-
-
-def add_embedding_tokens(backbone, tokenizer):
-    """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
-    sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
-    missing = [token for token in (GEN, DISC) if token not in tokenizer.get_vocab()]
-    if not missing:
-        return
-    tokenizer.add_tokens(missing)  # ordinary: they survive decoding with skip_special_tokens
-    if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
-        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for token in missing:
-            new, old = tokenizer.convert_tokens_to_ids([token, sources[token]])
-            for weight in (backbone.get_input_embeddings().weight, backbone.lm_head.weight):  # the same tensor if tied
-                weight[new] = weight[old]
-
-
-def add_keys_of_transformers_4(path):
-    """Some keys of a saved folder also under the names that transformers 4 reads (tested by hand with 4.57.6), for
-    engines that are still on it; transformers 5 takes no notice. Without them 4 falls back to its defaults: another
-    rotary base, untied heads, other sizes of pictures."""
-    files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
-    config, tokenizer, pictures = (read_json(file) for file in files)
-    text = config["text_config"]
-    rope = dict(text["rope_parameters"])
-    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    if "extra_special_tokens" in tokenizer:
-        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-    pictures |= {"min_pixels": pictures["size"]["shortest_edge"], "max_pixels": pictures["size"]["longest_edge"]}
-    for file, content in zip(files, (config, tokenizer, pictures)):
-        file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def save_model(embedder, base, out):
-    """The final model in the Hugging Face layout. All processes call it, rank 0 writes; what FSDP has sharded is put
-    together in a plain copy of the base model."""
-    rank, _ = processes()
+def save_model(embedder, out):
+    """Save the final model in the Hugging Face layout. All ranks call it, rank 0 writes."""
     refuse_not_finite(embedder)
+    state = None
     if is_sharded(embedder):
-        plain = Embedder.from_pretrained(base) if rank == 0 else None
-        target = dict(plain.named_parameters()) if plain else {}
-        with torch.no_grad():
-            for name, p in embedder.named_parameters():
-                gathered = p.full_tensor()  # all processes take part
-                if plain:
-                    target[name].copy_(gathered)
-        embedder = plain
-    if rank == 0:
-        embedder.save_pretrained(out)
+        state = get_model_state_dict(embedder, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if processes()[0] == 0:
+        embedder.save_pretrained(out, state)

@@ -45,18 +45,7 @@ import numpy as np
 import torch
 
 from data import PairData, Row, step_loader
-from model import (
-    PREFILL_TOKENS,
-    Batch,
-    Embedder,
-    Prompt,
-    Rollouts,
-    check_model,
-    int_tensors,
-    padded_length,
-    save_model,
-    store_linear_in_bf16,
-)
+from model import PREFILL_TOKENS, Batch, Embedder, Prompt, Rollouts, int_tensors, padded_length, save_model
 from reward import REWARDS, group_advantages, total_reward
 from support.distributed import (
     all_sum,
@@ -73,9 +62,11 @@ from support.distributed import (
 )
 from support.files import index_rows, stable_hash
 from support.formats import RowCheck
+from support.head import store_linear_in_bf16
 from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
 from support.program import BadInput, run_script
 from support.settings import parse_args, setting
+from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are those of 2b.
@@ -515,7 +506,7 @@ def main():
             checked = {"loss": stats["loss"], "gradient norm": norm, "sum of rewards": reward_sum}
             loop.apply_gradients(step, pairs, lr, checked)
             loop.end_step(step, pairs, {**figures, **stats, "grad_norm": norm, "lr": lr}, tokens)
-        save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+        save_model(embedder, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
     end_run(args, settings)
 
 

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from data import PairData, step_loader
-from model import Embedder, check_model, int_tensors, save_model
+from model import Embedder, int_tensors, save_model
 from support.distributed import (
     all_sum,
     barrier,
@@ -61,6 +61,7 @@ from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_
 from support.program import run_script
 from support.settings import parse_args, setting
 from support.toy import write_toy
+from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. The defaults are those of 2b.
@@ -378,7 +379,7 @@ def main():
             norm = clip_gradients(optimizer, args.clip)
             loop.apply_gradients(step, pairs, lr, {"loss": parts["loss"], "gradient norm": norm})
             loop.end_step(step, pairs, parts | {"lr": lr, "grad_norm": norm}, tokens)
-        save_model(embedder, args.model, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+        save_model(embedder, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
     end_run(args, settings)
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from data import encode, encode_input
-from model import Embedder, Prompt, check_model
+from model import Embedder, Prompt
 from support.backbones import FAMILIES
 from support.distributed import barrier, end_processes, processes, start_processes
 from support.files import dataset_of, read_json, read_parquet, scan_rows, stable_hash, write_json, write_rows
@@ -47,6 +47,7 @@ from support.formats import (
 from support.images import hash_media, open_picture, thinned
 from support.program import BadInput, Progress, Skip, text_table
 from support.settings import Command, changes, hold, same_on_all_ranks, weights_digest
+from support.weights import check_model
 
 ASK = (
     "This is the {role} of a search: {what}. Think it through first, between <think> and </think>: what it shows or "

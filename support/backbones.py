@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -191,3 +193,40 @@ def family_of(config):
     if positions_a_second is None:
         return family
     return replace(family, time_step=int(positions_a_second * family.depth / FRAME_RATE))
+
+
+class PatchEmbed(nn.Module):
+    """The vision tower's first layer as the matrix product that it is: every patch is one place of its convolution, and
+    on GPUs Conv3d is many times slower at that. It holds the convolution, so that its weights keep their names."""
+
+    def __init__(self, proj):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, pixels):
+        """[n, patch_values] -> [n, D_vit]"""
+        weight = self.proj.weight  # [D_vit, 3, frames, height, width]
+        return F.linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def fuse_norms(backbone):
+    """transformers' RMSNorms as torch's, one kernel for six; the same weights under the same names. Passes of a few
+    thousand tokens are bound by the starting of kernels: an SFT step of a 2B has 15 % fewer of them. Under CUDA's
+    autocast the result is fp32, with --fsdp too, whose parameters are bf16."""
+    for parent in list(backbone.modules()):
+        for name, norm in list(parent.named_children()):
+            if hasattr(norm, "variance_epsilon"):  # only transformers' have it
+                fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
+                fused.weight = norm.weight
+                setattr(parent, name, fused)
+
+
+def add_states(hidden, media_at, states):
+    """Qwen3-VL's DeepStack: vision states [m, D] are added after an early layer. hidden [B, L, D]; media_at [m] flat
+    indices. In the place of a method of transformers, which indexes with a mask: in every such layer, forward and
+    backward, the host then waits for the GPU. Other callers of the backbone still give a mask [B, L]."""
+    if media_at.dtype == torch.bool:
+        media_at = media_at.flatten().nonzero()[:, 0]
+    states = states.to(hidden.dtype)
+    # not index_add, nor index_copy in embed_tokens: they would keep the states, in fp32, until the backward
+    return hidden.flatten(0, 1).index_put((media_at,), states, accumulate=True).view_as(hidden)

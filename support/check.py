@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data import PairData
-from model import Embedder, check_model, load_family, load_tokenizer
+from model import Embedder
 from support.backbones import QWEN2_VL
 from support.checkpoint import open_checkpoint, restore
 from support.distributed import forked_loader
@@ -19,6 +19,7 @@ from support.formats import DISC, GEN, RowCheck, content_key, side_of
 from support.images import find_picture
 from support.program import BadInput, Progress, Skip, text_table
 from support.settings import Command, hold, weights_digest
+from support.weights import check_model, load_family, load_tokenizer
 
 PROBLEMS = ("schema", "media", "too long", "left out")
 SHOWN = 5  # messages of each problem

@@ -6,11 +6,14 @@ are errors, because a misspelt key would be dropped without a word.
 
 import hashlib
 import json
+import numbers
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 from support.program import BadInput
@@ -285,3 +288,37 @@ def is_stand_in(path):
     """Whether a path is the authors' blank picture, which says "no picture", whatever folder is before images/."""
     parts = Path(os.path.normpath(path)).parts
     return parts == ("blank.jpg",) or parts[-2:] == ("images", "blank.jpg")
+
+
+def check_arguments(mode, temperature, seed, **counts):
+    """Raises BadInput if one of embed()'s arguments cannot be used. numpy's numbers count as numbers, True does not."""
+    if mode not in ("disc", "gen", "both"):
+        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
+    for name, value in {"seed": seed, **counts}.items():
+        least = 0 if name == "seed" else 1
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise BadInput(f"{name}={value!r}: must be at least {least}, a whole number")
+    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not is_number or not (temperature == 0 or 0.001 <= temperature <= 100):
+        raise BadInput(f"temperature={temperature!r}: must be 0 (greedy) or from 0.001 to 100")
+
+
+def list_of_inputs(given):
+    """What embed() was given -> list; one input alone is a list of one."""
+    if isinstance(given, (str, Path, Image.Image, dict)):
+        return [given]
+    if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
+        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
+    return list(given)
+
+
+def list_of_traces(given, n):
+    """The traces that embed() was given -> list of n, or None."""
+    if given is None:
+        return None
+    traces = [given] if isinstance(given, str) else given
+    if not isinstance(traces, (list, tuple)):
+        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
+    if len(traces) != n:
+        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
+    return traces

@@ -33,9 +33,10 @@ from transformers import LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGe
 
 import rl  # noqa: E402
 from data import encode_input  # noqa: E402
-from model import Embedder, Output, Rollouts, add_embedding_tokens  # noqa: E402
+from model import Embedder, Output, Rollouts  # noqa: E402
 from reward import embedding_reward, format_reward, group_advantages  # noqa: E402
 from support.decode import Decoder  # noqa: E402
+from support.weights import add_embedding_tokens  # noqa: E402
 
 G = 8
 SIDE = {300: 448, 1350: 1008, 120: 84}  # tokens of a prompt: side of its picture, with 256, 1,296 and 9 visual tokens

@@ -28,7 +28,8 @@ from toy_base import toy_model  # noqa: E402
 from transformers import AutoTokenizer, LogitsProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
 
 from data import encode_input  # noqa: E402
-from model import Embedder, add_embedding_tokens  # noqa: E402
+from model import Embedder  # noqa: E402
+from support.weights import add_embedding_tokens  # noqa: E402
 
 
 def random_model(tiny):

@@ -16,9 +16,10 @@ from conftest import generate_all, transformers_read
 import rl
 import sft
 from data import Row, mrope_positions
-from model import Embedder, Prompt, sample, sampling_logits
+from model import Embedder, Prompt, sample
 from support.decode import Decoder
 from support.distributed import start_processes
+from support.head import sampling_logits
 
 TINY = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=2000,
             num_hidden_layers=3, depth=2, tie=True)  # fmt: skip

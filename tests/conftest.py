@@ -182,7 +182,7 @@ def generate_all(model, rows, seeds=None, script=None, **settings):
 def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1])):
     """In place of sampling, model.generate() writes script[n], G lists of token ids, for the prompt of this number: of
     the row that is named n or "input n"."""
-    from model import sampling_logits
+    from support.head import sampling_logits
 
     def append_tokens(completions, hidden, decoder, temperature):
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), model.banned, temperature or 1.0)

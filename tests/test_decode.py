@@ -9,8 +9,9 @@ from conftest import MODELS, encoded, generate_all, inputs, random_backbone, scr
 from torch.nn.functional import rms_norm
 
 import model as model_file
-from model import Embedder, Prompt, Waiting, fuse_norms
+from model import Embedder, Prompt, Waiting
 from support import decode
+from support.backbones import fuse_norms
 from support.decode import Decoder, PromptCache
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)

@@ -51,8 +51,8 @@ from transformers import AutoImageProcessor
 from transformers.video_utils import VideoMetadata
 
 from data import encode_input, patchify
-from model import Embedder, add_states
-from support.backbones import FAMILIES, FRAME_RATE, family_of
+from model import Embedder
+from support.backbones import FAMILIES, FRAME_RATE, add_states, family_of
 
 STEPS = {"qwen2_5_vl": 10, "qwen3_vl": 7}  # of the writer's training: afterwards most answers hold <gen_emb>, not all
 

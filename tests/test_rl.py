@@ -37,10 +37,11 @@ import model as model_file
 import rl
 import sft
 from data import PairData, encode_input
-from model import Embedder, padded_length, store_linear_in_bf16
+from model import Embedder, padded_length
 from reward import embedding_reward, format_reward
 from rl import Group, Settings, grpo_loss, micro_batches, pack_groups, padded, rewards_of, rollout, tree_mask, update
 from support.formats import DISC
+from support.head import store_linear_in_bf16
 
 CLOSE = dict(rtol=0, atol=1e-5)
 

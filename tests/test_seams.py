@@ -152,7 +152,8 @@ RUNNING = ("program", "files", "distributed", "settings", "checkpoint", "loop") 
 BELOW = {name: set(RUNNING[:n]) for n, name in enumerate(RUNNING)} | {
     "reward": set(), "decode": set(), "backbones": set(), "report": {*RUNNING}, "formats": {*RUNNING},
     "images": {*RUNNING, "backbones"}, "data": {*RUNNING, "backbones", "images", "formats"},
-    "model": {*RUNNING, "backbones", "images", "formats", "data", "decode"},
+    "head": set(), "weights": {*RUNNING, "backbones", "formats"},
+    "model": {*RUNNING, "backbones", "images", "formats", "weights", "data", "decode", "head"},
 }  # fmt: skip
 STAGES = {"sft", "rl", "eval"}
 
