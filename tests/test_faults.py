@@ -863,7 +863,7 @@ def test_models_that_are_none_of_ours(tiny_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     smaller = config["vision_config"] | {"spatial_merge_size": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": smaller}))
-    with pytest.raises(BadInput, match=r"patches of the sizes \(14, 2, 1\)"):
+    with pytest.raises(BadInput, match=r"its patch sizes \(14, 2, 1\)"):
         Embedder.from_pretrained(tmp_path)
     fewer = config["vision_config"] | {"depth": config["vision_config"]["depth"] - 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": fewer}))
