@@ -9,16 +9,11 @@ at --temperature. Modes (a task's value is the mean over its queries):
     oracle              per query and metric the better of disc and gen: it looks at the labels, an upper bound of
                         choosing between the two (fused, which adds them, may be above it)
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: together only after sft.py --cross_weight
-    mean                normalised mean of a query's S sampled gen embeddings; greedy gen candidates
-    mean@2              the same of two samples, averaged over the pairs (0, 1), (2, 3), ... of the S
-    mean_fused          fused, with this mean in the place of gen
     pass@k              the chance that one of k sampled queries has a right candidate first; greedy gen candidates;
                         unbiased: 1 - C(S-c, k) / C(S, k) with c hits in S samples
 
-oracle has two tries where gen has one: compare it with pass@2, the oracle of two gen samples. fused adds two cosines
-where gen has one: compare it with mean@2, which generates twice as many tokens; disc and gen come out of one pass.
-(Both comparisons draw their samples at --temperature, gen is greedy: pass@1 shows what that costs.) A second table
-shows how much of the distance from the better of disc and gen to their oracle each of them covers.
+oracle has two tries where gen has one: compare it with pass@2, the oracle of two gen samples. (Samples are drawn at
+--temperature, gen is greedy: pass@1 shows what that costs.)
 
 Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>; the official code reads the token after it.
@@ -40,8 +35,8 @@ another model, which is run first, or from a file of lines {"key", "answer"} tha
 writes it: support/answers.py). The results then go to OUT/<model name>-reads-<reasoner>.
 
 Results wait in OUT/<model name>/cache, from where a killed run goes on. They are found again by a hash of the model's
-files (weights, tokenizer, configuration), settings, versions and the text of model.py, data.py and decode.py, and by a
-hash of the input's text and its media's bytes: none is ever stale. All media are read for it at every start, each by
+files (weights, tokenizer, configuration), settings and versions, and by a hash of the input's text and its media's
+bytes: none is ever stale. All media are read for it at every start, each by
 one process (an estimated 50 GB for MMEB-V2); size and time of a file would be quicker, but do not show every change.
 
 Run (without arguments: the toy preset, on any device):
@@ -89,7 +84,7 @@ from data import (
 from model import PREFILL_TOKENS, Embedder, Prompt, check_model
 from support.answers import check_export, export_inputs, read_answers
 from support.mmeb import HOW_TO_GET, MMEB, check_files, leaderboard, load_mmeb, paper_table, tasks_of_column
-from support.report import change_table, gap_table, sampled_queries, score_table, write_report
+from support.report import change_table, sampled_queries, score_table, write_report
 from support.rows import one_or_more
 from support.run import (
     BadInput,
@@ -117,7 +112,7 @@ from support.tasks import load_own_task
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 METRICS = [f"{name}@{k}" for name in NAMES for k in KS]
-MODES = ("disc", "gen", "fused", "oracle", "gen_disc", "disc_gen", "mean", "mean@2", "mean_fused")
+MODES = ("disc", "gen", "fused", "oracle", "gen_disc", "disc_gen")
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
@@ -143,7 +138,7 @@ class Settings:
     export: str = setting("", "only write the tasks' inputs to this .jsonl file, for --reasoner, without a model")
     reasoner: str = setting("", "whose answers the models read: a model, or a .jsonl file; none: each its own")
     out: str = setting("", "results go to OUT/<model name>/, with --reasoner to OUT/<model name>-reads-<reasoner>/")
-    samples: int = setting(0, "samples per query for mean, mean@2, mean_fused and pass@k; 0 leaves them out")
+    samples: int = setting(0, "samples per query for pass@k; 0 leaves it out")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
     max_new_tokens: int = setting(512, "longest answer in tokens; one cut off before its <gen_emb> is invalid")
     batch_size: int = setting(8, "generations at once in one process: speed and memory only")
@@ -256,11 +251,12 @@ class DistinctInputs:
         return np.array(rows)
 
 
+CACHE_VERSION = 1  # raise it when a change to the code changes embeddings
+
+
 def hash_model(model, device):
     """Identity of everything that decides an embedding, except the input and the settings. model: folder or hub id."""
-    code = [Path(__file__).parent / name for name in ("model.py", "data.py", "support/decode.py")]
-    about = [weights_digest(model), *(path.read_text() for path in code), torch.__version__, transformers.__version__,
-             device.type]  # fmt: skip
+    about = [CACHE_VERSION, weights_digest(model), torch.__version__, transformers.__version__, device.type]
     return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
 
@@ -597,12 +593,6 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def mean_embedding(gen, valid):
-    """[Q, S, D], bool [Q, S] -> [Q, D]: normalised mean of the valid samples, zeros where there are none."""
-    total = np.where(valid[:, :, None], gen.astype(np.float64), 0).sum(1)
-    return total / np.linalg.norm(total, axis=1, keepdims=True).clip(min=1e-12)
-
-
 # --------------------------------------------------------------------------------------------------------------
 # Modes
 
@@ -647,22 +637,15 @@ def score_task(task, queries, candidates, sampled=None, shown=()):
     rankings = {}
     for mode, (query_kind, candidate_kind) in GREEDY_MODES.items():
         rankings[mode] = rank_task(task, query_sides[query_kind], candidate_sides[candidate_kind], lists, shown)
-    if sampled:
-        mean = mean_side(sampled)
-        rankings["mean"] = rank_task(task, mean, candidate_sides["gen"], lists)
-        rankings["mean_fused"] = rank_task(task, fuse(query_sides["disc"], mean), candidate_sides["fused"], lists)
 
     measured = {mode: measure(task, ranking) for mode, ranking in rankings.items()}
     measured["oracle"] = oracle(measured["disc"], measured["gen"])
-    if sampled and len(sampled["valid"][0]) > 1:
-        measured["mean@2"] = measure_pairs(task, sampled, candidate_sides["gen"], lists)
 
     entry = {}
     columns = {}
     for mode in MODES:
-        if mode in measured:
-            entry[mode] = means(measured[mode])
-            columns[mode] = [metrics[task.main_metric] for metrics in measured[mode]]
+        entry[mode] = means(measured[mode])
+        columns[mode] = [metrics[task.main_metric] for metrics in measured[mode]]
     entry["tied"] = {mode: ranking.tied for mode, ranking in rankings.items()}
     if is_graded(task):
         entry["published_ndcg"] = {mode: published_means(task, ranking) for mode, ranking in rankings.items()}
@@ -692,12 +675,6 @@ def fuse(disc, gen):
     zero; without a disc embedding there is none."""
     gen_or_zero = np.where(gen.ok[:, None], gen.embeddings, 0)
     return Side(np.concatenate([disc.embeddings, gen_or_zero], axis=1) / math.sqrt(2), disc.ok)
-
-
-def mean_side(sampled, samples=slice(None)):
-    """samples: which of the S."""
-    valid = usable_gen(sampled)[:, samples]
-    return Side(mean_embedding(sampled["gen"][:, samples], valid), valid.any(1))
 
 
 def rank_task(task, queries, candidates, lists, shown=()):
@@ -745,15 +722,6 @@ def measure(task, ranking):
         else:
             measured.append(dict.fromkeys(METRICS, 0.0))
     return measured
-
-
-def measure_pairs(task, sampled, candidates, lists):
-    """Per query {metric: x} of the mean of two samples: of samples 0 and 1, of 2 and 3, ..., and their average."""
-    measured = []
-    for first in range(0, len(sampled["valid"][0]) - 1, 2):
-        ranking = rank_task(task, mean_side(sampled, slice(first, first + 2)), candidates, lists)
-        measured.append(measure(task, ranking))
-    return [means(of_query) for of_query in zip(*measured)]
 
 
 def oracle(disc, gen):
@@ -831,20 +799,6 @@ def means_by(field, tasks):
     for entry in tasks.values():
         members.setdefault(entry[field], []).append(entry)
     return {value: mean_summary(entries) for value, entries in members.items()}
-
-
-def oracle_gap(row):
-    """How far the oracle lies above the better of disc and gen, and the share of this gap that other modes close.
-
-    row: of summary(), metrics from 0 to 1. Returns {"better": mode, "gap": x, "closed": {mode: share, None where there
-    is no gap}}, gap from 0 to 1, shares below 0 where a mode is worse than the better one. pass@2 looks at the labels,
-    as the oracle does; fused and mean@2 do not.
-    """
-    better = max(("gen", "disc"), key=row.get)
-    gap = row["oracle"] - row[better]
-    others = [mode for mode in ("fused", "mean@2", "pass@2") if mode in row]
-    closed = {mode: (row[mode] - row[better]) / gap if gap > 0 else None for mode in others}
-    return {"better": better, "gap": gap, "closed": closed}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -1036,7 +990,6 @@ def evaluate(embedder, model, tasks, inputs, settings, name, answers=None, group
         scored = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q), shown)
         entry, columns, rankings[task.name] = scored
         scores[task.name] = describe_task(task) | entry | generation_figures(greedy, np.concatenate([q, c]))
-        scores[task.name]["oracle_gap"] = oracle_gap(summary(scores[task.name]))
         if ablated:
             scores[task.name]["ablate"] = {kind: ablation_entry(task, greedy, changed, q, c)
                                            for kind, changed in ablated.items()}  # fmt: skip
@@ -1114,11 +1067,9 @@ def report(folder, scores, per_query, backbone):
         tell_what_is_replaced(folder / "scores.json", scores)
     rows = {name: summary(entry) for name, entry in tasks.items()}
     mean = mean_summary(tasks.values())
-    gaps = {name: entry["oracle_gap"] for name, entry in tasks.items()}
     write_json(folder / "scores.json", scores)
     write_json(folder / "per_query.json", per_query)
     print(score_table(scores, rows, mean), flush=True)
-    print(gap_table(gaps | {"= mean": oracle_gap(mean)}), flush=True)
     if tasks.keys() & MMEB.keys():
         name = result_name(scores["model"], scores["reasoner"])
         for mode in MODES:
@@ -1179,7 +1130,7 @@ def about_model(name, backbone, mode):
         "model_name": name,
         "model_backbone": backbone.config.model_type,
         "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
-        "embedding_dimension": 2 * width if mode.endswith("fused") else width,
+        "embedding_dimension": 2 * width if mode == "fused" else width,
     }
 
 

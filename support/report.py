@@ -18,7 +18,7 @@ PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are no shares
 
 
 def score_table(scores, rows, mean):
-    """A row per task, group and modality, their mean, the oracle's gap, and remarks.
+    """A row per task, group and modality, their mean, and remarks.
 
     scores: the content of scores.json; rows: {task: {column: x}}; mean: the row of their means.
     """
@@ -84,19 +84,6 @@ def ablation_line(kind, tasks, mean_gen):
             cosines.append(ablated["cosine"])
     return (f"reasoning {kind}: gen {100 * (fmean(changed) - mean_gen):+.1f}, "
             f"cosine to the original {fmean(cosines or [math.nan]):.3f}")  # fmt: skip
-
-
-def gap_table(gaps):
-    """gaps: {row of the table: what eval.py's oracle_gap() returns}."""
-    columns = list(next(iter(gaps.values()))["closed"])
-    rows = [["task", "better", "points to the oracle", *columns]]
-    for name, gap in gaps.items():
-        shares = [gap["closed"][column] for column in columns]
-        cells = ["" if share is None else f"{100 * share:.0f}" for share in shares]
-        rows.append([name, gap["better"], f"{100 * gap['gap']:.1f}", *cells])
-    heading = ("distance from the better of disc and gen to their oracle, which looks at the labels, in points, and "
-               "the share of it that other modes cover, in % (negative: below the better one)")  # fmt: skip
-    return f"\n{heading}\n{text_table(rows)}"
 
 
 # --------------------------------------------------------------------------------------------------------------

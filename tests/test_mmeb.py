@@ -540,7 +540,7 @@ def test_a_reasoners_samples_are_read(mini, writer_dir, reader_dir, tmp_path):
     second run give the same, and the second run embeds nothing."""
     one = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
     entry = one["tasks"]["VOC2007"]
-    assert set(entry["pass@k"]) == {"1", "2"} and list(entry["oracle_gap"]["closed"]) == ["fused", "mean@2", "pass@2"]
+    assert set(entry["pass@k"]) == {"1", "2"}
     again = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
     assert again["tasks"] == one["tasks"] and again["encoded"] == {"answers": 0}
     run_processes(ev, reason_argv(mini, reader_dir, writer_dir, tmp_path / "two", "--ablate", "trace", samples=2,
