@@ -29,6 +29,7 @@ from support.run import BadInput, MissingFile, Progress, text_table, write_file
 
 ASSET = json.loads((Path(__file__).parent.parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
 MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data, in the order of the published tables
+GRADED = ("ViDoRe_esg_reports_human_labeled_v2", "ViDoSeek-doc", "MMLongBench-doc")  # labels of different grades
 
 # --------------------------------------------------------------------------------------------------------------
 # From the published files to the fields of a task
@@ -498,10 +499,10 @@ class FileCheck(NamedTuple):
 
 
 def check_files(names, load, root):
-    """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there
+    """Check the files of the tasks without a model. Print what exists, what is missing and how to get it.
 
-    load: name -> (number of queries, number of candidates, all inputs); raises OSError or ValueError where the task's
-    file is missing or broken.
+    Return whether all files exist. load: name -> Task; raises OSError or ValueError if the task's file is missing or
+    broken.
     """
     checks = {name: check_task_files(name, load) for name in Progress(names, desc="check", unit="task")}
     print_checks(checks)
@@ -518,13 +519,14 @@ def check_files(names, load, root):
 def check_task_files(name, load):
     about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
     try:
-        num_queries, num_candidates, items = load(name)
+        task = load(name)
+        items = [*(query["input"] for query in task.queries), *task.candidates.values()]
         paths = {(path, kind == "video") for item in items for kind in ("images", "video") for path in item[kind]}
         with ThreadPoolExecutor(16) as threads:
             problems = [problem for problem in threads.map(picture_problem, sorted(paths)) if problem]
     except (OSError, ValueError) as error:
         return FileCheck(["", about["num_queries"], "", "", ""], [str(error)], about["repo"])
-    counts = [num_queries, about["num_queries"], num_candidates, len(paths), len(problems)]
+    counts = [len(task.queries), about["num_queries"], len(task.candidates), len(paths), len(problems)]
     return FileCheck(counts, problems, about["archive"])
 
 

@@ -1,24 +1,110 @@
-"""What eval.py prints, its tables and the change between two models, and report.html. Takes plain dicts, such as those
-that stand in its files."""
+"""What eval.py writes and prints: the files of a model, its tables, the change between two models, and report.html.
+
+All functions take plain values: the content of scores.json and per_query.json, and dicts of rankings.
+"""
 
 import base64
 import hashlib
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from support.run import read_json, text_table, write_file
+from data import open_picture
+from support.mmeb import MMEB, leaderboard, paper_table
+from support.reasoner import is_file_of_answers
+from support.run import read_json, text_table, write_file, write_json
 
 PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are no shares
 
 
+# --------------------------------------------------------------------------------------------------------------
+# The files and tables of one model
+
+
+class Result(NamedTuple):
+    """The evaluation of one model."""
+
+    scores: dict  # the content of scores.json
+    per_query: dict  # the content of per_query.json
+    rankings: dict  # {task: {mode: {query of the report: ranking_to_show()}}}
+    rows: dict  # {task: {column: x}}: a row of the table for each task
+    mean: dict  # {column: x}: their mean
+    published: dict  # groups, modalities and overall of the tasks that belong to the 78
+
+
+def write_scores(folder, result, backbone):
+    """Write the files of a model and print its tables."""
+    scores = result.scores
+    tasks = scores["tasks"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "scores.json").exists():
+        print_what_is_replaced(folder / "scores.json", scores)
+    write_json(folder / "scores.json", scores)
+    write_json(folder / "per_query.json", result.per_query)
+    print(score_table(scores, result.rows, result.mean), flush=True)
+    if tasks.keys() & MMEB.keys():
+        name = result_name(scores["model"], scores["reasoner"])
+        modes = modes_of(next(iter(tasks.values())), result.mean)
+        for mode in modes:
+            about = about_model(name, backbone, mode)
+            write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
+        print(published_comparison(name, tasks, result.published, modes), flush=True)
+
+
+def modes_of(entry, columns):
+    """Return which columns are modes: those with all metrics in an entry of scores.json."""
+    return [column for column in columns if isinstance(entry.get(column), dict)]
+
+
+def print_what_is_replaced(path, scores):
+    """Name the scores that this run overwrites.
+
+    Two models share a folder of results if only their parent folders differ; so do two files of answers.
+    """
+    earlier = read_json(path)
+    lost = sorted(earlier["tasks"].keys() - scores["tasks"].keys())
+    others = sorted(sources(earlier) - sources(scores))
+    if others:
+        lost = [f"the scores of {' and '.join(others)}"]
+    if lost:
+        print(f"{path} no longer has {', '.join(lost)} (the cache has their embeddings): another --out would keep both",
+              flush=True)  # fmt: skip
+
+
+def sources(scores):
+    """Return the absolute paths of the model and of the reasoner, if any, that have these scores."""
+    args = scores["args"]
+    name_of = name_models(args["model"], args.get("reasoner", ""))  # files older than --reasoner have no "reasoner"
+    names = (scores["model"], scores.get("reasoner"))
+    return {os.path.abspath(path) for path, name in name_of.items() if name in names}
+
+
+def published_comparison(name, tasks, published, modes):
+    """Return our scores of the 78 tasks, or of some of them, in the paper's main table."""
+    columns = published["groups"] | published["modalities"] | {"All": published["overall"]}
+    return paper_table(name, sorted(tasks.keys() & MMEB.keys()), columns, modes)
+
+
+def about_model(name, backbone, mode):
+    """Return what the leaderboard file says about the model."""
+    width = backbone.config.text_config.hidden_size
+    return {
+        "model_name": name,
+        "model_backbone": backbone.config.model_type,
+        "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+        "embedding_dimension": 2 * width if mode == "fused" else width,
+    }
+
+
 def score_table(scores, rows, mean):
-    """A row per task, group and modality, their mean, and remarks.
+    """Return a table with a row per task, group and modality and their mean, and remarks below it.
 
     scores: the content of scores.json; rows: {task: {column: x}}; mean: the row of their means.
     """
@@ -27,8 +113,7 @@ def score_table(scores, rows, mean):
     for name, entry in tasks.items():
         table[name] = rows[name]
         if entry["modality"] == "visdoc":
-            modes = [column for column in rows[name] if isinstance(entry.get(column), dict)]
-            table[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in modes}
+            table[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in modes_of(entry, rows[name])}
     for kind in ("groups", "modalities"):
         if len(scores[kind]) > 1:
             table |= {f"= {name}": row for name, row in scores[kind].items()}
@@ -87,6 +172,36 @@ def ablation_line(kind, tasks, mean_gen):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Names of results
+
+
+def name_models(models, reasoner):
+    """Return {model: its name}, the reasoner included. The name of a file of answers is its stem."""
+    others = {}
+    if is_file_of_answers(reasoner):
+        others[reasoner] = Path(reasoner).stem
+    elif reasoner and reasoner not in models:
+        models = [*models, reasoner]
+    return dict(zip(models, model_names(models))) | others
+
+
+def model_names(models):
+    """Return the names of the folders, with as many parent folders as distinguish them."""
+    parts = [Path(os.path.abspath(model)).parts for model in models]
+    if len(set(parts)) < len(parts):
+        raise SystemExit(f"--model names a folder twice: {' '.join(models)}")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["-".join(p[-depth:]) for p in parts]
+
+
+def result_name(model, reasoner):
+    """Return the name of a model's results and of their folder. reasoner None: the model itself."""
+    return f"{model}-reads-{reasoner}" if reasoner else model
+
+
+# --------------------------------------------------------------------------------------------------------------
 # Two models
 
 
@@ -103,8 +218,11 @@ def paired_change(first, last):
 
 
 def change_table(names, first, last):
-    """first, last: {task: {column: [x of each query]}} of two models."""
-    columns = list(next(iter(first.values())))
+    """Return the table of the changes from the first to the last model.
+
+    first, last: the content of per_query.json of two models, {task: {column: [x of each query]}}.
+    """
+    columns = [column for column in next(iter(first.values())) if column != "texts"]
     rows = [["task", *columns]]
     for task in first:
         rows.append([task, *change_cells(first, last, [task], columns)])
@@ -121,6 +239,63 @@ def change_cells(first, last, tasks, columns):
         change, error = paired_change(before, after)
         cells.append(f"{100 * change:+.1f}±{100 * error:.1f}")
     return cells
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a ranking shows of its query
+
+
+def ranking_to_show(labels, keys, listed, scores, depth=5):
+    """Return a query's first candidates with their similarities, the rank of its first right candidate, and the
+    number of ranked candidates. The rank starts at 1; it is None if no right candidate is ranked."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = [keys[i] for i in listed[order]]
+    right_rank = next((rank for rank, key in enumerate(ranked, 1) if key in labels), None)
+    top = list(zip(ranked[:depth], scores[order[:depth]].tolist()))
+    return {"top": top, "right_rank": right_rank, "num_ranked": len(ranked)}
+
+
+def order_decides(labels, keys, listed, scores):
+    """Return whether right and wrong candidates share the best score, or all candidates do."""
+    if len(listed) < 2:
+        return False
+    first = listed[scores == scores.max()]
+    if len(first) < 2:
+        return False
+    rightness = {keys[i] in labels for i in first}
+    return len(rightness) == 2 or len(first) == len(listed)
+
+
+def examples_of(result):
+    """Return {task: {query: {"answer", "rankings"}}} of the queries that the report shows."""
+    examples = {}
+    for name, of_modes in result.rankings.items():
+        examples[name] = {}
+        for q in of_modes["disc"]:
+            rankings = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
+            examples[name][q] = {"answer": result.per_query[name]["texts"][q], "rankings": rankings}
+    return examples
+
+
+def write_comparison(settings, tasks, results, folder_of):
+    """Print the change from the first to the last model, and write OUT/report.html.
+
+    tasks: eval.py's Tasks; results: {name: Result}; folder_of: {name: the model's folder}.
+    """
+    names = list(results)
+    if len(names) > 1:
+        first = results[names[0]].per_query
+        last = results[names[-1]].per_query
+        print(change_table(names, first, last), flush=True)
+    if settings.report_queries:
+        models = {name: to_report(folder_of[name], result) for name, result in results.items()}
+        write_report(Path(settings.out) / "report.html", [vars(task) for task in tasks], models, open_picture)
+
+
+def to_report(folder, result):
+    """Return what report.html needs of a model. folder: of the model."""
+    means = {"mean": result.mean} | result.scores["groups"] | result.scores["modalities"]
+    return {"folder": folder, "rows": result.rows, "means": means, "examples": examples_of(result)}
 
 
 # --------------------------------------------------------------------------------------------------------------

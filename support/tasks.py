@@ -1,13 +1,62 @@
-"""A task of your own, ROOT/tasks/NAME.json: read and checked before anything is embedded."""
+"""Which tasks there are, and your own ones: ROOT/tasks/NAME.json is read and checked before anything is embedded."""
 
 import sys
 from pathlib import Path
 
 from data import check_input, check_keys
-from support.run import BadInput, read_json
+from support.mmeb import HOW_TO_GET, MMEB, tasks_of_column
+from support.run import BadInput, MissingFile, barrier, processes, read_json, same_on_all_ranks, stable_hash
 
 TASK_KEYS = ("name", "modality", "group", "eval_type", "main_metric", "queries", "candidates")  # of its file
 QUERY_KEYS = ("input", "labels", "grades", "candidates")
+
+
+def known_tasks(root):
+    folder = Path(root) / "tasks"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json"))
+
+
+def choose_tasks(settings):
+    """Return the names of the wanted tasks.
+
+    Without --tasks these are ROOT/tasks/test and those of the 78 that have annotations. With --check they are all of
+    ROOT/tasks, and all of the 78 unless ROOT has only own tasks.
+    """
+    root = Path(settings.root)
+    known = known_tasks(root)
+    own = [name for name in known if settings.check or name.startswith("test/")]
+    check_all = settings.check and (settings.tasks or not own or (root / "annotations").is_dir())
+    published = [name for name, about in MMEB.items()
+                 if check_all or (root / "annotations" / about["repo"]).is_dir()]  # fmt: skip
+    if not settings.tasks and not own + published:
+        hint = f"; to run your own: --tasks {' '.join(known)}" if known else ""
+        raise SystemExit(f"no task files in {root}/tasks/test and no files of MMEB in {root}/annotations{hint}; the "
+                         "toy world is made by: python data.py toy; MMEB: python eval.py --check --root ROOT --tasks "
+                         "image video visdoc")  # fmt: skip
+    if not settings.tasks:
+        return own + published
+    names = []
+    for wanted in settings.tasks:
+        members = tasks_of_column(wanted) if wanted not in known else []
+        present = [name for name in published if name in members]
+        if members and not present:
+            raise MissingFile(f"--tasks {wanted}: {root}/annotations has none of its {len(members)} tasks{HOW_TO_GET}")
+        names += present or [wanted]
+    return list(dict.fromkeys(names))
+
+
+def load_on_all_ranks(names, load, settings, group=None):
+    """Return the tasks. Rank 0 loads them first, because it may have to write pages.
+
+    Raise BadInput if the tasks or the settings differ between ranks.
+    """
+    rank, _ = processes()
+    for turn in range(2):
+        if (rank > 0) == turn:
+            tasks = [load(name) for name in names]
+        barrier(group)
+    same_on_all_ranks({f"content of {task.name}": stable_hash(vars(task)) for task in tasks} | settings)
+    return tasks
 
 
 def load_own_task(name, path, root, metrics):

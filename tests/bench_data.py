@@ -70,7 +70,7 @@ def reasoner_lines(run, models, tasks, world, out):
 
     run: what starts a script; models: {label: folder}. The last row is a file in which every answer says nothing.
     """
-    from eval import model_names
+    from support.report import model_names
 
     out = Path(out)
     common = ["--root", world, "--tasks", *tasks, "--out", out]

@@ -28,7 +28,8 @@ from svg import WIDTH, area, arrow, document, line, picture, rect, text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import DistinctInputs, best_first, collect, digests_of_media, greedy_sides, load_task, score_candidates  # noqa: E402
+from eval import best_first, greedy_sides, load_task, score_candidates  # noqa: E402
+from support.cache import DistinctInputs, collect  # noqa: E402
 from support.run import BadInput, MissingFile, run_script, write_file  # noqa: E402
 
 BENCH = "python tests/bench.py toy --seeds 3 --recipes rl"
@@ -66,7 +67,7 @@ def find_query(model_folder, data):
     q = outcomes.index((0, 1, 1))
 
     task = load_task(TASK, data)
-    inputs = DistinctInputs([task], digests_of_media([task]))
+    inputs = DistinctInputs([task])
     caches = sorted((results / "cache").glob("greedy-*"), key=lambda folder: folder.stat().st_mtime)
     if not caches:
         raise MissingFile(f"{results / 'cache'} holds no greedy answers: make the runs with  {BENCH}")

@@ -17,8 +17,9 @@ from conftest import picture
 from safetensors.torch import load_file, save_file
 
 import eval as ev
-from model import Rollouts
-from support.report import paired_change
+import support.cache as cache_file
+from model import Embedder, Rollouts
+from support.report import model_names, paired_change
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,7 +36,9 @@ def test_metrics_equal_the_published_code():
         got = ev.ranking_metrics(case["prediction"], case["label"], case["rel_scores"])
         assert got == pytest.approx(want, abs=1e-12), (case["id"], case["kind"])
         if case["kind"] == "graded_int":  # the published tables: grades lie in the order that a set gives the labels
-            got = ev.published_ndcg(case["prediction"], case["label"], case["rel_scores"])
+            query = {"labels": case["label"], "grades": case["rel_scores"]}
+            ranking = ev.Ranking([case["prediction"]], [True], 0, {})
+            got = ev.published_ndcg(two_query_task(queries=[query]), ranking)
             assert got == pytest.approx({name: case["scores"][name] for name in got}, abs=1e-12) and len(got) == 6
 
 
@@ -320,10 +323,10 @@ def test_load_task_errors(tmp_path):
 
 def test_model_names():
     """The folder's name where it is enough, with parents where two models would write to one place."""
-    assert ev.model_names(["runs/toy/sft", "runs/toy/rl/"]) == ["sft", "rl"]
-    assert ev.model_names(["a/x/rl", "b/x/rl"]) == ["a-x-rl", "b-x-rl"]
+    assert model_names(["runs/toy/sft", "runs/toy/rl/"]) == ["sft", "rl"]
+    assert model_names(["a/x/rl", "b/x/rl"]) == ["a-x-rl", "b-x-rl"]
     with pytest.raises(SystemExit, match="twice"):
-        ev.model_names(["a/rl", "a/rl/"])
+        model_names(["a/rl", "a/rl/"])
 
 
 # ---- the whole run ---------------------------------------------------------------------------------------------
@@ -350,7 +353,7 @@ READ = []  # (samples, text) of every input that was embedded
 def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """Files with the promised keys, inputs embedded once over all tasks, misses for "moon", both tables printed; a
     second run embeds nothing and has the same scores."""
-    monkeypatch.setattr(ev.Embedder, "generate", generate_by_text)
+    monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     for model in ("sft", "rl"):
         shutil.copytree(tiny_dir, tmp_path / model)
@@ -404,6 +407,6 @@ def test_errors_of_the_command_line(tmp_path):
 
 def test_cache_knows_its_version(tiny_dir, monkeypatch):
     """A raised CACHE_VERSION leaves every older embedding unused."""
-    before = ev.hash_model(tiny_dir, torch.device("cpu"))
-    monkeypatch.setattr(ev, "CACHE_VERSION", ev.CACHE_VERSION + 1)
-    assert ev.hash_model(tiny_dir, torch.device("cpu")) != before
+    before = cache_file.hash_model(tiny_dir, torch.device("cpu"))
+    monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
+    assert cache_file.hash_model(tiny_dir, torch.device("cpu")) != before

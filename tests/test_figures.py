@@ -19,7 +19,8 @@ from conftest import ROOT, picture
 import model
 import reward
 import rl
-from eval import DistinctInputs, digests_of_media, load_task, save_shard
+from eval import load_task
+from support.cache import DistinctInputs, save_shard
 from support.run import BadInput, MissingFile
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -178,7 +179,7 @@ def made_up_answers(folder, outcomes):
     path = data / "tasks" / f"{figures.TASK}.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(task))
-    inputs = DistinctInputs([load_task(figures.TASK, data)], digests_of_media([load_task(figures.TASK, data)]))
+    inputs = DistinctInputs([load_task(figures.TASK, data)])
     unit = np.eye(3)
     disc = [unit[0], unit[0], unit[0], 0.8 * unit[0], unit[1]]  # queries, then candidates: the first is nearest
     gen = [unit[0], unit[0], 0.5 * unit[0], unit[0], unit[1]]  # here the second

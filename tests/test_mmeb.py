@@ -20,9 +20,13 @@ import torch
 from conftest import ROOT, run_processes
 
 import eval as ev
+import support.cache as cache_file
+import support.reasoner as reasoner_file
 from data import Skip, open_picture
 from model import Embedder
+from support.cache import EmbeddingCache, embed_inputs, media_of, shards
 from support.mmeb import sample_frames
+from support.reasoner import ablate_trace, embed_answers
 
 DATA = Path(__file__).parent / "data"
 FEW = ["VOC2007", "HMDB51", "VisRAG_ArxivQA"]  # one task of each modality, for runs that must be short
@@ -49,7 +53,7 @@ def below(root, paths):
 
 def as_read(task, root):
     """A task without the place of its root, to compare."""
-    plain = lambda item: (item["text"], below(root, ev.media_of(item)))  # noqa: E731
+    plain = lambda item: (item["text"], below(root, media_of(item)))  # noqa: E731
     queries = [(plain(q["input"]), q["labels"], q["grades"], q["candidates"]) for q in task.queries]
     return queries, [(key, *plain(item)) for key, item in task.candidates.items()]
 
@@ -71,13 +75,13 @@ def test_given_tasks_equal_the_published_parsers(mini):
         assert len(task.queries) == len(want["rows"])
         for got, row in zip(task.queries, want["rows"]):
             assert got["input"]["text"] == text_of(row["query_text"]), name
-            assert below(mini, ev.media_of(got["input"])) == row["query_media"], name
+            assert below(mini, media_of(got["input"])) == row["query_media"], name
             assert (got["labels"], got["grades"]) == (row["labels"], row["rel_scores"]), name
             if name == "QVHighlight":  # in directory order there
                 assert set(got["candidates"]) == set(row["candidates"])
             elif task.eval_type == "local":
                 assert got["candidates"] == row["candidates"], name
-        pool = [(key, item["text"], below(mini, ev.media_of(item))) for key, item in task.candidates.items()]
+        pool = [(key, item["text"], below(mini, media_of(item))) for key, item in task.candidates.items()]
         target = [(c["name"], text_of(c["text"]), c["media"]) for c in want["candidates"]]
         by_name = name == "QVHighlight"
         assert (sorted(pool) if by_name else pool) == (sorted(target) if by_name else target), name
@@ -94,7 +98,7 @@ def test_all_tasks_are_there(mini):
         assert task.main_metric == ("ndcg_linear@5" if task.modality == "visdoc" else "hit@1")
         for item in [*(q["input"] for q in task.queries), *task.candidates.values()]:
             assert "<|" not in item["text"] and item["text"] == item["text"].strip()
-            seen.update(ev.media_of(item))
+            seen.update(media_of(item))
     assert counts == {"image": 36, "video": 18, "visdoc": 24}
     assert list(groups.values()) == [10, 10, 12, 4, 5, 5, 5, 3, 10, 4, 6, 4]
     assert all(open_picture(path).size for path in seen)
@@ -162,7 +166,7 @@ def test_cards_and_links_are_not_needed(mini, own):
     for name in ev.MMEB:
         task = ev.load_task(name, own)
         paths = [path for item in [*(q["input"] for q in task.queries), *task.candidates.values()]
-                 for path in ev.media_of(item)]  # fmt: skip
+                 for path in media_of(item)]  # fmt: skip
         assert all(os.path.isfile(path) for path in paths), name
         assert len(task.queries) == len(ev.load_task(name, mini).queries)
 
@@ -317,7 +321,7 @@ def test_killed_run_goes_on(mini, writer_dir, tmp_path, monkeypatch):
             del entry["seconds"]
     assert again["tasks"] == whole["tasks"]
     (cache,) = (tmp_path / "killed" / writer_dir.name / "cache").iterdir()
-    keys = [key for rows, _ in ev.shards(cache) for key, *_ in rows]
+    keys = [key for rows, _ in shards(cache) for key, *_ in rows]
     assert len(keys) == len(set(keys)) == N
 
 
@@ -362,7 +366,7 @@ def test_unreadable_pictures_are_counted(own, writer_dir, tmp_path, capsys):
 
 def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
     """A disk that fails once must not leave a miss in the cache: the bytes, and so the input's key, are the same."""
-    real = ev.encode_input
+    real = cache_file.encode_input
 
     def failing(tokenizer, item, answer, **given):
         if "VOC2007_2" in "".join(item["images"]):
@@ -370,7 +374,7 @@ def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
         return real(tokenizer, item, answer, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "encode_input", failing)
+        patch.setattr(cache_file, "encode_input", failing)
         assert run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
     scores = run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])
     assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
@@ -405,11 +409,11 @@ def test_equal_inputs_are_embedded_once(mini, writer_dir, tmp_path):
 def test_ablated_texts():
     """The reasoning goes, or is another one's; what has none, and a lone reasoning, stay as they are."""
     texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
-    got = ev.ablate_trace(texts)
+    got = ablate_trace(texts)
     assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
     assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
                               "<think>a</think>3"]  # fmt: skip
-    assert ev.ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
+    assert ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
 
 
 def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
@@ -426,7 +430,7 @@ def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
 def test_ablation_without_an_embedding_is_a_miss(mini, writer_dir, tmp_path, monkeypatch):
     """Bug story: where <gen_emb> stood in the reasoning only, the text without it has none; its zero vector was ranked
     as a valid one, equal to all candidates, and the first of them, the right one, won: hit@1 of 100."""
-    monkeypatch.setattr(ev, "ablate_trace", lambda texts: {
+    monkeypatch.setattr(reasoner_file, "ablate_trace", lambda texts: {
         kind: [text.replace("<gen_emb>", "") for text in texts] for kind in ("removed", "swapped")})  # fmt: skip
     scores = run(mini, writer_dir, tmp_path, "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
     for got in scores["tasks"]["VOC2007"]["ablate"].values():
@@ -437,7 +441,7 @@ def test_rereading_an_unreadable_input(writer_dir):
     """A picture that is gone by the time its trace is read is a problem, so that it is tried again, and not valid."""
     settings, trace = ev.Settings(batch_size=2, workers=0), "<think>a</think><answer>b<gen_emb>"
     items = [{"text": text, "images": ["gone.png"] * (text == "b"), "video": []} for text in "abc"]
-    rows = ev.embed_inputs(ev.Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
+    rows = embed_inputs(Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
     keys, problems, _, _, valid, *_ = zip(*sorted(rows, key=lambda row: row[0]))
     assert keys == ("a", "b", "c") and [bool(x) for x in valid] == [True, False, True]
     assert [bool(x) for x in problems] == [False, True, False] and "gone.png" in problems[1]
@@ -525,8 +529,8 @@ def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_pa
     items = [{"text": "what", "images": [], "video": []}, {"text": "and", "images": [], "video": []}]
     texts = [["<think>a</think><answer>b<gen_emb>", "<think>a</think><answer>c<gen_emb>"], ["no embedding"] * 2]
     settings = ev.Settings(out=str(tmp_path), workers=0, batch_size=3)
-    cache = ev.EmbeddingCache(reader, reader_dir, settings, "reader")
-    got = ev.embed_answers(cache, ["x", "y"], items, texts)
+    cache = EmbeddingCache(reader, reader_dir, settings, "reader")
+    got = embed_answers(cache, ["x", "y"], items, texts)
     assert cache.encoded == {"answers": 3} and got["valid"].tolist() == [[True, True], [False, False]]
     for s in range(2):
         want = reader.embed(items, traces=[answers[s] for answers in texts])
@@ -667,7 +671,7 @@ def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
         reason(mini, writer_dir, file, tmp_path / "out", samples=4)
     with pytest.raises(ValueError, match="there already and may hold answers"):
         ev.main(["--root", str(mini), "--export", str(file)])
-    monkeypatch.setattr(ev, "digests_of_media", None)  # before all media are read
+    monkeypatch.setattr(cache_file, "digests_of_media", None)  # before all media are read
     with pytest.raises(ValueError, match="NAME.jsonl"):
         ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
     wrong = tmp_path / "answers.json"

@@ -18,6 +18,7 @@ from test_eval import arrays, generate_by_text, unit, write_tasks
 
 import eval as ev
 from data import open_picture
+from model import Embedder
 from support.report import REPORT_BYTES, parts_of_answer, read_curves, sampled_queries, training_runs, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -153,7 +154,7 @@ def test_sampled_queries(queries, tasks, wanted, want):
 def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """eval.py writes the report for all models; from the cache alone it is the same, byte for byte; a query without
     <gen_emb> ("moon") ranks nothing in gen; --report_queries 0 leaves it out."""
-    monkeypatch.setattr(ev.Embedder, "generate", generate_by_text)
+    monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     (tmp_path / "images").mkdir()
     picture(0).save(tmp_path / "images/x.png")
