@@ -5,7 +5,7 @@ and writes one greedy answer, which gives two embeddings: disc at <disc_emb> of 
 of the answer. With --samples S it also samples S answers to each query at --temperature. The value of a task is the
 mean over its queries, in every mode:
 
-    disc, gen           queries and candidates both in this mode
+    disc, gen           both queries and candidates in this mode
     fused               the mean of both cosines: one dot product of [disc, gen] / sqrt(2); not in the paper
     oracle              for each query and metric the better of disc and gen. It uses the labels: an upper bound of
                         choosing between the two. (fused adds them and may be above it.)
@@ -489,10 +489,8 @@ def evaluate(cache, tasks, inputs, settings, answers=None):
         shown = report.sampled_queries(len(q), len(tasks), settings.report_queries)
         scored = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q), shown)
         entry, columns, rankings[task.name] = scored
-        about = {name: getattr(task, name) for name in ("modality", "group", "main_metric")}
-        about |= {"num_queries": len(task.queries), "num_candidates": len(task.candidates)}
         rows = np.concatenate([q, c])
-        scores[task.name] = about | entry | generation_metrics(greedy, rows)
+        scores[task.name] = report.about_task(task) | entry | generation_metrics(greedy, rows)
         for kind, arrays in ablated.items():
             entry, *_ = score_task(task, take(arrays, q), take(arrays, c))
             changed = {"gen": entry["gen"], "cosine": reasoner.mean_cosine(greedy, arrays, rows)}

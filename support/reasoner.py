@@ -56,9 +56,9 @@ def check_reasoner(settings):
         if not os.path.isfile(settings.reasoner):
             raise MissingFile(f"--reasoner {settings.reasoner}: no such file; its keys: python eval.py --export FILE")
         if settings.samples:
-            raise BadInput("--samples: a file of answers has one of each input; give --samples 0")
+            raise BadInput("--samples: a file of answers has one answer per input; give --samples 0")
     elif os.path.isfile(settings.reasoner):
-        raise BadInput(f"--reasoner {settings.reasoner}: neither a model's folder nor a file of lines, NAME.jsonl")
+        raise BadInput(f"--reasoner {settings.reasoner}: not a file of lines; give NAME.jsonl or a model's folder")
 
 
 def check_models(names):
@@ -128,9 +128,9 @@ def embed_answers(cache, keys, items, texts, everywhere=False):
 
 def check_export(path):
     if Path(path).suffix != ".jsonl":
-        raise BadInput(f"--export {path}: the file is one of lines, NAME.jsonl")
+        raise BadInput(f"--export {path}: a file of lines is written; give NAME.jsonl")
     if Path(path).exists():
-        raise BadInput(f"--export {path}: the file is there already and may hold answers; delete it or name another")
+        raise BadInput(f"--export {path}: the file already exists and may hold answers; delete it or give another name")
 
 
 def export_inputs(path, keys, items, blank_image):
@@ -162,13 +162,13 @@ def read_answers(path, keys, items):
     for i, (_, _, row) in enumerate(scan_rows(path)):
         name = f"{path}, row {i}"
         if not isinstance(row.get("key"), str) or "answer" not in row:
-            raise BadInput(f"{name}: needs a key and an answer; python eval.py --export FILE writes the keys")
+            raise BadInput(f"{name}: key or answer is missing; python eval.py --export FILE writes the keys")
         key, answer = row["key"], row["answer"]
         if key not in wanted or answer is None:
             continue
         check_text(answer, name)
         if answer_of.setdefault(key, answer) != answer:
-            raise BadInput(f"{name}: another answer for a key that was there before, {key}; leave one of them out")
+            raise BadInput(f"{name}: another answer for the key {key}, which an earlier row has; remove one of them")
     missing = [n for n, key in enumerate(keys) if key not in answer_of]
     if missing:
         text = items[missing[0]]["text"][:60]

@@ -308,16 +308,16 @@ def test_load_task_errors(tmp_path):
         ({"eval_type": "globe"}, "globe"),
         ({"main_metric": "hit"}, "main_metric 'hit'"),
         ({"queries": []}, "no queries"),
-        ({"eval_type": "local"}, "query 0 of a local task"),
-        ({"eval_type": "local", "queries": [query | {"candidates": ["x"]}]}, "query 0 ranks keys .*'x'"),
-        ({"queries": [query, query | {"grades": [1, 2]}]}, "query 1 has not one grade"),
+        ({"eval_type": "local"}, "query 0: has no candidates .* the task is local"),
+        ({"eval_type": "local", "queries": [query | {"candidates": ["x"]}]}, "query 0: ranks keys .*'x'"),
+        ({"queries": [query, query | {"grades": [1, 2]}]}, "query 1: grades must be one number per label"),
     ]:
         path.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message) as error:
             ev.load_task("test/cls", tmp_path)
         assert "cls.json" in str(error.value)
     path.write_text(json.dumps({k: v for k, v in good.items() if k != "group"}))
-    with pytest.raises(ValueError, match=r"lacks \['group'\]"):
+    with pytest.raises(ValueError, match=r"the keys \['group'\] are missing"):
         ev.load_task("test/cls", tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_check_says_what_is_wrong_with_own_tasks(tmp_path, capsys):
     write_task(tmp_path, "broken", main_metric="hits")
     assert check(tmp_path) == 1
     printed = capsys.readouterr().out
-    assert "main_metric 'hits' is none of" in printed and "1 of 2 tasks are complete" in printed
+    assert "main_metric 'hits' is not one of" in printed and "1 of 2 tasks are complete" in printed
     assert check(tmp_path, "nope") == 1
     printed = capsys.readouterr().out
     assert "known tasks: broken, mine" in printed and "missing for" not in printed

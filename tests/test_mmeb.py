@@ -216,7 +216,7 @@ def test_check(own, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.main(check)
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "7 of 7 tasks are complete; 7 have not the known number" in printed
+    assert stop.value.code == 0 and "7 of 7 tasks are complete; 7 do not have the known number" in printed
     (own / "image-tasks/CIRR/cand_3.png").unlink()
     broken = next((own / "image-tasks/RefCOCO").rglob("*.jpg"))
     broken.write_bytes(broken.read_bytes()[:200])
@@ -596,10 +596,10 @@ def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda rows: rows[:-2], r"no answer for 2 of \d+ inputs.*--export"),
     (lambda rows: [rows[0] | {"answer": None}, *rows[1:]], r"no answer for 1 of \d+ inputs"),
-    (lambda rows: [*rows, rows[0] | {"answer": "another <gen_emb>"}], "another answer for a key"),
+    (lambda rows: [*rows, rows[0] | {"answer": "another <gen_emb>"}], "another answer for the key"),
     (lambda rows: [*rows[:3], rows[3] | {"answer": "<|im_end|>"}, *rows[4:]], "row 3: the text contains the control"),
     (lambda rows: [*rows[:3], rows[3] | {"answer": 7}, *rows[4:]], "row 3: the text is no string but int"),
-    (lambda rows: [{"key": "x"}, *rows], "row 0: needs a key and an answer"),
+    (lambda rows: [{"key": "x"}, *rows], "row 0: key or answer is missing"),
     (lambda rows: [row | {"answer": "a thing"} for row in rows], r"none of its \d+ answers has a <gen_emb>"),
 ])  # fmt: skip
 def test_a_file_of_answers_that_cannot_be_used(mini, writer_dir, tmp_path, change, message):
@@ -669,14 +669,14 @@ def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
     file.write_text("")
     with pytest.raises(ValueError, match="give --samples 0"):
         reason(mini, writer_dir, file, tmp_path / "out", samples=4)
-    with pytest.raises(ValueError, match="there already and may hold answers"):
+    with pytest.raises(ValueError, match="already exists and may hold answers"):
         ev.main(["--root", str(mini), "--export", str(file)])
     monkeypatch.setattr(cache_file, "digests_of_media", None)  # before all media are read
     with pytest.raises(ValueError, match="NAME.jsonl"):
         ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
     wrong = tmp_path / "answers.json"
     wrong.write_text("[]")
-    with pytest.raises(ValueError, match="neither a model's folder nor a file of lines"):
+    with pytest.raises(ValueError, match="not a file of lines; give NAME.jsonl or a model's folder"):
         reason(mini, writer_dir, wrong, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no model folder"):
         reason(mini, writer_dir, tmp_path / "nothing", tmp_path / "out")

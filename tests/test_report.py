@@ -167,7 +167,7 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     ev.main(run)
     assert f"{out}/report.html: 7 queries of 2 tasks" in capsys.readouterr().out
     data = data_of(out / "report.html")
-    assert [model["name"] for model in data["models"]] == ["sft", "rl"] and len(data["pictures"]) == 1
+    assert [model["name"] for model in data["models"]] == ["sft", "rl"] and len(data["images"]) == 1
     assert data["runs"][0]["curves"] == {"reward": [[1, 0.5]]} and data["models"][1]["runs"] == [0]
     moon = data["examples"][2]
     assert moon["input"]["text"] == "find green moon" and moon["models"][0]["rankings"]["gen"]["num_ranked"] == 0
@@ -239,8 +239,8 @@ def test_unreadable_pictures_are_said(tmp_path):
     tasks = [task_of(queries=1, images=paths)]
     write_report(tmp_path / "report.html", tasks, {"m": model_of(tasks)}, open_picture)
     data = data_of(tmp_path / "report.html")
-    good, *bad = data["examples"][0]["input"]["pictures"]
-    assert list(data["pictures"]) == [good["digest"]]
+    good, *bad = data["examples"][0]["input"]["images"]
+    assert list(data["images"]) == [good["digest"]]
     assert all(path in one["problem"] for path, one in zip(paths[1:], bad))
 
 
@@ -270,7 +270,7 @@ def test_size_is_bounded(tmp_path, capsys):
     write_report(path, world, models, noise)
     data = data_of(path)
     assert path.stat().st_size < REPORT_BYTES and len(data["examples"]) == 2 * 78
-    assert len(set(data["pictures"].values())) == len(data["pictures"])
+    assert len(set(data["images"].values())) == len(data["images"])
 
     limit = path.stat().st_size * 8 // 10
     capsys.readouterr()
@@ -338,7 +338,7 @@ def test_page_is_complete(hostile_page):
     dom = browse(hostile_page)
     body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     assert body.count('class="ranking"') == body.count("✓ right") == 2 * 3
-    assert '<html lang="en">' in dom and "no picture</strong>" in body and 'class="fill"' in body
+    assert '<html lang="en">' in dom and "no image</strong>" in body and 'class="fill"' in body
     assert body.count("<polyline") > 1
     levels = [int(level) for level in re.findall(r"<h([1-6])", body)]
     assert levels[0] == 1 and max(b - a for a, b in zip(levels, levels[1:])) == 1
