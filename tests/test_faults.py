@@ -202,7 +202,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     printed = capsys.readouterr().out
     if value == 0:
         assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
-        assert "candidates tie for the first place, so that the order of the list decides, for 4 in disc" in printed
+        assert "candidates tie for the first rank, so the order of the list decides, for 4 in disc" in printed
     else:
         assert entry["not_finite"] == 8 and "8 of 8 inputs have an embedding that is not finite" in printed
         assert all(entry[mode][metric] == 0 for mode in ev.MODES for metric in ev.METRICS)
