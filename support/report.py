@@ -91,8 +91,8 @@ def print_what_is_replaced(path, scores):
 def sources(scores):
     """Return the absolute paths of the model and of the reasoner, if any, that have these scores."""
     args = scores["args"]
-    name_of = name_models(args["model"], args.get("reasoner", ""))  # files older than --reasoner have no "reasoner"
-    names = (scores["model"], scores.get("reasoner"))
+    name_of = name_models(args["model"], args["reasoner"])
+    names = (scores["model"], scores["reasoner"])
     return {os.path.abspath(path) for path, name in name_of.items() if name in names}
 
 

@@ -189,9 +189,7 @@ def unit(x):
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
     """Query 1 and candidate a have no <gen_emb>, and their gen states are NaN: in fused disc decides, without a miss.
-
-    Such a candidate has half of its disc cosine. A query without a disc embedding is a miss.
-    """
+    Such a candidate has half of its disc cosine. A query without a disc embedding is a miss."""
     x, y, nan = [1.0, 0.0], [0.0, 1.0], [math.nan] * 2
     queries = arrays([[x], [nan]], disc=[x, y], valid=[[True], [False]])
     candidates = arrays([[nan], [y]], disc=[x, y], valid=[[False], [True]])

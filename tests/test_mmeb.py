@@ -150,9 +150,7 @@ def test_frames(tmp_path):
 
 def test_cards_and_links_are_not_needed(mini, own):
     """Without dataset cards the files are found by their names among decoys.
-
-    Without links for the paths of the yaml file, media are found in the folders of the archives.
-    """
+    Without links for the paths of the yaml file, media are found in the folders of the archives."""
     for card in own.rglob("README.md"):
         card.unlink()
     for name in ev.MMEB:
@@ -213,9 +211,7 @@ def test_errors_name_the_file_and_the_remedy(own):
 
 def test_check(own, capsys):
     """Complete files: exit 0. A missing image, a broken one and missing annotations: exit 1, names and commands.
-
-    Bug story: the table was 390 columns wide, and each row advised to start this same command.
-    """
+    Bug story: the table was 390 columns wide, and each row advised to start this same command."""
     check = ["--check", "--root", str(own), "--tasks", "I-VG", "CIRR", "MSVD", "VisRAG_PlotQA"]
     with pytest.raises(SystemExit) as stop:
         ev.main(check)
@@ -252,10 +248,6 @@ def test_scores_that_are_replaced_are_named(mini, writer_dir, tmp_path, capsys):
     assert "no longer has" not in capsys.readouterr().out
     run(mini, writer_dir, tmp_path, tasks=["VOC2007"])
     assert "scores.json no longer has HMDB51 (the cache has their embeddings)" in capsys.readouterr().out
-    older = tmp_path / writer_dir.name / "scores.json"  # as before there was a --reasoner
-    scores = json.loads(older.read_text())
-    del scores["reasoner"], scores["args"]["reasoner"]
-    older.write_text(json.dumps(scores))
     other = tmp_path / "other" / writer_dir.name  # another model of this name
     shutil.copytree(writer_dir, other)
     run(mini, other, tmp_path, tasks=["VOC2007"])
@@ -266,9 +258,7 @@ def test_scores_that_are_replaced_are_named(mini, writer_dir, tmp_path, capsys):
 
 def test_a_part_of_the_tasks_has_no_overall(mini, writer_dir, tmp_path, capsys):
     """3 of 78 tasks: group means are marked, there is no overall, published rows are next to ours.
-
-    The leaderboard files have its keys, its mark for missing tasks and the names of the corrected page sets.
-    """
+    The leaderboard files have its keys, its mark for missing tasks and the names of the corrected page sets."""
     scores = run(mini, writer_dir, tmp_path / "out", "--samples", 2, "--workers", 1)
     assert list(scores["tasks"]) == FEW and scores["overall"] is None
     printed = capsys.readouterr().out
@@ -307,9 +297,7 @@ def counting(monkeypatch, log, kill_after=None):
 
 def test_killed_run_resumes(mini, writer_dir, tmp_path, monkeypatch):
     """kill -9 after 45 of about 100 inputs, and again: the scores are those of an undisturbed run.
-
-    A kill costs at most --save_every inputs, and the shards hold every input once.
-    """
+    A kill costs at most --save_every inputs, and the shards hold every input once."""
     undisturbed = run(mini, writer_dir, tmp_path / "undisturbed", "--save_every", 10)
     N, log = undisturbed["encoded"]["greedy"], tmp_path / "log"
     assert N > 80
@@ -335,9 +323,7 @@ def test_killed_run_resumes(mini, writer_dir, tmp_path, monkeypatch):
 
 def test_a_stale_result_is_never_used(own, writer_dir, tmp_path):
     """An image's bytes under the same name, size and time, a weight, or a setting: each change embeds again.
-
-    Moving the data does not.
-    """
+    Moving the data does not."""
     model = shutil.copytree(writer_dir, tmp_path / "model")
     encoded = lambda root, *flags: run(root, model, tmp_path / "out", *flags, tasks=["VOC2007"])["encoded"]  # noqa: E731
     first = encoded(own)["greedy"]
@@ -439,9 +425,7 @@ def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
 
 def test_ablation_without_an_embedding_is_a_miss(mini, writer_dir, tmp_path, monkeypatch):
     """Bug story: an answer with <gen_emb> only in its reasoning has none after ablation.
-
-    Its zero vector was ranked as valid. It ties with all candidates, and the first of them is right: hit@1 of 100.
-    """
+    Its zero vector was ranked as valid. It ties with all candidates, and the first of them is right: hit@1 of 100."""
     monkeypatch.setattr(reasoner_file, "ablate_trace", lambda texts: {
         kind: [text.replace("<gen_emb>", "") for text in texts] for kind in ("removed", "swapped")})  # fmt: skip
     scores = run(mini, writer_dir, tmp_path, "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
@@ -496,9 +480,7 @@ def reason_scores(out, model, reasoner):
 
 def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path, monkeypatch, capsys):
     """A model's cached answers are not written again. The tables and files name both models.
-
-    The answers decide gen and do not affect disc. A file with the same answers gives the same scores.
-    """
+    The answers decide gen and do not affect disc. A file with the same answers gives the same scores."""
     out = tmp_path / "out"
     own_scores = run(mini, writer_dir, out)
     alone = run(mini, reader_dir, out)
@@ -555,9 +537,7 @@ def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_pa
 
 def test_a_reasoners_samples_are_read(mini, writer_dir, reader_dir, tmp_path):
     """--samples k: the reasoner writes k answers to each query and the embedder reads them all.
-
-    Two ranks give the same scores. So does a second run, which embeds nothing.
-    """
+    Two ranks give the same scores. So does a second run, which embeds nothing."""
     one = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
     entry = one["tasks"]["VOC2007"]
     assert set(entry["pass@k"]) == {"1", "2"}
@@ -697,9 +677,7 @@ def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
 
 def test_model_in_the_layout_of_the_hub(mini, writer_dir, tmp_path):
     """A folder like UME-R1's, with the flat configuration of older versions and both tokens, has the same scores.
-
-    Nothing is added or initialised again.
-    """
+    Nothing is added or initialised again."""
     hub = Path(shutil.copytree(writer_dir, tmp_path / writer_dir.name))
     config = json.loads((hub / "config.json").read_text())
     text, vision = config.pop("text_config"), config["vision_config"]

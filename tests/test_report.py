@@ -89,9 +89,7 @@ def model_of(tasks, disc=lambda q: q, gen=lambda q: q, answer="<think>because</t
 
 def test_similarities_are_the_dot_products(tmp_path):
     """The top five of disc, gen and fused are in the order of the dot products, which are the similarities.
-
-    The right candidate is marked. Its rank is given even if it is not among the five.
-    """
+    The right candidate is marked. Its rank is given even if it is not among the five."""
     rng = np.random.default_rng(0)
     fields = task_of(queries=5, candidates=9)
     fields["queries"][3]["labels"] = ["no candidate"]
@@ -155,9 +153,7 @@ def test_sampled_queries(queries, tasks, wanted, want):
 
 def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """eval.py writes the report for all models. From the cache alone it is equal byte for byte.
-
-    A query without <gen_emb> ("moon") ranks nothing in gen. --report_queries 0 writes no report.
-    """
+    A query without <gen_emb> ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     (tmp_path / "images").mkdir()
@@ -189,9 +185,7 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
 
 def test_curves(tmp_path):
     """Points are means over neighbouring steps. NaN and a truncated line are left out.
-
-    The runs of rl include its sft run. A run that two models share is listed once.
-    """
+    The runs of rl include its sft run. A run that two models share is listed once."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     for folder, before in ((sft, "base"), (rl, str(sft))):
         folder.mkdir()
@@ -270,10 +264,8 @@ def large_world(tasks=78):
 
 def test_size_is_bounded(tmp_path, capsys):
     """78 tasks and two models fit completely. Each distinct image is stored once.
-
     With a lower limit the file stays below it and every task still has a query. The page and the command line report
-    how many queries are left out.
-    """
+    how many queries are left out."""
     world, models = large_world()
     path = tmp_path / "report.html"
     write_report(path, world, models, noise)
@@ -329,9 +321,7 @@ def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
 ])  # fmt: skip
 def test_filters(hostile_page, choice, want):
     """The address selects task, model and result. An unknown value counts as no choice.
-
-    No hostile script has run, and the console is empty.
-    """
+    No hostile script has run, and the console is empty."""
     dom = browse(hostile_page, choice)
     shown = shown_queries(dom)
     assert len(shown) == want
