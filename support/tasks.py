@@ -31,12 +31,12 @@ def choose_tasks(settings):
     check_all = settings.check and (settings.tasks or not own or (root / "annotations").is_dir())
     published = [name for name, about in MMEB.items()
                  if check_all or (root / "annotations" / about["repo"]).is_dir()]  # fmt: skip
-    if not settings.tasks and not own + published:
-        hint = f"; to run your own: --tasks {' '.join(known)}" if known else ""
-        raise SystemExit(f"no task files in {root}/tasks/test and no files of MMEB in {root}/annotations{hint}; to "
-                         "make the toy world: python data.py toy; MMEB: python eval.py --check --root ROOT --tasks "
-                         "image video visdoc")  # fmt: skip
     if not settings.tasks:
+        if not own + published:
+            hint = f" To run your own: --tasks {' '.join(known)}." if known else ""
+            raise SystemExit(f"{root} has no task files in tasks/test and no files of MMEB in annotations.{hint} To "
+                             "make the toy world: python data.py toy. To get MMEB: python eval.py --check --root "
+                             "ROOT --tasks image video visdoc")  # fmt: skip
         return own + published
     names = []
     for wanted in settings.tasks:
