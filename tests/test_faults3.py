@@ -183,7 +183,7 @@ def test_groups_without_annotations(tmp_path, capsys):
     write_task(tmp_path)
     with pytest.raises(MissingFile, match="--tasks image: .*annotations has none of its 36 tasks.*--check"):
         ev.main(["--root", str(tmp_path), "--tasks", "image"])
-    with pytest.raises(SystemExit, match="your own: --tasks mine;"):
+    with pytest.raises(SystemExit, match=r"your own: --tasks mine\."):
         ev.main(["--root", str(tmp_path)])
     assert check(tmp_path, "I-VG") == 1 and "0 of 4 tasks are complete" in capsys.readouterr().out
     (tmp_path / "annotations").mkdir()
