@@ -1,13 +1,11 @@
-"""The 78 published tasks of MMEB: their files read, checked, and their scores beside the published ones.
+"""The 78 published tasks of MMEB: read and check their files, compare scores with the published ones.
 
-Takes and gives plain values: fields of a task, rows, dicts of scores. eval.py imports this file, never the reverse.
-
-assets/mmeb_v2.json names per task the repository of its annotations, the columns that are read, where its media lie,
-the parser and its instructions. load_mmeb() follows it:
+assets/mmeb_v2.json names for each task the repository of its annotations, the columns to read, the folders of its
+media, the parser and the instructions. load_mmeb() follows it:
 
     ROOT/annotations/REPO  ->  annotation_files()  ->  read_table()  ->  parse_row(), or visdoc_rows()  ->  a task
 
-An input is {"text", "images": [path], "video": [frame path]}, as everywhere.
+An input is {"text", "images": [path], "video": [frame path]}.
 """
 
 import hashlib
@@ -30,6 +28,7 @@ from support.program import BadInput, MissingFile, Progress, Skip, text_table
 
 ASSET = json.loads((Path(__file__).parent.parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
 MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data, in the order of the published tables
+GRADED = ("ViDoRe_esg_reports_human_labeled_v2", "ViDoSeek-doc", "MMLongBench-doc")  # labels of different grades
 
 # --------------------------------------------------------------------------------------------------------------
 # From the published files to the fields of a task
@@ -37,7 +36,7 @@ MMEB = {task["name"]: task for task in ASSET["tasks"]}  # the 78 tasks as data, 
 
 class Candidates(NamedTuple):
     keys: list[str | int]
-    build: Callable  # place in keys -> the input; called for a new key only: lists of a thousand repeat row after row
+    build: Callable  # index in keys -> the input; only called for a new key, because rows repeat lists of a thousand
 
 
 class ParsedRow(NamedTuple):
@@ -48,10 +47,10 @@ class ParsedRow(NamedTuple):
 
 
 def load_mmeb(name, root, vidore_instruction=True):
-    """The fields of one of the 78 tasks, as eval.py's Task has them.
+    """Return the fields of one of the 78 tasks, as in eval.py's Task.
 
-    The candidates keep the order in which their keys are first seen, the rows' before the corpus', and a key's first
-    content.
+    The candidates are in the order in which their keys first appear: those of the rows, then those of the corpus. A key
+    has the content of its first appearance.
     """
     about = MMEB[name]
     folder = root / "annotations" / about["repo"]
@@ -67,7 +66,7 @@ def load_mmeb(name, root, vidore_instruction=True):
     for row in parsed:
         add_candidates(pool, row.candidates)
         listed = None
-        if about["eval_type"] == "local":  # interned: a thousand names a query would else be a thousand new strings
+        if about["eval_type"] == "local":  # interned: a thousand names per query repeat
             listed = [sys.intern(key) for key in row.candidates.keys]
         queries.append({"input": row.query, "labels": one_or_more(row.labels), "grades": row.grades,
                         "candidates": listed})  # fmt: skip
@@ -81,13 +80,13 @@ def load_mmeb(name, root, vidore_instruction=True):
 
 
 def media_folder(about, root):
-    """The first of the places where the media may lie that is there."""
-    places = [root / place for place in about["media"]]
-    return next((place for place in places if place.is_dir()), places[0])
+    """Return the first existing folder of those that may hold the media."""
+    folders = [root / folder for folder in about["media"]]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def parsed_rows(about, folder, media, root):
-    """Yields the ParsedRow of every row of an image or video task."""
+    """Yield the ParsedRow of every row of an image or video task."""
     rows = []
     for config in about["configs"]:
         for path in annotation_files(folder, config, about["split"]):
@@ -97,13 +96,13 @@ def parsed_rows(about, folder, media, root):
 
 
 def add_candidates(pool, candidates):
-    for place, key in enumerate(candidates.keys):
+    for i, key in enumerate(candidates.keys):
         if key not in pool:
-            pool[key] = candidates.build(place)
+            pool[key] = candidates.build(i)
 
 
 def check_texts(queries, pool, folder, name):
-    """Now, not after hours of embedding."""
+    """Raise BadInput for a text that cannot be encoded: now, not after hours of embedding."""
     for i, query in enumerate(queries):
         check_text(query["input"]["text"], f"{folder}, query {i} of {name}")
     for key, item in pool.items():
@@ -117,7 +116,7 @@ HOW_TO_GET = "; how to get them: python eval.py --check --root ROOT --tasks NAME
 
 
 def annotation_files(folder, config, split):
-    """The files of one config and split: as the dataset card's configs say, else by their names."""
+    """Return the files of one config and split: those of the dataset card, or those with matching names."""
     files = files_of_card(folder, config, split) or files_by_name(folder, config, split)
     if not files:
         raise MissingFile(f"{folder} has no files of config {config or 'default'}, split {split}{HOW_TO_GET}")
@@ -129,12 +128,12 @@ SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(\.\w+)")  # NAME-00000-o
 
 
 def refuse_missing_shards(files):
-    """Raises where a shard of a table is missing: with fewer candidates the scores would be higher."""
-    shards = {}  # (folder, NAME, ending) -> [(N, number)] of its NAME-number-of-N
+    """Raise MissingFile if a shard of a table is missing: with fewer candidates the scores would be higher."""
+    shards = {}  # (folder, NAME, ending) -> [(N, index)] of its NAME-index-of-N
     for path in files:
         if found := SHARD.fullmatch(path.name):
-            name, number, total, ending = found.groups()
-            shards.setdefault((path.parent, name, ending), []).append((total, int(number)))
+            name, index, total, ending = found.groups()
+            shards.setdefault((path.parent, name, ending), []).append((total, int(index)))
     for (folder, name, ending), found in shards.items():
         totals = sorted({total for total, _ in found})
         if len(totals) > 1 or len(set(found)) < len(found):
@@ -142,7 +141,7 @@ def refuse_missing_shards(files):
                            "rows would be read twice. Delete the older files")  # fmt: skip
         n = int(totals[0])
         first = int((totals[0], n) in found)  # some tools count from 1
-        absent = sorted(set(range(first, first + n)) - {number for _, number in found})
+        absent = sorted(set(range(first, first + n)) - {index for _, index in found})
         if absent:
             example = f"{name}-{absent[0]:0{len(totals[0])}}-of-{totals[0]}{ending}"
             raise MissingFile(f"{folder}: {len(absent)} of {n} files {name}-* are missing, e.g. {example}{HOW_TO_GET}")
@@ -154,7 +153,7 @@ def files_of_card(folder, config, split):
         card = metadata_load(folder / "README.md")
     configs = {entry.get("config_name"): entry.get("data_files") for entry in (card or {}).get("configs", [])}
     parts = configs.get(config or "default")
-    if not config and len(configs) == 1:  # the only one is the default one, whatever it is called
+    if not config and len(configs) == 1:  # a single config is the default, under any name
         parts = next(iter(configs.values()))
     files = []
     absent = []
@@ -181,7 +180,7 @@ def files_by_name(folder, config, split):
 
 
 def read_table(path, columns):
-    """Rows of a parquet, json or jsonl file as dicts."""
+    """Return the rows of a parquet, json or jsonl file as dicts."""
     if path.suffix == ".parquet":
         return list(read_parquet(path, columns))
     rows = read_rows(path)
@@ -195,7 +194,7 @@ def read_table(path, columns):
 
 
 def mmeb_input(text, images=(), video=()):
-    """UME-R1 gives the media first and the text stripped, without the published marks of their places."""
+    """Return an input. UME-R1 puts the media first, strips the text and drops the published media marks."""
     text = re.sub(r"<\|(image_1|image_pad|video_pad)\|>", "", text)
     return {"text": text.strip(), "images": [str(path) for path in images], "video": list(video)}
 
@@ -205,22 +204,22 @@ def clip_input(folder, text, n=NUM_FRAMES):
 
 
 def texts_as_candidates(keys, texts=None):
-    """texts: where they are others than the keys."""
+    """Return text candidates. texts: None if the keys are the texts."""
     texts = keys if texts is None else texts
-    return Candidates(keys, lambda place: mmeb_input(texts[place]))
+    return Candidates(keys, lambda i: mmeb_input(texts[i]))
 
 
 def clips_as_candidates(folders, root, target, n=NUM_FRAMES):
-    """Videos of n frames; the key of one is its folder's path below the root."""
+    """Return video candidates of n frames. A key is the path of the folder, relative to the root."""
     keys = [folder.relative_to(root).as_posix() for folder in folders]
-    return Candidates(keys, lambda place: clip_input(folders[place], target, n))
+    return Candidates(keys, lambda i: clip_input(folders[i], target, n))
 
 
 def sample_frames(folder, n=NUM_FRAMES):
-    """n frames, evenly spread, of a folder of frame files in natural order (2 before 10); all where there are fewer,
-    or n is None.
+    """Return n frames, evenly spread, of a folder of frame files in natural order (2 before 10).
 
-    A folder that is missing or empty stands for itself: it cannot be read as a picture, so the input is a miss.
+    All frames if there are fewer, or if n is None. A missing or empty folder is returned as if it were a frame: it is
+    an unreadable image, so the input is a miss.
     """
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png"))]
@@ -237,11 +236,11 @@ def natural_order(name):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# A row of an image or video task -> ParsedRow. What looks odd here is as the published parsers have it.
+# A row of an image or video task -> ParsedRow. Odd details are those of the published parsers.
 
 
 def parse_row(about, row, media, root, name):
-    """name: of the row, for messages."""
+    """Return the ParsedRow. name: of the row, for messages."""
     try:
         if about["modality"] == "image":
             return image_row(about, row, media)
@@ -254,7 +253,7 @@ def parse_row(about, row, media, root, name):
 
 def image_row(about, row, media):
     candidates = image_candidates(about["parser"], row, media)
-    right = candidates.keys[0]  # it stands first
+    right = candidates.keys[0]  # published so
     return ParsedRow(image_query(about["parser"], row, media), candidates, right)
 
 
@@ -275,22 +274,22 @@ def image_candidates(kind, row, media):
     if kind not in ("image_t2i", "image_i2i_vg"):
         return texts_as_candidates(captions)
     target = row["tgt_inst"].replace("<|image_1|>", "")
-    has_captions = captions[0].strip() != ""  # a first one that is blank says that there are none
+    has_captions = captions[0].strip() != ""  # a blank first caption means that there are none
     pairs = list(zip(row["tgt_img_path"], captions))
 
-    def build(place):
-        path, caption = pairs[place]
+    def build(i):
+        path, caption = pairs[i]
         text = f"{target} {caption}" if has_captions else target
         return mmeb_input(tidy(text), [media / path])
 
     if kind == "image_t2i":
         return Candidates([path for path, _ in pairs], build)
-    keys = [f"{path}:" + caption.strip('"') for path, caption in pairs]  # several regions of one picture
+    keys = [f"{path}:" + caption.strip('"') for path, caption in pairs]  # several regions of one image
     return Candidates(keys, build)
 
 
 def tidy(text):
-    """As MMEB-V1 had it."""
+    """Return the text as MMEB-V1 had it."""
     return text.replace(" \n", "\n")
 
 
@@ -320,7 +319,7 @@ def video_qa_row(about, row, media):
 
 def video_retrieval_row(about, row, media):
     name, caption = (row[column] for column in about["columns"])
-    if about["parser"] == "didemo":  # a file name there, a name elsewhere
+    if about["parser"] == "didemo":  # the only task with a file name here
         name = Path(name).stem
     query = mmeb_input(f"{about['query_instruction']} {one_or_more(caption)[0]}")
     clip = Candidates([name], lambda _: clip_input(media / str(name), about["target_instruction"]))
@@ -328,7 +327,7 @@ def video_retrieval_row(about, row, media):
 
 
 def moment_row(about, row, media, root):
-    """The folders beside "query" are the candidates, right where their names start with "positive"."""
+    """The folders next to "query" are the candidates. Those named "positive..." are right."""
     folder = media / Path(row["video_path"]).stem
     if not folder.is_dir():
         raise MissingFile(f"{folder} does not exist; its sub-folders are the query and the candidates")
@@ -342,7 +341,7 @@ def moment_row(about, row, media, root):
 
 
 def momentseeker_row(about, row, media, root):
-    """The query has a video, a picture or only text; all saved frames are used."""
+    """The query has a video, an image or only text. All saved frames are used."""
     ask = about["query_instruction"]
     given = row["input_frames"]
     if given.endswith(".mp4"):
@@ -372,7 +371,7 @@ class Question(NamedTuple):
 
 
 def video_question(kind, row):
-    """-> Question"""
+    """Return the Question of a row. kind: the parser."""
     if kind == "activitynetqa":
         text = f"{row['question']}? (A) yes; (B) no."
         return Question(f"v_{row['video_name']}", text, ["yes", "no"], row["answer"])
@@ -393,11 +392,11 @@ def video_question(kind, row):
 
 def mvbench_question(row):
     options = lettered(row["candidates"])
-    place = -1  # an answer that is no option becomes "(@) ..", which no candidate is called
+    right_index = -1  # an answer that is not an option becomes "(@) ...", which matches no candidate
     for i, option in enumerate(row["candidates"]):
         if option == row["answer"]:
-            place = i  # the last of several
-    right = f"({chr(65 + place)}) {row['answer']}"
+            right_index = i  # the last of several
+    right = f"({chr(65 + right_index)}) {row['answer']}"
     text = question_with_options(row["question"], options)
     return Question(f"{row['subset']}/{row['video']}", text, options, right)
 
@@ -411,7 +410,7 @@ def question_with_options(question, options):
 
 
 def without_letters(options):
-    """Each option's text, "Apples" of "A. Apples."; published so, right or wrong."""
+    """Return each option's text, "Apples" of "A. Apples.", exactly as the published parser does."""
     return [option[option.find(". ") :].strip(". ") for option in options]
 
 
@@ -420,14 +419,14 @@ def without_letters(options):
 
 
 def visdoc_rows(about, folder, media, vidore_instruction):
-    """-> (ParsedRow of every query, the corpus): every page is a candidate of every query."""
+    """Return (ParsedRow of every query, the corpus). Every page is a candidate of every query."""
     ask = about["query_instruction"]
     target = about["target_instruction"]
     if not vidore_instruction and about["parser"] != "visrag":
         ask = target = ""
 
     def pages(keys):
-        return Candidates(keys, lambda place: mmeb_input(target, [page_file(about, media, keys[place])]))
+        return Candidates(keys, lambda i: mmeb_input(target, [page_file(about, media, keys[i])]))
 
     keys = [row["corpus-id"] for row in visdoc_table(about, folder, "corpus", ["corpus-id"])]
     write_absent_pages({key: page_file(about, media, key) for key in keys}, about, folder)
@@ -459,8 +458,10 @@ def page_file(about, media, key):
 
 
 def write_absent_pages(files, about, folder):
-    """Pages lie as files in the media folder; those that do not are written there from the corpus table, which holds
-    their bytes (as the official loader does). files: {key: path}."""
+    """Write the missing pages to the media folder, as the official loader does. files: {key: path}.
+
+    The corpus table holds their bytes.
+    """
     absent = {key: path for key, path in files.items() if not path.exists()}
     if not absent:
         return
@@ -473,13 +474,13 @@ def write_absent_pages(files, about, folder):
 
 def write_page(path, row, table):
     if not row["image"] or not row["image"]["bytes"]:
-        raise BadInput(f"{table}: the page {row['corpus-id']} has no picture; download the file again")
+        raise BadInput(f"{table}: the page {row['corpus-id']} has no image. Download the file again")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda temporary: temporary.write_bytes(row["image"]["bytes"]))
 
 
 def relevant_pages(qrels):
-    """{query: {page: highest grade}}, in order of first appearance."""
+    """Return {query: {page: highest grade}}, in the order of first appearance."""
     relevant = {}
     for row in qrels:
         if row["score"] > 0:
@@ -493,16 +494,16 @@ def relevant_pages(qrels):
 
 
 class FileCheck(NamedTuple):
-    counts: list  # queries, known queries, candidates, media files, unusable media files; "" where not known
+    counts: list  # queries, known queries, candidates, media files, unusable media files; "" if not known
     problems: list[str]
-    needed: str  # what has to be downloaded where there are problems: an archive or a repository
+    needed: str  # the archive or repository to download if there are problems
 
 
 def check_files(names, load, root):
-    """Walks the tasks without a model: prints what is there, what is missing and how to get it. -> is all there
+    """Check the files of the tasks without a model. Print what exists, what is missing and how to get it.
 
-    load: name -> (number of queries, number of candidates, all inputs); raises OSError or ValueError where the task's
-    file is missing or broken.
+    Return whether all files exist. load: name -> Task; raises OSError or ValueError if the task's file is missing or
+    broken.
     """
     checks = {name: check_task_files(name, load) for name in Progress(names, desc="check", unit="task")}
     print_checks(checks)
@@ -511,7 +512,7 @@ def check_files(names, load, root):
         if check.problems:
             tasks_that_need.setdefault(check.needed, []).append(name)
     for needed, tasks in tasks_that_need.items():
-        if needed:  # own tasks need no download: their problem is in the table
+        if needed:  # own tasks need no download; the table has their problem
             print(f"\nmissing for {', '.join(tasks)}:", *download_commands(needed, root), sep="\n    ")
     return not tasks_that_need
 
@@ -519,18 +520,19 @@ def check_files(names, load, root):
 def check_task_files(name, load):
     about = MMEB.get(name, {"repo": "", "archive": "", "num_queries": ""})
     try:
-        num_queries, num_candidates, items = load(name)
+        task = load(name)
+        items = [*(query["input"] for query in task.queries), *task.candidates.values()]
         paths = {(path, kind == "video") for item in items for kind in ("images", "video") for path in item[kind]}
         with ThreadPoolExecutor(16) as threads:
-            problems = [problem for problem in threads.map(picture_problem, sorted(paths)) if problem]
+            problems = [problem for problem in threads.map(image_problem, sorted(paths)) if problem]
     except (OSError, ValueError) as error:
         return FileCheck(["", about["num_queries"], "", "", ""], [str(error)], about["repo"])
-    counts = [num_queries, about["num_queries"], num_candidates, len(paths), len(problems)]
+    counts = [len(task.queries), about["num_queries"], len(task.candidates), len(paths), len(problems)]
     return FileCheck(counts, problems, about["archive"])
 
 
-def picture_problem(path_and_kind):
-    """Every picture is decoded, as a run would."""
+def image_problem(path_and_kind):
+    """Decode the image as a run would. Return why it is unreadable, or ""."""
     path, is_frame = path_and_kind
     try:
         open_picture(path, is_frame=is_frame)
@@ -549,11 +551,11 @@ def print_checks(checks):
         complete += not check.problems
         other_number += known != "" and found != known
         first_problem = next(iter(check.problems), "")
-        problems.append(first_problem.removesuffix(HOW_TO_GET))  # which stands below the table
+        problems.append(first_problem.removesuffix(HOW_TO_GET))  # the commands below the table say it
         rows.append([name, *map(str, check.counts)])
     for line, problem in zip(text_table(rows).splitlines(), problems):
         print(f"{line}  {problem}".rstrip())
-    print(f"{complete} of {len(checks)} tasks are complete; {other_number} have not the known number of queries")
+    print(f"{complete} of {len(checks)} tasks are complete; {other_number} do not have the known number of queries")
 
 
 def download_commands(needed, root):
@@ -563,13 +565,13 @@ def download_commands(needed, root):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Scores beside the published ones
+# Scores next to the published ones
 
 
 def paper_table(model, tasks, means, modes):
-    """Our modes and the published rows in the columns of the paper's main table.
+    """Return a table of our modes and the published rows, in the columns of the paper's main table.
 
-    tasks: names of the tasks that were scored; means: {column: {mode: mean} or None} of groups, modalities and "All".
+    tasks: names of the scored tasks. means: {column: {mode: mean} or None} of groups, modalities and "All".
     """
     columns = ASSET["columns"]
     incomplete = {column for column in columns if not tasks_of_column(column) <= set(tasks)}
@@ -582,7 +584,7 @@ def paper_table(model, tasks, means, modes):
         rows.append([f"{model} {mode}", *cells])
     for name, published in ASSET["published"].items():
         rows.append([name, *(f"{x:.1f}" for x in published)])
-    text = f"\nMMEB-V2 beside published results (hit@1 of image and video, ndcg@5 of visdoc, in %)\n{text_table(rows)}"
+    text = f"\nMMEB-V2 next to published results (hit@1 of image and video, ndcg@5 of visdoc, in %)\n{text_table(rows)}"
     absent = [name for name in MMEB if name not in tasks]
     if absent:
         text += (f"\n{len(MMEB) - len(absent)} of {len(MMEB)} tasks: no overall; * some of the group's tasks are "
@@ -595,9 +597,9 @@ def tasks_of_column(column):
 
 
 def leaderboard(tasks, mode, about_model):
-    """The file that the MMEB leaderboard takes; fill in the dates and the url before you submit it.
+    """Return the content of a file for the MMEB leaderboard. Fill in the dates and the url before you submit it.
 
-    tasks: the tasks of scores.json; about_model: what the file says first. ndcg of the three graded tasks is the
+    tasks: the tasks of scores.json. about_model: the first keys of the metadata. ndcg of the three graded tasks is the
     aligned one (departure 5 of eval.py).
     """
     metrics = {"image": {}, "video": {}, "visdoc": {}}

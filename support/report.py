@@ -1,25 +1,121 @@
-"""What eval.py prints, its tables and the change between two models, and report.html. Takes plain dicts, such as those
-that stand in its files."""
+"""What eval.py writes and prints: the files of a model, its tables, the change between two models, and report.html.
+
+All functions take plain values: the content of scores.json and per_query.json, and dicts of rankings.
+"""
 
 import base64
 import hashlib
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from support.files import read_json, write_file
+from support.files import read_json, write_file, write_json
+from support.images import open_picture
+from support.mmeb import MMEB, leaderboard, paper_table
 from support.program import text_table
+from support.reasoner import is_file_of_answers
 
-PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are no shares
+PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are not printed in %
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The files and tables of one model
+
+
+class Result(NamedTuple):
+    """The evaluation of one model."""
+
+    scores: dict  # the content of scores.json
+    per_query: dict  # the content of per_query.json
+    rankings: dict  # {task: {mode: {query of the report: ranking_to_show()}}}
+    rows: dict  # {task: {column: x}}: a row of the table for each task
+    mean: dict  # {column: x}: their mean
+    published: dict  # groups, modalities and overall of the tasks that belong to the 78
+
+
+def write_scores(folder, result, backbone):
+    """Write the files of a model and print its tables."""
+    scores = result.scores
+    tasks = scores["tasks"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "scores.json").exists():
+        print_what_is_replaced(folder / "scores.json", scores)
+    write_json(folder / "scores.json", scores)
+    write_json(folder / "per_query.json", result.per_query)
+    print(score_table(scores, result.rows, result.mean), flush=True)
+    if tasks.keys() & MMEB.keys():
+        name = result_name(scores["model"], scores["reasoner"])
+        modes = modes_of(next(iter(tasks.values())), result.mean)
+        for mode in modes:
+            about = about_model(name, backbone, mode)
+            write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
+        print(published_comparison(name, tasks, result.published, modes), flush=True)
+
+
+def modes_of(entry, columns):
+    """Return which columns are modes: those with all metrics in an entry of scores.json."""
+    return [column for column in columns if isinstance(entry.get(column), dict)]
+
+
+def about_task(task):
+    return {
+        "modality": task.modality,
+        "group": task.group,
+        "main_metric": task.main_metric,
+        "num_queries": len(task.queries),
+        "num_candidates": len(task.candidates),
+    }
+
+
+def print_what_is_replaced(path, scores):
+    """Name the scores that this run overwrites.
+
+    Two models share a folder of results if only their parent folders differ; so do two files of answers.
+    """
+    earlier = read_json(path)
+    lost = sorted(earlier["tasks"].keys() - scores["tasks"].keys())
+    others = sorted(sources(earlier) - sources(scores))
+    if others:
+        lost = [f"the scores of {' and '.join(others)}"]
+    if lost:
+        print(f"{path} no longer has {', '.join(lost)} (the cache has their embeddings). Another --out would keep both",
+              flush=True)  # fmt: skip
+
+
+def sources(scores):
+    """Return the absolute paths of the model and of the reasoner, if any, that have these scores."""
+    args = scores["args"]
+    name_of = name_models(args["model"], args["reasoner"])
+    names = (scores["model"], scores["reasoner"])
+    return {os.path.abspath(path) for path, name in name_of.items() if name in names}
+
+
+def published_comparison(name, tasks, published, modes):
+    """Return our scores of the 78 tasks, or of some of them, in the paper's main table."""
+    columns = published["groups"] | published["modalities"] | {"All": published["overall"]}
+    return paper_table(name, sorted(tasks.keys() & MMEB.keys()), columns, modes)
+
+
+def about_model(name, backbone, mode):
+    """Return the first metadata of the leaderboard file."""
+    width = backbone.config.text_config.hidden_size
+    return {
+        "model_name": name,
+        "model_backbone": backbone.config.model_type,
+        "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+        "embedding_dimension": 2 * width if mode == "fused" else width,
+    }
 
 
 def score_table(scores, rows, mean):
-    """A row per task, group and modality, their mean, the oracle's gap, and remarks.
+    """Return a table with a row per task, group and modality and their mean, and remarks below it.
 
     scores: the content of scores.json; rows: {task: {column: x}}; mean: the row of their means.
     """
@@ -28,8 +124,7 @@ def score_table(scores, rows, mean):
     for name, entry in tasks.items():
         table[name] = rows[name]
         if entry["modality"] == "visdoc":
-            modes = [column for column in rows[name] if isinstance(entry.get(column), dict)]
-            table[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in modes}
+            table[f"  {name} hit@1"] = {mode: entry[mode]["hit@1"] for mode in modes_of(entry, rows[name])}
     for kind in ("groups", "modalities"):
         if len(scores[kind]) > 1:
             table |= {f"= {name}": row for name, row in scores[kind].items()}
@@ -48,9 +143,9 @@ def score_table(scores, rows, mean):
 def heading(scores):
     if not scores["reasoner"]:
         return (f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, seconds "
-                "of one process")  # fmt: skip
+                "of one rank")  # fmt: skip
     return (f"\n{scores['model']} reads the answers of {scores['reasoner']}: main metric and answers without <gen_emb> "
-            "in %, tokens read per input, seconds that one process took for reading")  # fmt: skip
+            "in %, tokens read per input, seconds that one rank took for reading")  # fmt: skip
 
 
 def cell(row, column):
@@ -61,11 +156,11 @@ def cell(row, column):
 
 
 def remarks(name, entry):
-    """Sentences about a task where the list's order decides, or where the published metric has another value."""
+    """Return sentences about ties, which the order of the list decides, and about a different published metric."""
     sentences = []
     counts = [f"{n} in {mode}" for mode, n in entry["tied"].items() if n]
     if counts:
-        sentences.append(f"{name}: candidates tie for the first place, so that the order of the list decides, for "
+        sentences.append(f"{name}: candidates tie for the first rank, so the order of the list decides, for "
                          f"{', '.join(counts)} of {entry['num_queries']} queries")  # fmt: skip
     if "published_ndcg" in entry:
         metric = entry["main_metric"]
@@ -87,17 +182,34 @@ def ablation_line(kind, tasks, mean_gen):
             f"cosine to the original {fmean(cosines or [math.nan]):.3f}")  # fmt: skip
 
 
-def gap_table(gaps):
-    """gaps: {row of the table: what eval.py's oracle_gap() returns}."""
-    columns = list(next(iter(gaps.values()))["closed"])
-    rows = [["task", "better", "points to the oracle", *columns]]
-    for name, gap in gaps.items():
-        shares = [gap["closed"][column] for column in columns]
-        cells = ["" if share is None else f"{100 * share:.0f}" for share in shares]
-        rows.append([name, gap["better"], f"{100 * gap['gap']:.1f}", *cells])
-    heading = ("distance from the better of disc and gen to their oracle, which looks at the labels, in points, and "
-               "the share of it that other modes cover, in % (negative: below the better one)")  # fmt: skip
-    return f"\n{heading}\n{text_table(rows)}"
+# --------------------------------------------------------------------------------------------------------------
+# Names of results
+
+
+def name_models(models, reasoner):
+    """Return {model: its name}, the reasoner included. The name of a file of answers is its stem."""
+    others = {}
+    if is_file_of_answers(reasoner):
+        others[reasoner] = Path(reasoner).stem
+    elif reasoner and reasoner not in models:
+        models = [*models, reasoner]
+    return dict(zip(models, model_names(models))) | others
+
+
+def model_names(models):
+    """Return the names of the folders, with as many parent folders as distinguish them."""
+    parts = [Path(os.path.abspath(model)).parts for model in models]
+    if len(set(parts)) < len(parts):
+        raise SystemExit(f"--model names a folder twice: {' '.join(models)}")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["-".join(p[-depth:]) for p in parts]
+
+
+def result_name(model, reasoner):
+    """Return the name of a model's results and of their folder. reasoner None: the model itself."""
+    return f"{model}-reads-{reasoner}" if reasoner else model
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -105,10 +217,10 @@ def gap_table(gaps):
 
 
 def paired_change(first, last):
-    """Mean over tasks of last - first and its standard error, from {task: [x of each query]} of two models.
+    """Return the mean over tasks of last - first, and its standard error. Both: {task: [x of each query]}.
 
-    Queries are the random part, tasks are fixed: the variance is sum over tasks of s^2 / n, divided by the squared
-    number of tasks; s^2 is the unbiased variance of a task's paired differences (nan for a single query).
+    Queries are random, tasks are fixed. The variance is the sum over tasks of s^2 / n, divided by the squared number
+    of tasks. s^2 is the unbiased variance of a task's paired differences (nan for a single query).
     """
     differences = [np.subtract(last[task], first[task]) for task in first]
     change = float(np.mean([d.mean() for d in differences]))
@@ -117,8 +229,11 @@ def paired_change(first, last):
 
 
 def change_table(names, first, last):
-    """first, last: {task: {column: [x of each query]}} of two models."""
-    columns = list(next(iter(first.values())))
+    """Return the table of the changes from the first to the last model.
+
+    first, last: the content of per_query.json of two models, {task: {column: [x of each query]}}.
+    """
+    columns = [column for column in next(iter(first.values())) if column != "texts"]
     rows = [["task", *columns]]
     for task in first:
         rows.append([task, *change_cells(first, last, [task], columns)])
@@ -138,12 +253,69 @@ def change_cells(first, last, tasks, columns):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# report.html: the page is support/report_page.html, everything shown stands in it as one block of JSON
+# What a ranking shows of its query
 
-REPORT_BYTES = 18_000_000  # of the file; queries that would go beyond it are left out, and the page says so
+
+def ranking_to_show(labels, keys, listed, scores, depth=5):
+    """Return a query's first candidates with their similarities, the rank of its first right candidate, and the
+    number of ranked candidates. The rank starts at 1; it is None if no right candidate is ranked."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = [keys[i] for i in listed[order]]
+    right_rank = next((rank for rank, key in enumerate(ranked, 1) if key in labels), None)
+    top = list(zip(ranked[:depth], scores[order[:depth]].tolist()))
+    return {"top": top, "right_rank": right_rank, "num_ranked": len(ranked)}
+
+
+def order_decides(labels, keys, listed, scores):
+    """Return whether right and wrong candidates share the best score, or all candidates do."""
+    if len(listed) < 2:
+        return False
+    first = listed[scores == scores.max()]
+    if len(first) < 2:
+        return False
+    rightness = {keys[i] in labels for i in first}
+    return len(rightness) == 2 or len(first) == len(listed)
+
+
+def examples_of(result):
+    """Return {task: {query: {"answer", "rankings"}}} of the queries that the report shows."""
+    examples = {}
+    for name, of_modes in result.rankings.items():
+        examples[name] = {}
+        for q in of_modes["disc"]:
+            rankings = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
+            examples[name][q] = {"answer": result.per_query[name]["texts"][q], "rankings": rankings}
+    return examples
+
+
+def write_comparison(settings, tasks, results, folder_of):
+    """Print the change from the first to the last model, and write OUT/report.html.
+
+    tasks: eval.py's Tasks; results: {name: Result}; folder_of: {name: the model's folder}.
+    """
+    names = list(results)
+    if len(names) > 1:
+        first = results[names[0]].per_query
+        last = results[names[-1]].per_query
+        print(change_table(names, first, last), flush=True)
+    if settings.report_queries:
+        models = {name: to_report(folder_of[name], result) for name, result in results.items()}
+        write_report(Path(settings.out) / "report.html", [vars(task) for task in tasks], models, open_picture)
+
+
+def to_report(folder, result):
+    """Return what report.html needs of a model. folder: of the model."""
+    means = {"mean": result.mean} | result.scores["groups"] | result.scores["modalities"]
+    return {"folder": folder, "rows": result.rows, "means": means, "examples": examples_of(result)}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# report.html: support/report_page.html with all its data in one block of JSON
+
+REPORT_BYTES = 18_000_000  # of the file; queries beyond it are left out, and the page reports their number
 REPORT_QUERIES = 160  # of all tasks together
 THUMBNAIL_SIDE = 112  # pixels of the longer side
-MOST_PICTURES = {"query": 8, "candidate": 2}  # of one input
+MOST_IMAGES = {"query": 8, "candidate": 2}  # of one input
 MOST_CHARACTERS = {"query": 1_500, "candidate": 300, "answer": 6_000}
 MOST_LABELS = 3  # right candidates shown above the rankings
 CURVE_POINTS = 120
@@ -151,57 +323,63 @@ NO_CURVE = ("step", "eta_s", "pairs_per_s", "tokens_per_s", "data_wait_s", "roll
 
 
 def sampled_queries(num_queries, num_tasks, wanted):
-    """Indices of the queries of a task that the report shows: `wanted`, or a task's part of REPORT_QUERIES if that is
-    fewer."""
+    """Return the indices of the queries of a task that the report shows.
+
+    There are `wanted` of them, or the task's share of REPORT_QUERIES if that is fewer.
+    """
     return spread(num_queries, min(wanted, max(1, REPORT_QUERIES // num_tasks)))
 
 
 def spread(total, most):
-    """At most so many places of a list, evenly over all of it: the queries of many tasks are in the order of their
-    classes, frames in that of time."""
+    """Return at most `most` indices of a list, evenly spread.
+
+    The queries of many tasks are sorted by class, and frames are sorted by time.
+    """
     n = min(total, most)
     return [i * total // n for i in range(n)]
 
 
 def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
-    """tasks: dicts with the fields of eval.py's Task; models: {name: what eval.py's to_report() returns}, the sampled
-    queries of all models are the same. open_picture: path -> PIL picture, raises ValueError with a reason.
+    """Write report.html.
 
-    A query is shown with everything or not at all. The first ones of all tasks come before the second ones, so that a
-    limit of the size is felt by all tasks.
+    tasks: dicts with the fields of eval.py's Task. models: {name: what to_report() returns}; all models have the same
+    sampled queries. open_picture: path -> PIL image, raises ValueError with a reason.
+
+    A query is shown completely or not at all. The first queries of all tasks are added before the second ones, so
+    that the size limit affects all tasks.
     """
     thumbnails = Thumbnails(open_picture)
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
-    runs, run_numbers = training_runs({name: model["folder"] for name, model in models.items()})
+    runs, run_indices = training_runs({name: model["folder"] for name, model in models.items()})
     scores = []
     for name, model in models.items():
         rows = {task: score_columns(row) for task, row in model["rows"].items()}
         means = {part: score_columns(row) for part, row in model["means"].items()}
-        scores.append({"name": name, "rows": rows, "means": means, "runs": run_numbers[name]})
+        scores.append({"name": name, "rows": rows, "means": means, "runs": run_indices[name]})
     data = {
         "models": scores,
         "runs": runs,
         "tasks": [describe_task(task) for task in tasks],
         "examples": [],
-        "pictures": {},
+        "images": {},
     }
     free = max_bytes - len(page.encode()) - len(embeddable_json(data))
     some_model = next(iter(models.values()))
     turns = []
-    for number, task in enumerate(tasks):
-        turns += [(turn, number, q) for turn, q in enumerate(some_model["examples"][task["name"]])]
-    for _, number, q in sorted(turns):
-        task = tasks[number]
+    for index, task in enumerate(tasks):
+        turns += [(turn, index, q) for turn, q in enumerate(some_model["examples"][task["name"]])]
+    for _, index, q in sorted(turns):
+        task = tasks[index]
         answers = [model["examples"][task["name"]][q] for model in models.values()]
-        example, pictures = make_example(number, task, q, answers, thumbnails)
-        new = {digest: jpeg for digest, jpeg in pictures.items() if digest not in data["pictures"]}
+        example, images = make_example(index, task, q, answers, thumbnails)
+        new = {digest: jpeg for digest, jpeg in images.items() if digest not in data["images"]}
         size = len(embeddable_json([example, new]))
         if size > free:
-            data["tasks"][number]["left_out"] += 1
+            data["tasks"][index]["left_out"] += 1
             continue
         free -= size
         data["examples"].append(example)
-        data["pictures"] |= new
+        data["images"] |= new
     data["examples"].sort(key=lambda example: (example["task"], example["query"]))
 
     text = page.replace("REPORT_DATA", embeddable_json(data))
@@ -212,13 +390,12 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
 
 
 def embeddable_json(data):
-    """JSON in ASCII that can stand in a script element: without "<" nothing in it ends the element or begins a
-    comment."""
+    """Return JSON in ASCII for a script element. Without "<" no text ends the element or begins a comment."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def score_columns(row):
-    """The modes, pass@k and the share of invalid answers of a row of the tables."""
+    """Return the modes, pass@k and the share of invalid answers of a row of the tables."""
     return {column: round(x, 5) for column, x in row.items() if column not in PLAIN}
 
 
@@ -227,9 +404,12 @@ def describe_task(task):
     return fields | {"queries": len(task["queries"]), "candidates": len(task["candidates"]), "left_out": 0}
 
 
-def make_example(number, task, q, answers, thumbnails):
-    """A query with its rankings by every model, and {digest: thumbnail} of the pictures in it. Candidates are listed
-    once, the rankings hold their places in this list. answers: per model {"answer", "rankings"}."""
+def make_example(index, task, q, answers, thumbnails):
+    """Return a query with its rankings by every model, and {digest: thumbnail} of its images.
+
+    index: of the task. answers: per model {"answer", "rankings"}. Candidates are listed once, and the rankings hold
+    indices into this list.
+    """
     query = task["queries"][q]
     labels = list(dict.fromkeys(query["labels"]))
     known = [key for key in labels[:MOST_LABELS] if key in task["candidates"]]
@@ -237,34 +417,34 @@ def make_example(number, task, q, answers, thumbnails):
     for answer in answers:
         for ranking in answer["rankings"].values():
             keys += [key for key, _ in ranking["top"]]
-    place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    pictures = {}
+    index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    images = {}
 
     candidates = []
-    for key in place_of:
-        item = shown_input(task["candidates"][key], "candidate", thumbnails, pictures)
+    for key in index_of:
+        item = shown_input(task["candidates"][key], "candidate", thumbnails, images)
         candidates.append({"key": clip(str(key), "candidate")} | item)
     models = []
     for answer in answers:
         rankings = {}
         for mode, ranking in answer["rankings"].items():
-            top = [[place_of[key], round(score, 6), key in labels] for key, score in ranking["top"]]
+            top = [[index_of[key], round(score, 6), key in labels] for key, score in ranking["top"]]
             rankings[mode] = ranking | {"top": top}
         models.append(parts_of_answer(answer["answer"]) | {"rankings": rankings, "verdict": verdict(rankings)})
     example = {
-        "task": number,
+        "task": index,
         "query": q,
-        "input": shown_input(query["input"], "query", thumbnails, pictures),
-        "right": [place_of[key] for key in known],
-        "more_right": len(labels) - len(known),  # not shown, or no candidates
+        "input": shown_input(query["input"], "query", thumbnails, images),
+        "right": [index_of[key] for key in known],
+        "more_right": len(labels) - len(known),  # not shown, or not among the candidates
         "candidates": candidates,
         "models": models,
     }
-    return example, pictures
+    return example, images
 
 
 def verdict(rankings):
-    """Which of disc and gen have a right candidate first."""
+    """Return which of disc and gen rank a right candidate first."""
     disc = rankings["disc"]["right_rank"] == 1
     gen = rankings["gen"]["right_rank"] == 1
     if disc and gen:
@@ -275,7 +455,7 @@ def verdict(rankings):
 
 
 def parts_of_answer(text):
-    """The parts of <think>REASONING</think><answer>SUMMARY<gen_emb>, or all of a text that has another form."""
+    """Return the parts of <think>REASONING</think><answer>SUMMARY<gen_emb>, or a text of another form unsplit."""
     head = re.match(r"\s*<think>(.*?)</think>\s*<answer>", text, re.DOTALL)
     if not head:
         return {"text": clip(text, "answer")}
@@ -288,34 +468,34 @@ def clip(text, kind):
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
-def shown_input(item, kind, thumbnails, pictures):
-    """What is shown of a query or candidate; its thumbnails are added to `pictures`."""
+def shown_input(item, kind, thumbnails, images):
+    """Return what is shown of a query or candidate, and add its thumbnails to `images`."""
     paths = item["images"] + item["video"]
     shown = []
-    for i in spread(len(paths), MOST_PICTURES[kind]):
+    for i in spread(len(paths), MOST_IMAGES[kind]):
         found = thumbnails.get(paths[i])
         if "problem" in found:
             shown.append(found)
         else:
             shown.append({"digest": found["digest"]})
-            pictures[found["digest"]] = found["jpeg"]
+            images[found["digest"]] = found["jpeg"]
     return {
         "text": clip(item["text"].strip(), kind),
-        "pictures": shown,
+        "images": shown,
         "num_images": len(item["images"]),
         "num_frames": len(item["video"]),
     }
 
 
 class Thumbnails:
-    """Small JPEGs of picture files, each file opened once."""
+    """Small JPEGs of image files. Each file is opened once."""
 
     def __init__(self, open_picture):
         self.open_picture = open_picture
         self.found = {}
 
     def get(self, path):
-        """{"digest", "jpeg" in base64}, or {"problem": why the picture cannot be read}"""
+        """Return {"digest", "jpeg" in base64}, or {"problem": why the image is unreadable}."""
         if path not in self.found:
             try:
                 self.found[path] = thumbnail(self.open_picture(path))
@@ -324,10 +504,10 @@ class Thumbnails:
         return self.found[path]
 
 
-def thumbnail(picture):
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+def thumbnail(image):
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=72)
+    image.save(file, "JPEG", quality=72)
     jpeg = base64.b64encode(file.getvalue()).decode()
     return {"digest": hashlib.blake2b(file.getvalue(), digest_size=8).hexdigest(), "jpeg": jpeg}
 
@@ -336,24 +516,28 @@ def thumbnail(picture):
 
 
 def training_runs(folders):
-    """Runs that the models come from, each once, as [{"name", "steps", "curves"}], and {name of a model: its places in
-    this list, first stage first}. folders: {name of a model: its folder}."""
-    place_of = {}  # folder of a run -> its place in the list
+    """Return the training runs of the models, each once, and {name of a model: indices of its runs, first stage first}.
+
+    A run is {"name", "steps", "curves"}. folders: {name of a model: its folder}.
+    """
+    index_of = {}  # folder of a run -> its index in the list
     runs = []
-    places = {}
+    indices = {}
     for name, folder in folders.items():
-        places[name] = []
+        indices[name] = []
         for run in lineage(folder):
-            if run.resolve() not in place_of:
-                place_of[run.resolve()] = len(runs)
+            if run.resolve() not in index_of:
+                index_of[run.resolve()] = len(runs)
                 runs.append({"name": str(run)} | read_curves(run / "log.jsonl"))
-            places[name].append(place_of[run.resolve()])
-    return runs, places
+            indices[name].append(index_of[run.resolve()])
+    return runs, indices
 
 
 def lineage(folder):
-    """The folders of the run that made a model, and of the runs before it, the first one first. A hub id, or a folder
-    that has moved, has none."""
+    """Return the folders of the run that made a model and of the runs before it, the first run first.
+
+    A hub id, or a folder that has moved, has no runs.
+    """
     folders = []
     folder = Path(folder)
     while (folder / "log.jsonl").is_file() and folder not in folders:
@@ -364,13 +548,15 @@ def lineage(folder):
 
 
 def read_curves(path):
-    """{"steps": the last step, "curves": {name: [[step, x], ...]}} of a log.jsonl, in at most CURVE_POINTS points: each
-    is the mean over as many steps."""
+    """Return {"steps": the last step, "curves": {name: [[step, x], ...]}} of a log.jsonl.
+
+    A curve has at most CURVE_POINTS points. Each is the mean over the same number of steps.
+    """
     points = {}
     last = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not re.fullmatch(r'{"step": \d+[,}].*', line) or not line.endswith("}"):
-            continue  # of a run that goes on at this moment, or was killed: its last line may be cut
+            continue  # the last line of a running or killed run may be truncated
         row = json.loads(line)
         last = row["step"]
         for name, x in row.items():
@@ -380,6 +566,6 @@ def read_curves(path):
 
 
 def averaged(points):
-    """[(step, x), ..] -> at most CURVE_POINTS of them, each the mean of neighbours."""
+    """Return at most CURVE_POINTS of the points [(step, x), ...], each the mean of neighbours."""
     parts = np.array_split(np.array(points), min(len(points), CURVE_POINTS))
     return [[round(step), float(f"{x:.4g}")] for step, x in (part.mean(0) for part in parts)]

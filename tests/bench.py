@@ -139,7 +139,7 @@ def toy(args, run):
         return results[s, name][0]["overall"][column]
 
     columns = ["disc", "gen", "fused", "oracle", "pass@1", "pass@2", "pass@8", "pass@16"]
-    columns += ["mean", "mean@2", "mean_fused", "gen_disc", "disc_gen"]
+    columns += ["gen_disc", "disc_gen"]
     lines = [f"| {split} scenes, seeds 0..{seeds - 1} | {' | '.join(columns)} | reward | share | gap |"]
     lines.append("|" + "---|" * (len(columns) + 4))
     for name in ["dume", *names]:
@@ -156,7 +156,6 @@ def toy(args, run):
             )
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    from eval import oracle_gap, summary
     from support.report import paired_change
 
     def change(first, last, column_first, column_last):
@@ -184,7 +183,6 @@ def toy(args, run):
     lines.append(f"| pass@16 - pass@1 after SFT | {change('sft', 'sft', 'pass@1', 'pass@16')} |")
     for name in ("sft", rl):
         lines.append(f"| fused - gen, {name} | {change(name, name, 'gen', 'fused')} |")
-        lines.append(f"| fused - mean of two samples, {name} | {change(name, name, 'mean@2', 'fused')} |")
     for name in recipes:
         lines.append(f"| {name}: gen, change from SFT | {change('sft', name, 'gen', 'gen')} |")
         lines.append(f"| {name}: fused, change from SFT | {change('sft', name, 'fused', 'fused')} |")
@@ -206,23 +204,6 @@ def toy(args, run):
             f"{100 * np.mean([results[s, n][0]['tasks'][task][m]['hit@1'] for s in range(seeds)]):.0f}" for n, m in row
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
-
-    def seed_mean(name, task):
-        """Main metrics of a task, None: of their mean; averaged over the seeds."""
-        rows = []
-        for s in range(seeds):
-            scores = results[s, name][0]
-            rows.append(summary(scores["tasks"][task]) if task else scores["overall"])
-        return {column: float(np.mean([row[column] for row in rows])) for column in rows[0]}
-
-    for name in ("sft", rl):
-        lines += ["", f"| {name}: of the gap to the oracle | better of the two | points | closed by fused, % | "
-                  "by mean@2 | by pass@2 |", "|---|---|---|---|---|---|"]  # fmt: skip
-        for task in [*tasks, None]:
-            gap = oracle_gap(seed_mean(name, task))
-            shares = ["" if share is None else f"{100 * share:.0f}" for share in gap["closed"].values()]
-            cells = [gap["better"], f"{100 * gap['gap']:.1f}", *shares]
-            lines.append(f"| {task or 'mean'} | {' | '.join(cells)} |")
 
     import bench_data
 

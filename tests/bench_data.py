@@ -1,4 +1,4 @@
-"""Toy-world tables about the data: annotations by a teacher, reasoning of another model, --cross_weight."""
+"""Print the toy-world tables about the data: a teacher's annotations, another model's reasoning, --cross_weight."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import numpy as np
 from support.formats import DISC, GEN, INSTRUCTION
 
 ROOT = Path(__file__).resolve().parent.parent
-EMPTY = "<think></think><answer><gen_emb>"  # a trace that says nothing
+EMPTY = "<think></think><answer><gen_emb>"  # an empty trace
 
 
 def data(run, args):
-    """Trains on annotations of the toy SFT model and with --cross_weight; scores them beside the SFT model itself.
+    """Train on annotations of the toy SFT model and with --cross_weight; compare the scores with the SFT model's.
 
-    run: what starts a script; args: of the command line. Without --sft the SFT model is trained first.
+    run: function that starts a script. args: of the command line. Without --sft the SFT model is trained first.
     """
     world, out = Path(args.data), Path(args.out)
     tasks = [f"{args.split}/{path.stem}" for path in sorted((world / "tasks" / args.split).glob("*.json"))]
@@ -66,11 +66,11 @@ def score_lines(names, read):
 
 
 def reasoner_lines(run, models, tasks, world, out):
-    """gen and fused hit@1 where one model reasons (rows) and another one reads its text and embeds (columns).
+    """Return a table of gen and fused hit@1: one model reasons (rows), another reads its text and embeds (columns).
 
-    run: what starts a script; models: {label: folder}. The last row is a file in which every answer says nothing.
+    run: function that starts a script. models: {label: folder}. The last row is a file of empty answers.
     """
-    from eval import model_names
+    from support.report import model_names
 
     out = Path(out)
     common = ["--root", world, "--tasks", *tasks, "--out", out]
@@ -96,7 +96,7 @@ def reasoner_lines(run, models, tasks, world, out):
 
 
 def check(rows, out):
-    """data.py check without opening pictures on a file as large as the published one: time and memory."""
+    """Print time and memory of data.py check, without opening images, on a file of the published size."""
     out, words = Path(out), ["the", "a", "picture", "shows", "red", "round", "table", "which", "stands", "left", "so"]
     (out / "images").mkdir(parents=True, exist_ok=True)
     for i in range(1000):

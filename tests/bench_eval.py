@@ -1,12 +1,12 @@
-"""Encoding for evaluation beside the official way; python tests/bench.py eval prints the table.
+"""Compare encoding for evaluation with the official way; python tests/bench.py eval prints the table.
 
-The official evaluation, written here from its description in plain transformers: inputs in static batches, generate()
-with the states of all layers and steps kept to read one vector per row, and a second pass over prompts and pictures
-for disc. Ours is one stream through Embedder.generate(), both embeddings from one pass. Both sides have the same
-random Qwen2-VL (text 8 x 512, vision 4 x 320, vocabulary 10,240: the head's share of the work is the real 2B's), the
-same inputs with one picture of 64 tokens each, and the same completions (lognormal lengths, median 40, sigma 0.5),
-forced on generate() by a logits processor and on ours by a script. Time: CPU seconds of the process on one thread, the
-two sides in turn. Memory: peak of a fresh process above that of the loaded model.
+The official evaluation is rewritten from its description in plain transformers. Inputs are in static batches,
+generate() returns the states of all layers and steps to read one vector per row, and a second pass over prompts and
+images gives disc. Ours is one stream through Embedder.generate() with both embeddings from one pass. Both sides have
+the same random Qwen2-VL (text 8 x 512, vision 4 x 320, vocabulary 10,240, so that the head has its share of the work as
+in the real 2B), the same inputs with one image of 64 tokens each, and the same completions (lognormal lengths, median
+40, sigma 0.5). A logits processor forces them on generate(), a script on ours. Time is CPU seconds on one thread, the
+two sides in turn. Memory is the peak of a fresh process above that of the loaded model.
 """
 
 import statistics
@@ -54,7 +54,7 @@ def random_model(tiny):
 
 
 def work(embedder, n):
-    """n prompts with a picture, and the completion of each: any tokens, then <gen_emb>."""
+    """Return n prompts with an image, and a completion of each: random tokens, then <gen_emb>."""
     rng = np.random.default_rng(0)
     rows = [encode_input(embedder.tokenizer, {"text": f"what {i}", "images": [picture(i, 224, 224)]}) for i in range(n)]
     lengths = rng.lognormal(np.log(40), 0.5, n).clip(8, 160).astype(int)
@@ -63,7 +63,7 @@ def work(embedder, n):
 
 
 class Forced(LogitsProcessor):
-    """Lets generate() compute as always, with one token per row that is certain."""
+    """Let generate() compute as usual, with one certain token per row."""
 
     def __init__(self, completions, prompt_length, end):
         longest = max(map(len, completions)) + 1
@@ -76,7 +76,7 @@ class Forced(LogitsProcessor):
 
 @torch.no_grad()
 def official(embedder, rows, completions, batch):
-    """-> disc, gen [n, D] and the decode steps"""
+    """Return disc, gen [n, D] and the number of decode steps."""
     disc, gen, steps = [], [], 0
     for start in range(0, len(rows), batch):
         part, written = rows[start : start + batch], completions[start : start + batch]
@@ -109,7 +109,7 @@ SIDES = {"official": official, "ours": ours}
 
 
 def peak(side, n, batch, tiny):
-    """Peak MiB of one side above the loaded model; for a fresh process."""
+    """Return the peak MiB of one side above the loaded model. Run it in a fresh process."""
     embedder = random_model(tiny)
     rows, completions = work(embedder, n)
     return peak_above(lambda: SIDES[side](embedder, rows, completions, batch))[0]

@@ -1,16 +1,16 @@
-"""The pictures of README and docs, drawn from the runs of the toy world into assets/.
+"""Draw the figures of README and docs from the runs of the toy world into assets/.
 
-    python tests/bench.py toy --seeds 3 --recipes rl      # the runs that are drawn; 51 minutes on 2 cores
+    python tests/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
     python tests/figures.py                               # assets/query.svg, rl_step.svg, curves.svg, in seconds
 
 query.svg    one query: what it is, what the RL model of seed 0 writes, and the first candidates of disc, gen and fused
 rl_step.svg  one RL step with its shapes and the names of the functions; drawn by hand, tests check the names
 curves.svg   SFT loss, RL reward and pass@k over the seeds
 
-The same runs give the same bytes. A picture is plain SVG without script and links, so that GitHub shows it through
-<img>. Its text stays text, colours follow the reader's light or dark setting, and it brings its own background, for
-pages whose colour follows another setting. No plotting library: 880 units are the width of a README, texts are placed
-by hand and have room to spare, as the reader's fonts differ in width (tests/svg.py).
+The same runs give the same bytes. A figure is plain SVG without script and links, so GitHub shows it as <img>. Its
+text stays text and its colours follow the reader's light or dark setting. It has its own background, because the page
+may follow another setting. There is no plotting library: 880 units are the width of a README, and texts are positioned
+by hand with spare room, because fonts differ in width (tests/svg.py).
 """
 
 import argparse
@@ -28,12 +28,13 @@ from svg import WIDTH, area, arrow, document, line, picture, rect, text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import DistinctInputs, best_first, collect, digests_of_media, greedy_sides, load_task, score_candidates  # noqa: E402
+from eval import best_first, greedy_sides, load_task, score_candidates  # noqa: E402
+from support.cache import DistinctInputs, collect  # noqa: E402
 from support.files import write_file  # noqa: E402
 from support.program import BadInput, MissingFile, run_script  # noqa: E402
 
 BENCH = "python tests/bench.py toy --seeds 3 --recipes rl"
-TASK = "test/ground"  # queries and candidates are pictures, and it takes some reasoning
+TASK = "test/ground"  # queries and candidates are images, and it takes some reasoning
 SIDE = 24  # free at the borders
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -41,15 +42,15 @@ SIDE = 24  # free at the borders
 
 
 class Candidate(NamedTuple):
-    file: str  # its picture
+    file: str  # its image
     similarity: float
     right: bool
 
 
 class Example(NamedTuple):
-    """A query with what became of it."""
+    """A query, the model's answer and the rankings."""
 
-    file: str  # its picture
+    file: str  # its image
     text: str
     written: str  # by the model
     ranked: dict  # mode -> all Candidates, best first
@@ -57,8 +58,7 @@ class Example(NamedTuple):
 
 
 def find_query(model_folder, data):
-    """The first query of TASK that gen and fused get right and disc does not -> Example. Embeddings and texts are those
-    in eval.py's cache."""
+    """Return the first query of TASK that is right in gen and fused and wrong in disc, from eval.py's cache."""
     results = model_folder / "eval" / model_folder.name
     columns = read_json(results / "per_query.json")[TASK]
     outcomes = list(zip(columns["disc"], columns["gen"], columns["fused"]))
@@ -67,7 +67,7 @@ def find_query(model_folder, data):
     q = outcomes.index((0, 1, 1))
 
     task = load_task(TASK, data)
-    inputs = DistinctInputs([task], digests_of_media([task]))
+    inputs = DistinctInputs([task])
     caches = sorted((results / "cache").glob("greedy-*"), key=lambda folder: folder.stat().st_mtime)
     if not caches:
         raise MissingFile(f"{results / 'cache'} holds no greedy answers: make the runs with  {BENCH}")
@@ -105,7 +105,7 @@ def query_figure(example):
     for part in example.written.replace("<answer>", "\n<answer>").split("\n"):
         written += textwrap.wrap(part, 58)
     parts = [text(SIDE, 34, "The query", "strong")]
-    for i in range(3):  # the scene's places are named by row and column: xa, xb, .., zc
+    for i in range(3):  # the cells are named by row and column: xa, xb, ..., zc
         parts.append(text(SIDE + 52 + 56 * i, 58, "abc"[i], "code dim", "middle"))
         parts.append(text(SIDE + 8, 96 + 56 * i, "xyz"[i], "code dim", "middle"))
     parts.append(picture(SIDE + 24, 64, 168, 168, example.file))
@@ -132,9 +132,9 @@ def query_figure(example):
         parts += ranking(SIDE + 288 * i, top + 16, mode, colour, meaning, example)
     found = []
     for mode, ranked in example.ranked.items():
-        place = place_of_right(ranked)
-        similarity = f"{ranked[place].similarity:.3f}"
-        found.append(f"In {mode} it is number {place + 1} of {len(ranked)}, with similarity {similarity}.")
+        index = index_of_right(ranked)
+        similarity = f"{ranked[index].similarity:.3f}"
+        found.append(f"In {mode} it is number {index + 1} of {len(ranked)}, with similarity {similarity}.")
     description = (
         f"The query is a picture of coloured shapes and the text: {example.text}. The model writes: {example.written}. "
         f"The right candidate is a row of the picture. {' '.join(found)}"
@@ -143,12 +143,12 @@ def query_figure(example):
                     description, top + 278, parts)  # fmt: skip
 
 
-def place_of_right(ranked):
+def index_of_right(ranked):
     return [candidate.right for candidate in ranked].index(True)
 
 
 def ranking(x, y, mode, colour, meaning, example):
-    """A column: the first three candidates of a mode."""
+    """Return a column with the first three candidates of a mode."""
     parts = [text(x, y, mode, f"strong {colour}"), text(x + 54, y, meaning, "small dim")]
     hits = example.hits[mode]
     parts.append(text(x, y + 22, f"right first in {100 * fmean(hits):.0f} % of {len(hits)} queries", "small dim"))
@@ -161,10 +161,10 @@ def ranking(x, y, mode, colour, meaning, example):
         if candidate.right:
             parts.append(f'<rect x="{x + 17}" y="{top - 3}" width="132" height="48" rx="4" class="line-c"/>')
             parts.append(text(x + 206, top + 26, "✓ right", "small strong c"))
-    place = place_of_right(ranked)
-    if place > 2:
-        there = f"the right one is number {place + 1} of {len(ranked)}, {ranked[place].similarity:.3f}"
-        parts.append(text(x, y + 234, there, "small"))
+    index = index_of_right(ranked)
+    if index > 2:
+        note = f"the right one is number {index + 1} of {len(ranked)}, {ranked[index].similarity:.3f}"
+        parts.append(text(x, y + 234, note, "small"))
     return parts
 
 
@@ -195,7 +195,7 @@ def rl_step_figure():
 
 
 def box(x, y, w, *rows, kind="paper"):
-    """A box of 22 a row: the first row strong, a row in `` is code."""
+    """Return a box with 22 units per row. The first row is strong, a row in `` is code."""
     parts = [rect(x, y, w, 14 + 22 * len(rows), kind)]
     for i, row in enumerate(rows):
         kind = "code" if row.startswith("`") else "small" if i else "strong"
@@ -240,7 +240,7 @@ def draw_advantage(x, y):
 
 
 def draw_update(x, y):
-    """The packed row over its mask, then two models and the loss."""
+    """Draw the packed row above its mask, then two models and the loss."""
     names = ["prompt", "c1", "c2", "cG"]
     widths = [64, 36, 36, 36]
     starts = [sum(widths[:i]) for i in range(4)]
@@ -284,7 +284,7 @@ BLOCKS = [("rollout", 124, draw_rollout), ("reward", 168, draw_reward), ("advant
 
 
 class Runs(NamedTuple):
-    """Of all seeds, in their order."""
+    """The logs and scores of all seeds, in the order of the seeds."""
 
     sft: list  # lines of log.jsonl
     rl: list
@@ -323,8 +323,10 @@ def read_log(folder):
 
 
 def running_mean(log, name, window):
-    """[(step, mean of the last `window` steps)], at every fifth of a window: steps hold one task each, and tasks differ
-    more than the curve moves."""
+    """Return [(step, mean of the last `window` steps)], at every fifth of a window.
+
+    Steps have one task each, and tasks differ more than the curve moves.
+    """
     values = [row[name] for row in log]
     ends = range(window, len(values) + 1, max(1, window // 5))
     return [(log[end - 1]["step"], fmean(values[end - window : end])) for end in ends]
@@ -350,7 +352,7 @@ class Panel:
         return self.left + across * self.width, self.top + (1 - up) * self.height
 
     def ticks(self, xs, ys, name):
-        """Numbers at both axes, and what the horizontal one is."""
+        """Draw numbers at both axes and the name of the horizontal axis."""
         bottom = self.top + self.height
         for y in ys:
             _, height = self.at(xs[-1], y)
@@ -369,14 +371,14 @@ SEED_LINES = [("a", ""), ("b", "7 3"), ("c", "2 3")]  # colour and dash of each 
 
 
 def rounded_range(values, step):
-    """The multiples of step that hold all values: [low, .., high]"""
+    """Return the multiples of step that enclose all values: [low, ..., high]."""
     low = math.floor(min(values) / step)
     high = max(low + 1, math.ceil(max(values) / step))
     return [round(n * step, 6) for n in range(low, high + 1)]
 
 
 def seeds_panel(x, title, curves, ys, log):
-    """A panel with one curve per seed and its key."""
+    """Return a panel with one curve per seed and its key."""
     last = max(step for curve in curves for step, _ in curve)
     panel = Panel(x, title, (0, ys[0]), (last, ys[-1]), (False, log))
     panel.ticks([0, last / 2, last], ys, "step")
@@ -415,7 +417,7 @@ def curves_figure(runs):
 
 
 def ends(curves, index):
-    """The values at one end of the curves, in words."""
+    """Return the values at one end of the curves as text."""
     return ", ".join(f"{curve[index][1]:.2f}" for curve in curves)
 
 
@@ -428,7 +430,7 @@ def mean_over_seeds(of_seeds):
 
 
 def pass_panel(x, passes):
-    """pass@k in % after both stages: the mean over the seeds as a line, their range as an area."""
+    """Return a panel of pass@k in % after both stages: mean over the seeds as a line, range as an area."""
     ks = list(passes["sft"][0])
     values = [100 * one[k] for of_seeds in passes.values() for one in of_seeds for k in ks]
     ys = rounded_range(values, 10)
@@ -459,12 +461,12 @@ def main():
     parser.add_argument("--data", type=Path, default=ROOT / "runs/toy/data", help="the toy world of these runs")
     parser.add_argument("--out", type=Path, default=ROOT / "assets")
     args = parser.parse_args()
-    pictures = {
+    figures = {
         "curves": curves_figure(read_runs(args.runs)),
         "rl_step": rl_step_figure(),
         "query": query_figure(find_query(args.runs / "seed0" / "rl", args.data)),
     }
-    for name, svg in pictures.items():
+    for name, svg in figures.items():
         path = args.out / f"{name}.svg"
         write_file(path, lambda temporary, svg=svg: Path(temporary).write_text(svg, encoding="utf-8"))
         print(f"{path}: {path.stat().st_size:,} bytes")

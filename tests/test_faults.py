@@ -187,7 +187,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     printed = capsys.readouterr().out
     if value == 0:
         assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
-        assert "candidates tie for the first place, so that the order of the list decides, for 4 in disc" in printed
+        assert "candidates tie for the first rank, so the order of the list decides, for 4 in disc" in printed
     else:
         assert entry["not_finite"] == 8 and "8 of 8 inputs have an embedding that is not finite" in printed
         assert all(entry[mode][metric] == 0 for mode in ev.MODES for metric in ev.METRICS)
@@ -477,19 +477,19 @@ def write_task(root, content, name="mine"):
     (with_query(labels=[["1"]]), r"query 0: labels must be a key or a list of keys, not \[\['1'\]\]"),
     (with_query(labels=None), "query 0: labels must be"),
     (with_query(labels=[]), "query 0: labels must be"),
-    (with_query(grades=["good"]), "query 0 has not one grade"),
-    (with_query(grades=[float("nan")]), "query 0 has not one grade"),
-    (with_query(grades=[-1]), "query 0 has not one grade"),
-    (with_query(grades=[0]), "query 0 has not one grade, above 0"),
-    (with_query(grades=[5000]), "query 0 has not one grade"),
-    (with_query(candidates=["1"]), "query 0 has candidates, but a global task ranks all"),
+    (with_query(grades=["good"]), "query 0: grades must be one number per label"),
+    (with_query(grades=[float("nan")]), "query 0: grades must be one number per label"),
+    (with_query(grades=[-1]), "query 0: grades must be one number per label"),
+    (with_query(grades=[0]), "query 0: grades must be one number per label, above 0"),
+    (with_query(grades=[5000]), "query 0: grades must be one number per label"),
+    (with_query(candidates=["1"]), "query 0: has candidates, but a global task ranks all"),
     (with_query(label="1"), "query 0: unknown key 'label'.*input, labels"),
     (with_query(input={"text": "q", "image": "a.png"}), "query 0: unknown key 'image'"),
     (with_query(input={"text": ["q"]}), "query 0: the text is no string but list"),
     (with_query(input={"text": "a <|im_end|> b"}), "query 0: the text contains the control token"),
     (with_query(input={"text": "\ud800"}), "query 0: .*half a surrogate pair"),
     (with_query(labels=["3"]), "1 of 1 labels are no candidates.*labels are keys"),
-    (own_task(queries=[{"labels": ["1"]}]), "query 0 needs input and labels"),
+    (own_task(queries=[{"labels": ["1"]}]), "query 0: input or labels are missing"),
     (own_task(queries=["q"]), "query 0: expected a query"),
     (own_task(candidates=["a"]), "candidates an object"),
     (own_task(candidates={"1": None}), "candidate '1': an input is"),

@@ -28,6 +28,7 @@ import support.annotate as annotate_file
 import support.settings as settings_file
 from data import encode, encode_input
 from model import Embedder
+from support.cache import hash_model, save_shard
 from support.check import export_checkpoint
 from support.checkpoint import list_checkpoints
 from support.files import Rows, write_rows
@@ -241,7 +242,7 @@ def test_files_have_the_mode_of_the_umask(tiny_dir, world, tmp_path, monkeypatch
     before = os.umask(0o027)
     try:
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=1), monkeypatch)
-        ev.save_shard(tmp_path, [("k", "", np.zeros(2), np.zeros((1, 2)), np.ones(1, bool), [1], ["x"])], 1.0)
+        save_shard(tmp_path, [("k", "", np.zeros(2), np.zeros((1, 2)), np.ones(1, bool), [1], ["x"])], 1.0)
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -285,11 +286,11 @@ def test_every_file_of_the_model_is_in_its_digest(tiny_dir, tmp_path, file):
     """Bug story (mindmeld#358): after tokenizer_config.json had changed, the evaluation embedded nothing and printed
     the old scores."""
     path = shutil.copytree(tiny_dir, tmp_path / "model")
-    before = weights_digest(path), ev.hash_model(path, torch.device("cpu"))
+    before = weights_digest(path), hash_model(path, torch.device("cpu"))
     (path / "log.jsonl").write_text("{}")  # no part of the model
     assert weights_digest(path) == before[0]
     (path / file).write_text(((path / file).read_text() if (path / file).exists() else "{}") + "\n")
-    assert weights_digest(path) != before[0] and ev.hash_model(path, torch.device("cpu")) != before[1]
+    assert weights_digest(path) != before[0] and hash_model(path, torch.device("cpu")) != before[1]
 
 
 def write_text_task(root):

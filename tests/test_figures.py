@@ -1,7 +1,5 @@
-"""The pictures in assets/: well-formed, safe and readable, with the numbers of the logs in the right places, on made-up
-logs; and the names of functions in the RL picture are those of the code.
-
-    python -m pytest -q tests/test_figures.py      # seconds; the pictures are made again by tests/figures.py
+"""The figures in assets/ are well-formed, safe and readable. On made-up logs, curves have the values of the logs. The
+RL figure names functions of the code.
 
     python -m pytest tests/test_figures.py
 """
@@ -19,7 +17,8 @@ from conftest import ROOT, picture
 import model
 import reward
 import rl
-from eval import DistinctInputs, digests_of_media, load_task, save_shard
+from eval import load_task
+from support.cache import DistinctInputs, save_shard
 from support.program import BadInput, MissingFile
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -31,16 +30,16 @@ def texts(source):
     return ["".join(node.itertext()) for node in ET.fromstring(source).iter(f"{NAME}text")]
 
 
-# ---- all pictures ----------------------------------------------------------------------------------------------
+# ---- all figures -----------------------------------------------------------------------------------------------
 
 
-def test_the_pictures_are_there():
+def test_the_figures_exist():
     assert [path.stem for path in COMMITTED] == ["curves", "query", "rl_step"]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_committed_pictures(path):
-    """What GitHub can show and a screen reader can read: no script, nothing from elsewhere, text that is text."""
+def test_committed_figures(path):
+    """GitHub can show them and a screen reader can read them: no script, no external file, text as text."""
     source = path.read_text(encoding="utf-8")
     assert len(source.encode()) < 200_000
     root = ET.fromstring(source)
@@ -60,7 +59,7 @@ def test_committed_pictures(path):
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_no_text_is_cut_off(path):
-    """Also with a wide font: 0.6 of the size is the width of a letter of DejaVu Sans Mono."""
+    """No text is cut off in a wide font: a letter of DejaVu Sans Mono is 0.6 of the font size wide."""
     for node in ET.parse(path).iter(f"{NAME}text"):
         kinds = node.get("class").split()
         size = 12.5 if "small" in kinds or "code" in kinds else 14
@@ -73,7 +72,7 @@ def test_no_text_is_cut_off(path):
 @pytest.mark.parametrize("ink", ["ink", "dim", "a", "b", "c"])
 @pytest.mark.parametrize("ground", ["paper", "panel"])
 def test_contrast(theme, ink, ground):
-    """At least 4.5, as WCAG asks of text."""
+    """The contrast of text is at least 4.5, as WCAG requires."""
     low, high = sorted(luminance(svg.COLOURS[name][theme]) for name in (ink, ground))
     assert (high + 0.05) / (low + 0.05) >= 4.5
 
@@ -96,8 +95,8 @@ def test_text_is_escaped():
 # ---- the RL step -----------------------------------------------------------------------------------------------
 
 
-def test_rl_step_names_what_there_is():
-    """Every name like rl.rollout stands for a function of that module, and the committed picture is today's."""
+def test_rl_step_names_existing_functions():
+    """Every name like rl.rollout is a function of that module, and the committed figure is up to date."""
     source = figures.rl_step_figure()
     assert source == (ROOT / "assets/rl_step.svg").read_text(encoding="utf-8")
     names = re.findall(r"\b(rl|reward|model)\.(\w+(?:\.\w+)*)", "\n".join(texts(source)))
@@ -113,7 +112,7 @@ def test_rl_step_names_what_there_is():
 
 
 def made_up_runs(folder, seeds=3, steps=100):
-    """A folder as bench.py leaves it: the loss falls by 1 % a step, the reward rises by 0.001."""
+    """Write a folder as bench.py does: the loss falls by 1 % a step, the reward rises by 0.001."""
     for s in range(seeds):
         for stage, chances in {"sft": (0.5, 0.75), "rl": (0.625, 0.875)}.items():
             run = folder / f"seed{s}" / stage
@@ -142,7 +141,7 @@ def test_running_mean():
     assert figures.running_mean(log, "x", 10) == [(10, 5.5)]
 
 
-def test_a_panel_puts_values_where_they_belong():
+def test_a_panel_scales_values():
     panel = figures.Panel(0, "", (0, 1), (10, 100), (False, True))
     left, top, right, bottom = panel.left, panel.top, panel.left + panel.width, panel.top + panel.height
     assert panel.at(0, 1) == (left, bottom) and panel.at(10, 100) == (right, top)
@@ -152,7 +151,7 @@ def test_a_panel_puts_values_where_they_belong():
     assert figures.rounded_range([1.28, 1.41], 0.05) == [1.25, 1.3, 1.35, 1.4, 1.45]
 
 
-def test_what_is_missing_is_named_with_its_command(tmp_path):
+def test_errors_name_the_missing_file_and_its_command(tmp_path):
     with pytest.raises(MissingFile, match="bench.py toy"):
         figures.read_runs(tmp_path)
     made_up_runs(tmp_path)
@@ -166,7 +165,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path):
 
 
 def made_up_answers(folder, outcomes):
-    """A task of two queries and three candidates, the second candidate being right for both, and eval.py's results."""
+    """Write a task of two queries and three candidates, the second one right for both, and eval.py's results."""
     data, results = folder / "data", folder / "rl/eval/rl"
     for name in ("q0", "q1", "c0", "c1", "c2"):
         data.mkdir(exist_ok=True)
@@ -178,7 +177,7 @@ def made_up_answers(folder, outcomes):
     path = data / "tasks" / f"{figures.TASK}.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(task))
-    inputs = DistinctInputs([load_task(figures.TASK, data)], digests_of_media([load_task(figures.TASK, data)]))
+    inputs = DistinctInputs([load_task(figures.TASK, data)])
     unit = np.eye(3)
     disc = [unit[0], unit[0], unit[0], 0.8 * unit[0], unit[1]]  # queries, then candidates: the first is nearest
     gen = [unit[0], unit[0], 0.5 * unit[0], unit[0], unit[1]]  # here the second
@@ -194,7 +193,7 @@ def made_up_answers(folder, outcomes):
 
 
 def test_query_is_the_first_that_only_reasoning_finds(tmp_path):
-    """Similarities, ranks and texts are those of the query; what it says cannot break the picture."""
+    """Similarities, ranks and texts are those of the query. Its text cannot break the figure."""
     example = figures.find_query(*made_up_answers(tmp_path, [(1.0, 1.0, 1.0), (0.0, 1.0, 1.0)]))
     assert example.file.endswith("q1.png") and example.text.endswith(" 1") and "<think> 1" in example.written
     similarities = {mode: [round(c.similarity, 3) for c in ranked] for mode, ranked in example.ranked.items()}

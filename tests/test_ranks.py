@@ -28,6 +28,7 @@ from test_sft import flags, same_weights, weights
 import eval as ev
 import rl
 import sft
+from support.cache import shards
 from support.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -224,7 +225,7 @@ def embedded(out):
     """What all ranks have written to the cache: {kind and key of an input: (texts, disc and gen embeddings)}."""
     found = {}
     for folder in (out / "cache").iterdir():
-        for rows, file in ev.shards(folder):
+        for rows, file in shards(folder):
             for (key, _, texts), disc, gen in zip(rows, file.get_tensor("disc"), file.get_tensor("gen")):
                 found[folder.name, key] = texts, [*disc, *gen.flatten()]
     return found

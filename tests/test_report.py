@@ -1,5 +1,5 @@
-"""report.html of eval.py: the right rankings stand in it, hostile text stays text, its size has a bound, pictures that
-cannot be read are said, and the page works in a browser.
+"""report.html of eval.py: its rankings are right, hostile text stays text, its size is limited, unreadable images are
+reported, and the page works in a browser.
 
     python -m pytest tests/test_report.py            # the last three tests need Chromium: apt-get install chromium
 """
@@ -17,6 +17,7 @@ from PIL import Image
 from test_eval import arrays, generate_by_text, unit, write_tasks
 
 import eval as ev
+from model import Embedder
 from support.images import open_picture
 from support.report import REPORT_BYTES, parts_of_answer, read_curves, sampled_queries, training_runs, write_report
 
@@ -53,7 +54,7 @@ def data_of(path):
 
 
 def task_of(name="t", queries=4, candidates=6, images=(), text="query"):
-    """The fields of a task whose query i has the one right candidate i."""
+    """Return the fields of a task. The only right candidate of query i is candidate i."""
     item = {"text": text, "images": list(images), "video": []}
     rows = [{"input": item | {"text": f"{text} {i}"}, "labels": [f"c{i}"], "grades": None, "candidates": None}
             for i in range(queries)]  # fmt: skip
@@ -87,8 +88,8 @@ def model_of(tasks, disc=lambda q: q, gen=lambda q: q, answer="<think>because</t
 
 
 def test_similarities_are_the_dot_products(tmp_path):
-    """Top five of disc, gen and fused in the order of the embeddings' dot products, with these as similarities; the
-    right one is marked, and its rank is told where it is not among the five."""
+    """The top five of disc, gen and fused are in the order of the dot products, which are the similarities.
+    The right candidate is marked. Its rank is given even if it is not among the five."""
     rng = np.random.default_rng(0)
     fields = task_of(queries=5, candidates=9)
     fields["queries"][3]["labels"] = ["no candidate"]
@@ -120,7 +121,7 @@ def test_similarities_are_the_dot_products(tmp_path):
 
 
 def test_verdicts(tmp_path):
-    """What the page filters by: whether disc and gen have a right candidate first, for each model."""
+    """The page filters by whether disc and gen rank a right candidate first, for each model."""
     tasks = [task_of()]
     models = {
         "a": model_of(tasks, disc=lambda q: q if q in (0, 1) else 5, gen=lambda q: q if q in (0, 2) else 5),
@@ -146,14 +147,14 @@ def test_answers_are_split():
     (1000, 500, 8, [0]), (10, 1, 0, []),
 ])  # fmt: skip
 def test_sampled_queries(queries, tasks, wanted, want):
-    """The same in every run and for every model: no chance is in it."""
+    """The sample is the same in every run and for every model."""
     assert sampled_queries(queries, tasks, wanted) == want
 
 
-def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
-    """eval.py writes the report for all models; from the cache alone it is the same, byte for byte; a query without
-    <gen_emb> ("moon") ranks nothing in gen; --report_queries 0 leaves it out."""
-    monkeypatch.setattr(ev.Embedder, "generate", generate_by_text)
+def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
+    """eval.py writes the report for all models. From the cache alone it is equal byte for byte.
+    A query without <gen_emb> ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
+    monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     (tmp_path / "images").mkdir()
     picture(0).save(tmp_path / "images/x.png")
@@ -166,7 +167,7 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
     ev.main(run)
     assert f"{out}/report.html: 7 queries of 2 tasks" in capsys.readouterr().out
     data = data_of(out / "report.html")
-    assert [model["name"] for model in data["models"]] == ["sft", "rl"] and len(data["pictures"]) == 1
+    assert [model["name"] for model in data["models"]] == ["sft", "rl"] and len(data["images"]) == 1
     assert data["runs"][0]["curves"] == {"reward": [[1, 0.5]]} and data["models"][1]["runs"] == [0]
     moon = data["examples"][2]
     assert moon["input"]["text"] == "find green moon" and moon["models"][0]["rankings"]["gen"]["num_ranked"] == 0
@@ -183,8 +184,8 @@ def test_whole_run(tmp_path, tiny_dir, monkeypatch, capsys):
 
 
 def test_curves(tmp_path):
-    """Means over neighbouring steps; NaN and the line that a kill has cut are left out; from rl back to sft, and a run
-    that two models come from stands there once."""
+    """Points are means over neighbouring steps. NaN and a truncated line are left out.
+    The runs of rl include its sft run. A run that two models share is listed once."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     for folder, before in ((sft, "base"), (rl, str(sft))):
         folder.mkdir()
@@ -194,16 +195,16 @@ def test_curves(tmp_path):
     got = read_curves(sft / "log.jsonl")
     assert got["steps"] == 241 and list(got["curves"]) == ["loss"]
     assert got["curves"]["loss"][:2] == [[2, 1.5], [4, 3.5]] and len(got["curves"]["loss"]) == 120
-    runs, places = training_runs({"sft": str(sft), "rl": str(rl), "hub": "org/name"})
+    runs, indices = training_runs({"sft": str(sft), "rl": str(rl), "hub": "org/name"})
     assert [run["name"] for run in runs] == [str(sft), str(rl)]
-    assert places == {"sft": [0], "rl": [0, 1], "hub": []}
+    assert indices == {"sft": [0], "rl": [0, 1], "hub": []}
 
 
-# ---- text, pictures, size ----------------------------------------------------------------------------------------
+# ---- text, images, size ------------------------------------------------------------------------------------------
 
 
 def hostile_report(folder):
-    """Every text that comes from elsewhere tries to run as a script: names, query, candidate, answer, file, log."""
+    """Write a report with hostile scripts as names, query, candidate, answer, file name and log."""
     run = folder / "run"
     run.mkdir()
     (run / "log.jsonl").write_text(json.dumps({"step": 1, HOSTILE: 1.0}) + "\n")
@@ -223,34 +224,34 @@ def hostile_report(folder):
 
 
 def test_hostile_text_stays_in_the_data(tmp_path):
-    """Two script elements, as in any report; the texts come out of the data as they went in."""
+    """The page has two script elements, as any report. The texts in its data are unchanged."""
     data = data_of(hostile_report(tmp_path))
     assert data["models"][0]["name"] == HOSTILE and data["examples"][0]["models"][0]["text"] == HOSTILE
     assert data["examples"][0]["models"][1]["reasoning"] == HOSTILE.strip()
 
 
-def test_unreadable_pictures_are_said(tmp_path):
-    """A missing file, one that is no picture and a truncated one: the report says so in their place."""
+def test_unreadable_images_are_reported(tmp_path):
+    """A missing file, a text file and a truncated image: the report shows the problem instead of an image."""
     picture(0, 300, 200).save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:900])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     paths = [str(tmp_path / name) for name in ("good.jpg", "missing.jpg", "cut.jpg", "text.png")]
     tasks = [task_of(queries=1, images=paths)]
     write_report(tmp_path / "report.html", tasks, {"m": model_of(tasks)}, open_picture)
     data = data_of(tmp_path / "report.html")
-    good, *bad = data["examples"][0]["input"]["pictures"]
-    assert list(data["pictures"]) == [good["digest"]]
+    good, *bad = data["examples"][0]["input"]["images"]
+    assert list(data["images"]) == [good["digest"]]
     assert all(path in one["problem"] for path, one in zip(paths[1:], bad))
 
 
 def noise(path):
-    """A picture of its own for every path; noise is what a JPEG makes largest."""
+    """Return a different image for every path. Noise makes the largest JPEG."""
     seed = int(re.sub(r"\D", "", path))
     return Image.frombytes("RGB", (112, 112), np.random.default_rng(seed).bytes(112 * 112 * 3))
 
 
 def large_world(tasks=78):
-    """Two models that rank other candidates first, pictures everywhere, answers of 8,192 tokens."""
+    """Return two models that rank different candidates first, with images in all inputs and answers of 8,192 tokens."""
     world = []
     for t in range(tasks):
         task = task_of(f"task {t}", queries=100, candidates=120, images=[f"{t}-1"])
@@ -262,14 +263,15 @@ def large_world(tasks=78):
 
 
 def test_size_is_bounded(tmp_path, capsys):
-    """78 tasks and two models fit whole; with a lower limit the file stays below it, every task still has a query, and
-    the page and the command line say how many are left out. Each distinct picture is stored once."""
+    """78 tasks and two models fit completely. Each distinct image is stored once.
+    With a lower limit the file stays below it and every task still has a query. The page and the command line report
+    how many queries are left out."""
     world, models = large_world()
     path = tmp_path / "report.html"
     write_report(path, world, models, noise)
     data = data_of(path)
     assert path.stat().st_size < REPORT_BYTES and len(data["examples"]) == 2 * 78
-    assert len(set(data["pictures"].values())) == len(data["pictures"])
+    assert len(set(data["images"].values())) == len(data["images"])
 
     limit = path.stat().st_size * 8 // 10
     capsys.readouterr()
@@ -292,7 +294,7 @@ def hostile_page(tmp_path_factory):
 
 
 def browse(path, choice=""):
-    """The page's DOM after its script has run with a choice in the address; no message may be in the console."""
+    """Return the DOM after the page's script has run with a choice in the address. The console must be empty."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
                f"--user-data-dir={path.parent}/profile", f"{path.as_uri()}#{choice}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -305,8 +307,8 @@ def shown_queries(dom):
     return re.findall(r"<h3>(?:.*?)(\w+|0), query (\d)</h3>", dom)
 
 
-def test_the_console_is_heard(hostile_page, tmp_path):
-    """Guards the test's own ear: an error of the page's script does reach it."""
+def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
+    """Check `browse` itself: an error of the page's script reaches it."""
     broken = tmp_path / "broken.html"
     broken.write_text(hostile_page.read_text().replace('"use strict";', '"use strict"; nowhere();'))
     with pytest.raises(AssertionError, match="nowhere is not defined"):
@@ -318,8 +320,8 @@ def test_the_console_is_heard(hostile_page, tmp_path):
     ("show=gen-right&model=b", 0), ("show=both-right&model=b", 8), ("task=unknown&show=unknown", 8),
 ])  # fmt: skip
 def test_filters(hostile_page, choice, want):
-    """By task, model and result, from the address; what does not exist there counts as no choice. Nothing hostile has
-    run, and the console is empty."""
+    """The address selects task, model and result. An unknown value counts as no choice.
+    No hostile script has run, and the console is empty."""
     dom = browse(hostile_page, choice)
     shown = shown_queries(dom)
     assert len(shown) == want
@@ -332,12 +334,12 @@ def test_filters(hostile_page, choice, want):
 
 
 def test_page_is_complete(hostile_page):
-    """The first query is open with both models and three rankings each; bars, curves and the unreadable picture are
-    there; headings skip no level, every select has a label, every picture a text."""
+    """The first query is open, with both models and three rankings each. The page has bars, curves and the problem of
+    the unreadable image. Headings skip no level, every select has a label, every image has a text."""
     dom = browse(hostile_page)
     body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     assert body.count('class="ranking"') == body.count("✓ right") == 2 * 3
-    assert '<html lang="en">' in dom and "no picture</strong>" in body and 'class="fill"' in body
+    assert '<html lang="en">' in dom and "no image</strong>" in body and 'class="fill"' in body
     assert body.count("<polyline") > 1
     levels = [int(level) for level in re.findall(r"<h([1-6])", body)]
     assert levels[0] == 1 and max(b - a for a, b in zip(levels, levels[1:])) == 1
