@@ -509,11 +509,9 @@ def main(argv=None):
     if settings.check:
         raise SystemExit(0 if check_files(names, load, settings.root) else 1)
     name_of = report.name_models(settings.model, settings.reasoner)
-    if not settings.export:
-        reasoner.check_models(name_of)
-
     rank, world, device = start_processes()
     if not settings.export:
+        reasoner.check_models(name_of)
         hold(settings.out)
     # A rank that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None

@@ -458,6 +458,8 @@ class Embedder(nn.Module):
         ValueError) where the arguments are wrong or no input has a form that can be read.
         """
         check_arguments(mode, temperature, seed, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        samples, batch_size, max_new_tokens = int(samples), int(batch_size), int(max_new_tokens)  # numpy's overflow
+        temperature = float(temperature)
         inputs = list_of_inputs(inputs)
         traces = list_of_traces(traces, len(inputs))
         N = len(inputs)

@@ -447,8 +447,8 @@ def main():
     if not args.data:
         raise SystemExit("--data: name the RL file or files")
     parse_weights(args.reward_weights)  # now, not after the first rollout
-    check_model(args.model)
     rank, world, device = start_processes(args.fsdp)
+    check_model(args.model)  # not before: the ranks of other nodes would wait for this one
     row_check = RowCheck("rl", ())
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:

@@ -330,7 +330,6 @@ def check_settings(args):
         raise SystemExit("all weights of the loss are 0: there is nothing to train")
     if uses_embeddings(args) and args.batch_size == 1:
         raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
-    check_model(args.model)
 
 
 def needs_of(args):
@@ -343,6 +342,7 @@ def main():
     args = parse_args(Settings, PRESETS)
     check_settings(args)
     rank, world, device = start_processes(args.fsdp)
+    check_model(args.model)  # not before: the ranks of other nodes would wait for this one
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
     barrier()  # rank 0 has written the toy world

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from data import encode, encode_input
 from model import Embedder, Prompt
 from support.backbones import FAMILIES
-from support.distributed import barrier, end_processes, processes, start_processes
+from support.distributed import barrier, end_processes, gather_objects, processes, start_processes
 from support.files import dataset_of, read_json, read_parquet, scan_rows, stable_hash, write_json, write_rows
 from support.formats import (
     DISC,
@@ -310,7 +310,8 @@ def answer_call(ask, call, items, root):
 
 
 def find_answers(folder):
-    """key -> (file, offset) of every complete line; a last line that a kill has torn counts as missing."""
+    """key -> (file, offset, whether it is an error) of every complete line; a last line that a kill has torn counts as
+    missing."""
     found = {}
     for path in sorted(Path(folder).glob("answers-*.jsonl")):
         with open(path, "rb") as file:
@@ -318,12 +319,24 @@ def find_answers(folder):
             for line in file:
                 with contextlib.suppress(ValueError):  # torn by a kill, or the zeros of a crash
                     if line.endswith(b"\n"):
-                        found[json.loads(line)["key"]] = path, start
+                        answer = json.loads(line)
+                        found[answer["key"]] = path, start, "error" in answer
                 start += len(line)
     return found
 
 
-def read_answer(path, start):
+def usable_again(found, items, root):
+    """Return the keys whose answer is an error, although their media can be read now: a disk may fail for a moment."""
+    again = set()
+    for key, (*_, is_error) in found.items():
+        if is_error and key in items:
+            with contextlib.suppress(Skip):
+                opened(items[key], root)
+                again.add(key)
+    return again
+
+
+def read_answer(path, start, _is_error):
     with open(path, "rb") as file:
         file.seek(start)
         return json.loads(file.readline())
@@ -473,25 +486,27 @@ def annotate(args):
     pairs = read_pairs(args.pairs)
     if not pairs:
         raise SystemExit(f"{', '.join(args.pairs)}: no rows")
-    check_model(args.teacher)
     rank, world, device = start_processes()
     hold(folder)
     group = None
     if world > 1:  # waits for the slowest
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
+    check_model(args.teacher)
+    own = is_own_family(args.teacher)
+    asked = question_settings(args, own)
+    same_on_all_ranks(asked | {"content of --pairs": stable_hash(*map(pair_content, pairs))}, group)
+    refuse_other_answers(folder, asked)
     digests = digests_of_media(pairs, args.media_root, group)
     items = keys_of_sides(pairs, digests)
-    asked = question_settings(args)
-    same_on_all_ranks(asked | {"content of --pairs": stable_hash(*items)})
-    refuse_other_answers(folder, asked)
-    own = is_own_family(args.teacher)
     barrier(group)  # all have read the settings
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", asked)
     calls = teacher_calls(items, args.batch_size * (OWN_CALL if own else 1))
-    todo = unanswered(calls, find_answers(folder))
+    found = find_answers(folder)
+    again = gather_objects(usable_again(found, items, args.media_root), group)[0]
+    todo = unanswered(calls, found.keys() - again)
     barrier(group)  # all have read the answers' files before one writes: they agree on what is left to do
 
     if todo[rank::world]:
@@ -504,10 +519,12 @@ def annotate(args):
     end_processes()
 
 
-def question_settings(args):
-    """What decides the answers. Another teacher may come under the same name: the content of its files counts."""
-    settings = {key: getattr(args, key) for key in ("teacher", "max_new_tokens", "temperature", "seed")}
-    return settings | {"content of --teacher": weights_digest(args.teacher), "ask": ASK}
+def question_settings(args, own):
+    """What decides the answers. The content of the teacher's files counts, not its path; of a foreign one also what its
+    processor and generate() read."""
+    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "seed")}
+    more = () if own else ("*.json", "*.jinja", "*.py")
+    return settings | {"content of --teacher": weights_digest(args.teacher, more), "ask": ASK}
 
 
 def refuse_other_answers(folder, asked):

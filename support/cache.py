@@ -7,6 +7,8 @@ input is found by a hash of its text and the bytes of its media (input_key). No 
 Shapes: N inputs, S samples (1 if greedy), D dimensions.
 """
 
+
+
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from safetensors.numpy import save_file
 
 from data import encode_input
 from model import Embedder, Prompt
-from support.distributed import barrier, forked_loader, processes
+from support.distributed import barrier, forked_loader, gather_objects, processes
 from support.files import stable_hash, write_file
 from support.formats import check_text
 from support.images import hash_media
@@ -176,7 +178,7 @@ class EmbeddingCache:
         self.group = group
         family = embedder.family
         digest = hash_model(model, embedder.device)
-        same_on_all_ranks({f"content of {model}": digest})
+        same_on_all_ranks({f"content of {model}": digest}, group)
         self.how = [digest, settings.max_new_tokens, settings.blank_image, family.image_pixels,
                     family.video_pixels]  # fmt: skip
         self.encoded = {}  # kind -> number of inputs that this run has embedded
@@ -235,7 +237,8 @@ class EmbeddingCache:
                 path.unlink()
         barrier(self.group)  # no rank writes before all ranks have listed the folder
         todo = [n for n, key in enumerate(keys) if key not in done]
-        return sorted(todo, key=lambda n: estimated_cost(inputs[n]), reverse=True)
+        todo = sorted(todo, key=lambda n: estimated_cost(inputs[n]), reverse=True)
+        return gather_objects(todo, self.group)[0]  # nodes may see other file sizes
 
 
 def estimated_cost(item):

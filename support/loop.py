@@ -220,6 +220,8 @@ class Loop:
             pairs = self.breakable(lambda: next(loader))
             self.waited = self.seconds()
             yield step, pairs
+        if first and not steps:  # the checkpoint is of the last step already
+            self.take_over()
 
     def seconds(self):
         """Since the step began."""
@@ -273,11 +275,11 @@ class Loop:
     def take_over(self):
         """Make --out the folder of this run: args.json and the log are its own, and the checkpoints after its start,
         which are another run's and would count as newer, are removed."""
-        write_args(self.out, self.args)
-        self.log = open_log(self.out, self.start)
-        for step, later in list_checkpoints(self.out):
+        for step, later in reversed(list_checkpoints(self.out)):  # the newest first: a kill leaves the older ones whole
             if step > self.start:
                 remove_checkpoint(later)
+        write_args(self.out, self.args)
+        self.log = open_log(self.out, self.start)
 
     def speed_figures(self, step, tokens):
         """The wall-clock figures of a step's log line."""

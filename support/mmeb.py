@@ -124,7 +124,8 @@ def annotation_files(folder, config, split):
     return files
 
 
-SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(\.\w+)")  # NAME-00000-of-00002.parquet; older ones have a hash
+# NAME-00000-of-00002.parquet; older ones have a hash, and a browser adds " (1)" to a second download
+SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(?: \(\d+\))?(\.\w+)")
 
 
 def refuse_missing_shards(files):
@@ -136,7 +137,8 @@ def refuse_missing_shards(files):
             shards.setdefault((path.parent, name, ending), []).append((total, int(index)))
     for (folder, name, ending), found in shards.items():
         totals = sorted({total for total, _ in found})
-        if len(totals) > 1 or len(set(found)) < len(found):
+        too_high = any(index > int(total) for total, index in found)
+        if len(totals) > 1 or len(set(found)) < len(found) or too_high:
             raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {', '.join(totals)}), and "
                            "rows would be read twice. Delete the older files")  # fmt: skip
         n = int(totals[0])
@@ -174,7 +176,8 @@ def files_by_name(folder, config, split):
         folders_and_name = path.relative_to(folder).parts
         of_config = config is None or config in folders_and_name or path.stem.endswith(config)
         of_split = split in path.stem or path.stem.endswith(str(config))
-        if of_config and of_split and path.suffix in (".parquet", ".json", ".jsonl"):
+        is_table = path.suffix in (".parquet", ".json", ".jsonl") and not path.name.startswith(".")
+        if of_config and of_split and is_table:
             files.append(path)
     return files
 

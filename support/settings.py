@@ -1,5 +1,7 @@
 """The settings of a run: flags, their bounds, args.json, the lock of the output folder, what a resume may change."""
 
+
+
 import argparse
 import fcntl
 import hashlib
@@ -18,7 +20,7 @@ import torch
 import transformers
 from transformers.utils import cached_file
 
-from support.distributed import gather_list, processes
+from support.distributed import gather_list, gather_objects, processes
 from support.files import read_json, write_json
 from support.program import BadInput
 
@@ -116,9 +118,9 @@ def hold(folder):
         raise BadInput(f"{folder} is in use by another run: {taken}. Wait for it, end it, or give another --out.")
 
 
-def weights_digest(name_or_path):
-    """Identity of a model: of all bytes of weights, configuration and tokenizer (a sample misses a changed norm), about
-    a second a GB; of a hub id its commit."""
+def weights_digest(name_or_path, more=()):
+    """Return the identity of a model: a hash of all bytes of weights, configuration and tokenizer (a sample misses a
+    changed norm), about a second a GB; of a hub id the commit. more: patterns of other files that count."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
@@ -126,18 +128,19 @@ def weights_digest(name_or_path):
         except OSError as error:
             raise BadInput(f"--model {name_or_path}: {str(error).splitlines()[0]}") from error
     digest = hashlib.blake2b(digest_size=16)
-    names = ("*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt",
+    names = more + ("*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt",
              "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-    for path in sorted(path for name in names for path in folder.glob(name)):
+    for path in sorted({path for name in names for path in folder.glob(name) if path.is_file()}):
         with open(path, "rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
 
 
-def same_on_all_ranks(about):
-    """Raises BadInput on every rank if one rank differs from rank 0. about: {name: value}, as JSON. Nodes may have
-    their own copies of data and models, and a run over different ones would train on without a word."""
-    first, *others = gather_list([(os.uname().nodename, about)])
+def same_on_all_ranks(about, group=None):
+    """Raise BadInput on every rank if one rank differs from rank 0. about: {name: value}; group: the process group that
+    the ranks meet in. Nodes may have their own copies of data and models, and a run over different ones would train on
+    without a word."""
+    first, *others = gather_objects((os.uname().nodename, about), group)
     for rank, (node, theirs) in enumerate(others, 1):
         if changed := changes(first[1], theirs):
             raise BadInput(f"rank {rank} on {node} differs from rank 0 on {first[0]}: {'; '.join(changed.values())}. "

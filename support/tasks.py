@@ -61,7 +61,7 @@ def load_on_all_ranks(names, load, settings, group=None):
         if (rank > 0) == turn:
             tasks = [load(name) for name in names]
         barrier(group)
-    same_on_all_ranks({f"content of {task.name}": stable_hash(vars(task)) for task in tasks} | settings)
+    same_on_all_ranks({f"content of {task.name}": stable_hash(vars(task)) for task in tasks} | settings, group)
     return tasks
 
 

@@ -72,6 +72,11 @@ def check_config(config, name_or_path):
         raise BadInput(f"{name_or_path}: the weights are quantised ({method}). This code computes with plain weights. "
                        "Give the folder or hub id of the model in bf16 or fp32.")  # fmt: skip
     text = config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    section = (text.rope_parameters or {}).get("mrope_section", [])
+    if 2 * sum(section) != head:
+        raise BadInput(f"{name_or_path}: config.json has mrope_section {section}, whose sum is not half of a head's "
+                       f"{head} values. Copy config.json again.")  # fmt: skip
     rope = text.rope_parameters.get("rope_type", "default")
     unknown = []
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
@@ -99,6 +104,7 @@ def load_pretrained(name_or_path, dtype):
     with told_of(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
         config.text_config.attention_dropout = 0.0  # the families have no other dropout; saved folders say 0 too
+        config.return_dict = config.text_config.return_dict = True
         backbone, found = getattr(transformers, family_of(config).model_class).from_pretrained(
             name_or_path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -21,6 +21,7 @@ from test_annotate import annotate, raw_answers
 from test_rl import flags as rl_flags
 from test_sft import flags, same_weights, weights
 
+import data
 import eval as ev
 import rl
 import sft
@@ -34,7 +35,7 @@ from support.checkpoint import list_checkpoints
 from support.files import Rows, write_rows
 from support.formats import RowCheck
 from support.images import blank_picture, open_picture
-from support.program import BadInput
+from support.program import BadInput, Skip
 from support.settings import weights_digest
 
 
@@ -97,6 +98,7 @@ def test_dropout_of_a_config_is_off(writer_dir, tmp_path, world, monkeypatch):
     (lambda c: c["text_config"].update(layer_types=["sliding_attention"] * 4), "sliding attention"),
     (lambda c: c["text_config"].update(hidden_act="gelu"), "hidden_act gelu"),
     (lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0), "rope_type dynamic"),
+    (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[6, 6]), r"mrope_section \[6, 6\]"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_computed(tiny_dir, tmp_path, change, message):
     """Bug story: quantised folders and a number in quotes ended in a traceback; layers with sliding attention were
@@ -114,13 +116,19 @@ def test_numbers_of_numpy_are_numbers(writer):
         return writer.embed(["a", "b"], samples=2, seed=seed, temperature=temperature, max_new_tokens=12)
 
     assert embed(3, 1.0).texts == embed(np.int64(3), np.float32(1)).texts != embed(4, 1.0).texts
+    many = {"samples": np.uint32(6), "batch_size": np.uint32(20), "max_new_tokens": np.uint8(12)}
+    assert writer.embed(["a"] * 5, temperature=1.0, **many).valid.shape == (5, 6)  # uint32 minus 1 is 4 billion
     for wrong in ({"samples": True}, {"seed": 1.5}, {"seed": -1}, {"temperature": True}, {"max_new_tokens": "8"}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             writer.embed(["a"], **wrong)
 
 
 def test_a_tokenizer_that_splits_control_tokens(tiny_dir, tmp_path):
-    """Found on the way: "split_special_tokens" ended in a RuntimeError about shapes at the first image."""
+    """Found on the way: "split_special_tokens" ended in a RuntimeError about shapes at the first image. A folder in the
+    model's folder, and "return_dict": false, do no harm."""
+    (edited(tiny_dir, tmp_path / "good", "config.json", lambda c: c.update(return_dict=False)) / "tokenizer").mkdir()
+    weights_digest(tmp_path / "good")
+    Embedder.from_pretrained(tmp_path / "good").embed(["a"], mode="disc")
     path = edited(tiny_dir, tmp_path / "model", "tokenizer_config.json", lambda c: c.update(split_special_tokens=True))
     with pytest.raises(BadInput, match="splits control tokens such as <|image_pad|>".replace("|", r"\|")):
         Embedder.from_pretrained(path)
@@ -138,6 +146,21 @@ def nodes_of_their_own(tmp_path):
         os.chdir(tmp_path / str(rank))
 
     return before
+
+
+def test_annotate_on_nodes_with_other_pairs(writer_dir, world, tmp_path, capfd):
+    """The same for annotate: it ended in a KeyError, because each rank hashes its share of its own list of files."""
+    own = nodes_of_their_own(tmp_path)
+
+    def before(rank):
+        own(rank)
+        rows = json.loads((world / "rl.json").read_text())
+        (tmp_path / f"{rank}/pairs.json").write_text(json.dumps(rows[rank:]))
+
+    argv = ["annotate", "--pairs", "pairs.json", "--media_root", world, "--teacher", writer_dir, "--out",
+            tmp_path / "sft.json"]  # fmt: skip
+    run_processes(data, argv, codes=1, before=before)
+    assert "differs from rank 0" in (told := capfd.readouterr().err) and "content of --pairs" in told
 
 
 @pytest.mark.parametrize("differs", ["data", "model", "flag"])
@@ -219,6 +242,14 @@ def test_a_refused_command_changes_nothing(tiny_dir, world, tmp_path, monkeypatc
     refuse(SystemExit, batch_size=6, resume=out / "checkpoints/step-1")
     run_processes(sft, flags(tiny_dir, world, out, steps=2, batch_size=3, resume="none"), codes=1)
     refuse(BadInput, resume=tmp_path / "nothing")
+
+
+def test_going_back_to_a_last_step(tiny_dir, world, tmp_path, monkeypatch):
+    """Found by a reviewer: --resume of step 1 with --steps 1 has no step to do. It left the later checkpoints, from
+    which the next command went on."""
+    run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=1, keep=3), monkeypatch)
+    run_here(sft, flags(tiny_dir, world, tmp_path, steps=1, resume=tmp_path / "checkpoints/step-1"), monkeypatch)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1] and len(read_log(tmp_path)) == 1
 
 
 def test_the_last_step_is_a_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
@@ -389,6 +420,27 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
     assert raw_answers(out) == second, "the old answers about this image are still there"
     rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
     assert all(line["reasons"].get("qry") != "media" for line in rejected)
+
+
+def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkeypatch):
+    """An image that could not be read for a moment was "media" for ever. One that is broken is not asked again."""
+    real, calls = annotate_file.open_picture, []
+
+    def flaky(path, *given, **more):
+        calls.append(path)
+        if len(calls) == 1:
+            raise Skip(f"{path}: Input/output error")
+        return real(path, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate_file, "open_picture", flaky)
+        assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
+    errors = [key for key, answer in raw_answers(tmp_path / "sft.json").items() if "error" in answer]
+    assert len(errors) == 1
+    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
+    assert not any("error" in answer for answer in raw_answers(tmp_path / "sft.json").values())
+    monkeypatch.setattr(Embedder, "from_pretrained", None)  # all is answered: the teacher is not loaded
+    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
 
 
 def test_rejected_rows_have_their_answers(tmp_path):

@@ -54,6 +54,8 @@ def shards(folder, *names, card=""):
     ("test-00000-of-00002-0123456789abcdef.parquet", "e.g. test-00001-of-00002.parquet"),
     ("test-00001-of-00003.json test-00003-of-00003.json", "1 of 3 .* test-00002-of-00003.json"),
     ("test-00000-of-00001.json test-00000-of-00002.json test-00001-of-00002.json", "of 00001, 00002.*read twice"),
+    ("test-00000-of-00001.json|test-00000-of-00001 (1).json", "read twice"),
+    ("test-00000-of-00002.json test-00001-of-00002.json test-00005-of-00002.json", "read twice"),
     ("test-00000-of-00001-aaaa.json test-00000-of-00001-bbbb.json", "several downloads"),
 ])  # fmt: skip
 def test_a_missing_shard_is_named(tmp_path, names, message):
@@ -61,7 +63,8 @@ def test_a_missing_shard_is_named(tmp_path, names, message):
     candidates the score rose from 39.0 to 53.3. A file's own name, NAME-number-of-N as `datasets` writes it, says how
     many there must be; the files of two downloads side by side hold rows twice."""
     for card in ("", "test-*"):
-        folder = shards(tmp_path / f"repo{len(card)}", *names.split(), card=card)
+        names_of_files = names.split("|") if "|" in names else names.split()
+        folder = shards(tmp_path / f"repo{len(card)}", *names_of_files, card=card)
         with pytest.raises((BadInput, MissingFile), match=f"{folder}.*{message}"):
             annotation_files(folder, None, "test")
 
