@@ -197,7 +197,8 @@ def annotated(world, writer_dir, tmp_path_factory):
 
 
 def raw_answers(out):
-    lines = [line for path in sorted(Path(f"{out}.answers").glob("answers-*")) for line in path.read_text().splitlines()]
+    files = sorted(Path(f"{out}.answers").glob("answers-*"))
+    lines = [line for path in files for line in path.read_text().splitlines()]
     return {line["key"]: line for line in map(json.loads, lines)}
 
 
