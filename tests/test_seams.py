@@ -145,8 +145,9 @@ def test_reward_weights_that_make_no_sense(given, says):
 # ---- the house -------------------------------------------------------------------------------------------------
 
 BELOW = {  # who may be imported by whom, from the bottom up
-    "run": set(), "reward": set(), "decode": set(), "rows": {"run"}, "report": {"run"}, "data": {"rows", "run"},
-    "model": {"data", "decode", "rows", "run"},
+    "run": set(), "reward": set(), "decode": set(), "rows": {"run"}, "data": {"rows", "run"},
+    "model": {"data", "decode", "rows", "run"}, "cache": {"data", "model", "run"}, "tasks": {"data", "mmeb", "run"},
+    "reasoner": {"cache", "data", "model", "rows", "run"}, "report": {"data", "mmeb", "reasoner", "run"},
 }  # fmt: skip
 STAGES = {"sft", "rl", "eval"}
 
