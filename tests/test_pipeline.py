@@ -54,7 +54,7 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     printed = start(
         "eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24
     )
-    assert "change in points" in printed and "distance from the better of disc and gen" in printed
+    assert "change in points" in printed
 
     for folder, steps in ((sft, 3), (rl, 2)):
         log = read_log(folder)
@@ -70,7 +70,7 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     scores = json.loads((out / "rl" / "scores.json").read_text())
     assert len(scores["tasks"]) == 7
     for task in scores["tasks"].values():
-        assert {"gen", "disc", "oracle", "gen_disc", "disc_gen", "mean", "pass@k", "invalid", "seconds"} <= task.keys()
+        assert {"gen", "disc", "oracle", "gen_disc", "disc_gen", "pass@k", "invalid", "seconds"} <= task.keys()
         assert task["oracle"]["hit@1"] >= max(task["gen"]["hit@1"], task["disc"]["hit@1"])
 
     assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
