@@ -1,6 +1,6 @@
 """Draw the figures of README and docs from the runs of the toy world into assets/.
 
-    python tests/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
+    python tests/bench/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
     python tests/figures.py                               # assets/query.svg, rl_step.svg, curves.svg, in seconds
 
 query.svg    one query: what it is, what the RL model of seed 0 writes, and the first candidates of disc, gen and fused
@@ -33,7 +33,7 @@ from support.cache import DistinctInputs, collect  # noqa: E402
 from support.files import write_file  # noqa: E402
 from support.program import BadInput, MissingFile, run_script  # noqa: E402
 
-BENCH = "python tests/bench.py toy --seeds 3 --recipes rl"
+BENCH = "python tests/bench/bench.py toy --seeds 3 --recipes rl"
 TASK = "test/ground"  # queries and candidates are images, and it takes some reasoning
 SIDE = 24  # free at the borders
 

@@ -19,7 +19,7 @@ COMMANDS = ["toy", "data", "check", "rollout", "rl", "decode", "embed", "sft", "
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_bench_runs(command):
     """Bug story: rollout, rl and sft ended in an error, so most of the README's speed table could not be made again."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests/bench.py"), command, "--tiny"], cwd=ROOT,
+    done = subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), command, "--tiny"], cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "\n|---|" in done.stdout, done.stdout

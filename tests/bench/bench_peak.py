@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def status(key):
@@ -37,7 +37,7 @@ def in_fresh_process(module, call, tiny=False):
     thread, through JSON. tiny: from this process, which saves the imports; nobody reads those figures."""
     if tiny:
         return eval(call, vars(importlib.import_module(module)))
-    paths = [str(ROOT), str(ROOT / "tests")]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
     code = f"import sys, json; sys.path[:0] = {paths!r}; import torch, {module}; torch.set_num_threads(1); "
     code += f"print(json.dumps({module}.{call}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,18 +1,18 @@
 """Tables of docs/. Nothing here decides a test; every number comes with the command that printed it.
 
-python tests/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
-python tests/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
-python tests/bench.py check             # data.py check on 1.46 million rows
-python tests/bench.py rollout           # speed and memory beside the official recipe: rollouts
-python tests/bench.py rl                # update pass, reference pass and a whole RL step
-python tests/bench.py decode            # a decode step beside transformers' own
-python tests/bench.py embed             # decode steps of continuous batching
-python tests/bench.py sft               # SFT step: memory and time
-python tests/bench.py eval              # encoding for evaluation
-python tests/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors
-python tests/bench.py plan              # time plan of the full recipe on 8 H100, beside the published hours
-python tests/bench.py gpu               # one GPU, the real 2B's sizes: measured beside what was expected
-python tests/bench.py kills             # runs killed at random moments against one that never was
+python tests/bench/bench.py toy --seeds 3     # findings on the toy world: SFT, DUME and RL; --recipes adds RL controls
+python tests/bench/bench.py data              # toy world: own annotations, another model's reasoning, --cross_weight
+python tests/bench/bench.py check             # data.py check on 1.46 million rows
+python tests/bench/bench.py rollout           # speed and memory beside the official recipe: rollouts
+python tests/bench/bench.py rl                # update pass, reference pass and a whole RL step
+python tests/bench/bench.py decode            # a decode step beside transformers' own
+python tests/bench/bench.py embed             # decode steps of continuous batching
+python tests/bench/bench.py sft               # SFT step: memory and time
+python tests/bench/bench.py eval              # encoding for evaluation
+python tests/bench/bench.py memory            # memory plan of the real sizes on 8 GPUs, by fake tensors
+python tests/bench/bench.py plan              # time plan of the full recipe on 8 H100, beside the published hours
+python tests/bench/bench.py gpu               # one GPU, the real 2B's sizes: measured beside what was expected
+python tests/bench/bench.py kills             # runs killed at random moments against one that never was
 
 Every command takes --tiny: smallest sizes, whose figures mean nothing, to see that it still runs.
 """
@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
 # the disc-only baseline: no reasoning, contrastive loss at full weight; its learning rate was chosen on the dev scenes
 DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]
@@ -123,7 +123,7 @@ def toy(args, run):
             run("rl.py", "--seed", s, "--model", place(s, "sft"), "--out", place(s, name), *train("rl"), *RECIPES[name])
         scores, per_query = evaluate(s, name)
         file = place(s, name) / "reward.json"
-        code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; "
+        code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests/bench')!r}); import bench; "
         given = [str(place(s, name)), str(data / f"rl_{split}.json"), str(data), *([1, 4] if args.tiny else [])]
         code += f"r = bench.held_out_reward(*{given!r}); "
         subprocess.run([sys.executable, "-c", code + f"json.dump(r, open({str(file)!r}, 'w'))"], check=True)

@@ -1,4 +1,4 @@
-"""Speed and memory of RL and embed() beside the official recipe; tests/bench.py rollout | rl | embed print the tables.
+"""Speed and memory of RL and embed() next to the official recipe: bench.py rollout | rl | embed print the tables.
 
 The official recipe is written here from its description, in plain transformers: every prompt and picture is read G
 times by generate(), all logits of prompt and completion exist, query and target graph are alive at once, the embeddings
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
 from bench_peak import in_fresh_process, peak_above  # noqa: E402
 from conftest import picture, processor_inputs, scripted, transformers_read  # noqa: E402

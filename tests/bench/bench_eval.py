@@ -1,4 +1,4 @@
-"""Compare encoding for evaluation with the official way; python tests/bench.py eval prints the table.
+"""Compare encoding for evaluation with the official way; python tests/bench/bench.py eval prints the table.
 
 The official evaluation is rewritten from its description in plain transformers. Inputs are in static batches,
 generate() returns the states of all layers and steps to read one vector per row, and a second pass over prompts and
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
 from bench_peak import in_fresh_process, peak_above  # noqa: E402
 from conftest import generate_all, picture, processor_inputs  # noqa: E402

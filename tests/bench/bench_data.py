@@ -12,7 +12,7 @@ import numpy as np
 
 from support.formats import DISC, GEN, INSTRUCTION
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 EMPTY = "<think></think><answer><gen_emb>"  # an empty trace
 
 

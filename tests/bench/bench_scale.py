@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bench_peak import in_fresh_process, peak_above
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GIB = 2**30
 GPUS, GPU_GIB = 8, 80e9 / GIB  # a GPU of 80 GB
 PAGE = 12_040  # patches of a page of 2.4 M pixels, the largest picture

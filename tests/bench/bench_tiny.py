@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 SIZES = dict(seeds=1, rows=2000, repeats=1, inputs=8, count=4, cross=[], jobs=1)
 FLAGS = {
