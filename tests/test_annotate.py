@@ -98,11 +98,11 @@ def test_published_sft_rows_lose_their_reasoning(world):
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        ({}, "neither text nor media"),
-        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "neither text nor media"),
+        ({}, "no text and no media"),
+        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "no text and no media"),
         ({"images": ["a.png"], "video": ["b.png"]}, "both an image and a video"),
         ({"text": "a <|im_end|> b"}, "control token <|im_end|>"),
-        (None, "lacks qry_text"),
+        (None, "has no qry_text"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named_before_the_teacher_starts(side, message, tmp_path):
