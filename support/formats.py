@@ -188,7 +188,7 @@ def sft_side(side, name):
     turns = side.get("conversations")
     if not isinstance(turns, list) or len(turns) != 2:
         found = f"{len(turns)} turns" if isinstance(turns, list) else type(turns).__name__
-        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, but has {found}')
+        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, but found {found}')
     human = turn_text(turns[0], ("human", "user"), name)
     answer = turn_text(turns[1], ("gpt", "assistant"), name)
     if not isinstance(human, str) or not isinstance(answer, str | None):

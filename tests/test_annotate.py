@@ -469,7 +469,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert run(*flags, "--workers", 0) == 1
     table = capsys.readouterr().out
     assert re.search(r"all +12 .* 4 +2 +1 +0\n", table), table
-    assert "skips 3 of 12 rows and does not start before 4 are mended." in table
+    assert "skips 3 of 12 rows and does not start before 4 are fixed." in table
     for text in (f"row 0: {tmp_path}/images/missing.png: no such file", f"row 1: {tmp_path}/broken.png: cannot be read",
                  "row 4, pos: no <gen_emb>", "tokens, above --max_length 400", "row 10, qry: the text has 2 <image>",
                  "row 6: an SFT row needs", "row 7, qry: needs"):  # fmt: skip

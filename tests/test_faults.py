@@ -630,9 +630,9 @@ def test_a_sample_depends_on_the_content_not_on_the_place(writer):
 @pytest.mark.parametrize("content, message", [
     (b'\xef\xbb\xbf[{"a": 1}]', "not valid JSON"),
     ('[{"a": 1}]'.encode("utf-16"), "not valid (JSON|UTF-8)"),
-    (b'{"data": [{"a": 1}]}', "the rows lie under 'data'; save that list"),
+    (b'{"data": [{"a": 1}]}', "the rows are under the key 'data'. Save that list"),
     (b'{\n "data": [\n  {"a": 1}]}', "line 1: not valid JSON.*one list of rows"),
-    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "is the file whole"), (b"\x1f\x8b\x08\0\0", "not valid UTF-8"),
+    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "Is the file complete"), (b"\x1f\x8b\x08\0\0", "not valid UTF-8"),
     (b"PAR1\0\0", "not valid JSON"), (b"[" * 9999, "recursion"),
     (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
 ])  # fmt: skip
@@ -961,7 +961,7 @@ def test_what_is_ours_and_broken_is_made_again(tiny_dir, world, tmp_path, monkey
         path.write_bytes(b"\0" * 100)
     run_here(sft, argv, monkeypatch)
     told = capsys.readouterr().err
-    assert "1 lines that are no log lines" in told and "made again" in told and read_log(tmp_path / "out") == want
+    assert "1 lines that are no log lines" in told and "Building it" in told and read_log(tmp_path / "out") == want
 
 
 def test_only_our_own_files_are_cleared_away(tmp_path):

@@ -189,7 +189,7 @@ def test_errors_name_the_file_and_the_remedy(own):
         ev.load_task("CIFAR", own)
     file = own / "annotations/VLM2Vec/VATEX/vatex_test/test-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).rename_columns(["id", *pq.read_schema(file).names[1:]]), file)
-    with pytest.raises(ValueError, match=r"VATEX.*lacks the columns videoID"):
+    with pytest.raises(ValueError, match=r"VATEX.*is missing the columns videoID"):
         ev.load_task("VATEX", own)
     file = own / "annotations/VLM2Vec/Video-MME/videomme/test-00000-of-00001.parquet"
     rows = pq.read_table(file).to_pylist()
