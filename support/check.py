@@ -186,6 +186,6 @@ def run_export(args):
     export_checkpoint(args.checkpoint, args.out)
 
 
-CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 for an unusable row", check_flags, run_check)
+CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 if a row is bad", check_flags, run_check)
 EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags,
                  run_export)  # fmt: skip
