@@ -1,26 +1,26 @@
-"""Data: conversations, pictures and videos to patches, the rows of SFT and RL files, batches.
+"""Data: conversations, images and videos as patches, the rows of SFT and RL files, batches.
 
-What a row becomes (the paper's formulation of an embedding that reasons): one string in Qwen2-VL's chat format, which
-Qwen2.5-VL and Qwen3-VL read too,
+A row becomes one string in Qwen2-VL's chat format, which Qwen2.5-VL and Qwen3-VL read too. It is the paper's
+formulation of an embedding that reasons:
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
-its token ids, their three-axis rotary positions and the picture patches. Rows are made on the CPU, in loader workers,
-as numpy arrays (torch tensors would cost a file descriptor each on their way out of a worker); only normalise() and the
-functions of a Family run later, on the model's device.
+The model reads its token ids, their three-axis rotary positions and the image patches. Loader workers encode rows on
+the CPU as numpy arrays, because a torch tensor costs a file descriptor when it leaves a worker. Only normalise() and
+the functions of a Family run later, on the model's device.
 
-Where this departs from the official code
- 1. Batches hold one dataset each, in an order that is a pure function of (seed, epoch, step), so the number of
-    processes and a resume do not change it; the official order is the file's, the same in every epoch.
- 2. A picture that cannot be read, or a row that is too long, keeps its place in the batch and is masked out of every
-    loss; it is counted and listed in skipped.jsonl. The official loader silently takes the next row instead, and
-    cuts long rows, which can cut off <gen_emb>.
- 3. Token ids are looked up by name, never written as numbers.
- 4. A text that truly has no picture works; the official text-only branch raises a TypeError.
+Departures from the official code
+ 1. Each batch holds one dataset. The order is a pure function of (seed, epoch, step), so the world size and a resume
+    do not change it. The official order is the order of the file in every epoch.
+ 2. A row with an unreadable image or too many tokens stays in the batch, but every loss masks it out. It is counted
+    and listed in skipped.jsonl. The official loader silently takes the next row instead of an unreadable one. It
+    truncates long rows, which can cut off <gen_emb>.
+ 3. Token ids are looked up by name and are never hard-coded.
+ 4. A text without any image works. The official text-only branch raises a TypeError.
 
 Commands
     torchrun --nproc_per_node 8 data.py annotate --pairs PAIRS --media_root DIR --teacher MODEL --out sft.json
-    python data.py rl-subset --pairs PAIRS --sft sft.json --out rl.json      # a balanced draw of what SFT leaves over
+    python data.py rl-subset --pairs PAIRS --sft sft.json --out rl.json      # a balanced sample of unused pairs
     python data.py check sft.json --media_root DIR --model MODEL             # before a run
     python data.py toy [--out runs/toy/data] [--seed 0]     # writes the toy world, in the published formats
     python data.py export runs/2b/sft/checkpoints/step-1000 --out runs/2b/sft-1000     # a model folder for eval.py
@@ -63,14 +63,14 @@ from support.settings import check_batch_size, check_bounds
 
 
 def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
-    """A picture (one frame) or a video (several) as the model's patches.
+    """Convert an image (one frame) or a video (several frames) to the model's patches.
 
-    frames: list of PIL pictures, any mode. Returns float32 patches [n, 1176] (for Qwen2-VL: 3 channels x 2 frames x
+    frames: list of PIL images of any mode. Returns float32 patches [n, 1176] (for Qwen2-VL: 3 channels x 2 frames x
     14 x 14 pixels, CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in
     patches, n = t*h*w). min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of
-    all; an odd number of frames repeats the last one, which also makes a picture the two equal frames that the model
-    expects. Raises Skip as open_picture does. Same numbers as transformers' Qwen2VLImageProcessorPil, but for 16-bit
-    pictures, which become black or white there.
+    all frames. An odd number of frames repeats the last frame, so an image becomes the two equal frames that the model
+    expects. Raises Skip as open_picture does. The values equal those of transformers' Qwen2VLImageProcessorPil, except
+    for 16-bit images, which become black or white in transformers.
     """
     patches, grid = patch_bytes(frames, min_pixels, max_pixels, family)
     return normalise(torch.from_numpy(patches), family), torch.from_numpy(grid)
@@ -82,17 +82,17 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
 
 @dataclass
 class Row:
-    """One encoded sequence. L tokens, the first n_prompt of them are the prompt (no loss there)."""
+    """One encoded sequence of L tokens. The first n_prompt tokens are the prompt, which has no loss."""
 
     ids: np.ndarray  # [L]
     positions: np.ndarray  # [3, L] rotary positions: time, height, width
     n_prompt: int
-    disc_at: int  # index of <disc_emb> in the user's turn, -1 if it has none
-    gen_at: int  # index of the last <gen_emb> of the assistant's turn, -1 if it has none
-    patches: np.ndarray  # uint8 [n, patch_values] of all media in the order of the text
+    disc_at: int  # index of <disc_emb> in the user's turn, -1 if missing
+    gen_at: int  # index of the last <gen_emb> in the assistant's turn, -1 if missing
+    patches: np.ndarray  # uint8 [n, patch_values] of all media, in the order of the text
     grids: np.ndarray  # [m, 3]
     name: str  # file, row and side, for messages
-    vision_states: torch.Tensor | None = None  # what the frozen vision tower made of the patches, which are then let go
+    vision_states: torch.Tensor | None = None  # of the frozen vision tower; the patches are then freed
 
     @property
     def num_patches(self):
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def content(self):
-        """Identity of what the model reads, whatever its name or place in a list."""
+        """Return the hash of everything that the model reads. It does not depend on the name or the index."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.ids, self.grids, self.patches):
             digest.update(array.tobytes())
@@ -108,22 +108,22 @@ class Row:
 
     @property
     def next_position(self):
-        """Rotary position (all three axes) of the token after the last one, which is text."""
+        """Return the rotary position (on all three axes) of a token after the last one, which is text."""
         return int(self.positions[0, -1]) + 1
 
 
 def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
-    """The rotary positions: text counts up on all three axes, a picture spans (t, h, w) from where it starts.
+    """Return the rotary positions [3, L]: text counts up on all three axes, an image spans (t, h, w) from its start.
 
-    ids [L], grids [m, 3] in patches, media_ids: the pad tokens of pictures and videos. Returns [3, L].
-    After a picture or video the text goes on at its larger side: time does not count there, as in transformers 5. (In
-    4, and when the models were made, it did: another number where a video spans more positions of time, 7 for 4 steps
-    of Qwen2.5-VL, than its frames have tokens on a side.)
+    ids [L], grids [m, 3] in patches, media_ids: the pad tokens of images and videos.
+    After an image or video the text continues at start + max(h, w), as in transformers 5. In transformers 4, and when
+    the models were trained, time counted too. The two versions differ only if a video spans more positions of time (7
+    for 4 steps of Qwen2.5-VL) than its frames have tokens on a side.
     """
     runs = iter([run for grid in grids for run in runs_of_pads(family.in_tokens(grid), family)])
     is_media = np.isin(ids, media_ids)
     positions = []
-    start = 0  # the position that the next token begins with
+    start = 0  # position of the next token
     i = 0
     while i < len(ids):
         if is_media[i]:
@@ -141,35 +141,35 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
 
 
 def runs_of_pads(grid, family):
-    """The grid (in tokens) of a picture or video -> the grids of its runs of pads in the text."""
+    """Return the grids (in tokens) of the runs of pads that an image or video becomes in the text."""
     t, h, w = grid
     return [(1, h, w)] * t if family.timestamps else [grid]
 
 
 def media_text(pad, grid, num_frames, family):
-    """How a picture or video stands in the text: one pad token for every visual token of its grid (in tokens), with
-    timestamps each step of a video after its time, the mean of its frames'."""
+    """Return the text of an image or video: one pad token for every visual token of its grid (in tokens). If the family
+    has timestamps, the time of each video step (the mean of its frames' times) comes before the step."""
     runs = [f"<|vision_start|>{pad * math.prod(run)}<|vision_end|>" for run in runs_of_pads(grid, family)]
     if pad != family.video_pad or not family.timestamps:
         return "".join(runs)
-    frames = np.arange(len(runs) * family.depth).clip(max=num_frames - 1)  # the last one may be there twice
+    frames = np.arange(len(runs) * family.depth).clip(max=num_frames - 1)  # the last frame may be repeated
     times = frames.reshape(len(runs), family.depth)[:, [0, -1]].mean(axis=1) / FRAME_RATE
     return "".join(f"<{time:.1f} seconds>{run}" for time, run in zip(times, runs))
 
 
 def chat_prompt(user):
-    """The conversation up to the point where the assistant speaks, as the Qwen2-VL chat template writes it."""
+    """Return the conversation up to the start of the assistant's turn, as the Qwen2-VL chat template writes it."""
     return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", family=QWEN2_VL):
-    """One side of a pair -> Row.
+    """Encode the query or target of a pair as a Row.
 
-    item: {"text", "images", "video"}: the user's text with <image> / <video> marks where the media stand, paths or PIL
-    pictures, a list of frames (more than NUM_FRAMES are thinned out evenly). answer: the assistant's text or None.
-    marks: the media marks at the start of the text, where later ones are literal text. None: every <image> and <video>
-    is a mark, or none is where there are no media.
-    Raises Skip for media that cannot be used, BadInput for text and media that do not fit together.
+    item: {"text", "images", "video"}: the user's text with an <image> or <video> mark for each of the media, paths or
+    PIL images, and a list of frames (thinned out evenly to NUM_FRAMES). answer: the assistant's text or None.
+    marks: the media marks at the start of the text; later marks are literal text. If marks is None, every <image> and
+    <video> is a mark, unless the item has no media: then all are literal text.
+    Raises Skip for unusable media. Raises BadInput if text and media do not match.
     """
     for text in (item["text"], answer or ""):
         check_text(text, name)
@@ -179,7 +179,7 @@ def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", fami
     user, patches, grids = place_media(item, marks, root, family)
     ids = tokenizer(chat_prompt(user), add_special_tokens=False).input_ids
     n_prompt = len(ids)
-    if answer is not None:  # tokenised apart from the prompt, as it will be generated
+    if answer is not None:  # tokenised separately from the prompt, as in generation
         ids = ids + tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
     ids = np.array(ids)
     names = [GEN, DISC, family.image_pad, family.video_pad]
@@ -189,7 +189,7 @@ def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", fami
         positions=mrope_positions(ids, grids, media_ids, family),
         n_prompt=n_prompt,
         disc_at=last_index(ids, disc_id, 0, n_prompt),
-        gen_at=last_index(ids, gen_id, n_prompt, len(ids)),  # not the <gen_emb> of INSTRUCTION, in the user's turn
+        gen_at=last_index(ids, gen_id, n_prompt, len(ids)),  # skips the <gen_emb> of INSTRUCTION in the user's turn
         patches=patches,
         grids=grids,
         name=name,
@@ -197,7 +197,7 @@ def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", fami
 
 
 def place_media(item, marks, root, family):
-    """Puts the pad tokens of each picture and video in the place of its mark.
+    """Replace each mark by the pad tokens of its image or video.
 
     Returns the text, uint8 patches [n, patch_values] of all media in the order of the marks, and their grids [m, 3].
     """
@@ -224,15 +224,15 @@ def place_media(item, marks, root, family):
 
 
 def last_index(ids, token, start, end):
-    """Where the token stands last among ids[start:end], counted from 0; -1 if it does not."""
+    """Return the last index (from 0 in ids) of the token within ids[start:end], or -1 if it is missing."""
     found = np.flatnonzero(ids[start:end] == token)
     return start + int(found[-1]) if len(found) else -1
 
 
 def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name="", family=QWEN2_VL):
-    """The form of RL and evaluation: media, then the stripped text, <disc_emb> and INSTRUCTION. -> Row
+    """Encode an input of RL or evaluation as a Row: media, then the stripped text, <disc_emb> and INSTRUCTION.
 
-    item: {"text", "images", "video"}, keys optional. Without media the blank picture stands in, as the authors do.
+    item: {"text", "images", "video"}, keys optional. Without media the blank image is added, as the authors do.
     """
     item = check_input(item, name)
     text = without_marks(item).strip()
@@ -249,28 +249,28 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
 @dataclass
 class Pair:
-    """An encoded pair. ok is False where a side was skipped: the rows are then stand-ins that no loss reads."""
+    """An encoded pair. If its query or target was skipped, ok is False and no loss reads the placeholder rows."""
 
     query: Row
     target: Row
-    target_key: int  # content_key of the target: equal ones are not each other's negatives
+    target_key: int  # content_key of the target; pairs with equal keys are not each other's negatives
     ok: bool
-    reason: str  # why it was skipped
+    reason: str  # reason of the skip
     name: str
 
 
 class PairData(Dataset):
-    """Encoded pairs of one or more files; item i is row i. `order` says which rows make a step.
+    """Encoded pairs of one or more files. Item i is row i; `order` defines the rows of each step.
 
-    kind: the files' format, "sft" or "rl". needs: what an SFT row must have (RowCheck). answers=False reads
-    the prompts of an SFT file only (DUME).
+    kind: the files' format, "sft" or "rl". needs: what is required in an SFT row (RowCheck). answers=False reads only
+    the prompts of an SFT file (DUME).
     """
 
     def __init__(self, files, tokenizer, *, kind, batch_size, seed, root=None, max_length=12_288, rank=0, world=1,
                  blank_image=True, needs=(DISC, GEN), answers=True, cache=None, family=QWEN2_VL):  # fmt: skip
         self.rows = files if isinstance(files, Rows) else Rows(files, RowCheck(kind, needs), cache)
         if not len(self.rows):
-            raise BadInput(f"{', '.join(map(str, self.rows.files))}: no rows")
+            raise BadInput(f"{', '.join(map(str, self.rows.files))}: no rows. Give a file with at least one row")
         self.tokenizer = tokenizer
         self.family = family
         self.kind = kind
@@ -284,7 +284,7 @@ class PairData(Dataset):
         check_batch_size(batch_size, world)
         self.order = BatchOrder(self.rows.dataset, batch_size, seed, self.rows.names)
         if rank == 0 and self.order.left_out:
-            print(f"left out, smaller than a batch of {batch_size}: {self.order.left_out}")
+            print(f"datasets left out, because they are smaller than a batch of {batch_size}: {self.order.left_out}")
 
     def __getitem__(self, i):
         name, row = self.rows[i]
@@ -296,7 +296,7 @@ class PairData(Dataset):
         return Pair(query, target, key, ok=True, reason="", name=name)
 
     def encode_side(self, row, side, name):
-        """-> Row and the identity of its content."""
+        """Return the Row and the identity of its content."""
         item, answer = side_of(row, self.kind, side, name)
         name = f"{name}, {side}"
         how = {"root": self.root, "name": name, "family": self.family}
@@ -309,7 +309,7 @@ class PairData(Dataset):
         return encoded, content_key(**item)
 
     def stand_in(self, name):
-        """A short text-only sequence in the place of a skipped side, so that shapes and collectives stay the same."""
+        """Return a short text-only sequence for a skipped query or target, so shapes and collectives stay the same."""
         item = {"text": f"\n{DISC}\n", "images": [], "video": []}
         answer = None
         if self.kind == "sft" and self.answers:
@@ -318,10 +318,10 @@ class PairData(Dataset):
 
 
 class BatchOrder:
-    """order[step] -> row numbers of the global batch of that step: one dataset each, shuffled, a function of the seed.
+    """order[step] holds the row indices of the global batch of that step. It depends only on the data and the seed.
 
-    Every epoch shuffles the rows of each dataset, cuts them into batches and drops the tail that does not fill one. The
-    batches of all datasets are then shuffled together. A dataset smaller than a batch is left out.
+    Every epoch shuffles the rows of each dataset, cuts them into batches of one dataset and drops the incomplete last
+    batch. Then it shuffles the batches of all datasets together. A dataset smaller than a batch is left out.
     """
 
     def __init__(self, dataset, batch_size, seed, names=None):
@@ -340,12 +340,12 @@ class BatchOrder:
                 too_small.append(f"{name or 'unnamed'} {len(rows)}")
         self.left_out = ", ".join(too_small)  # names and sizes
         if not self.members:
-            raise BadInput(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}); lower --batch_size")
+            raise BadInput(f"no dataset fills a batch of {batch_size} (rows: {self.left_out}). Lower --batch_size")
         self.steps_per_epoch = sum(len(rows) // batch_size for rows in self.members)
         self.batches = lru_cache(maxsize=1)(self.batches)
 
     def batches(self, epoch):
-        """Return the batches of an epoch, in order: a list of row numbers [batch_size]."""
+        """Return the batches of an epoch, in order: a list of row indices [batch_size]."""
         batches = []
         for d, rows in enumerate(self.members):
             shuffled = rows[np.random.default_rng([self.seed, d, epoch]).permutation(len(rows))]
@@ -360,26 +360,26 @@ class BatchOrder:
 
 
 def step_loader(data, steps, workers):
-    """Yields this process's pairs of each of the given steps, prepared ahead by background workers (0: in here).
+    """Yield this rank's pairs of each given step. Background workers prepare them ahead (0 workers: in this process).
 
-    The rows of a step are a pure function of (seed, step); each process takes its share of them, so the global batch
-    does not depend on their number. A worker's item is one pair: a step of 1,024 pairs is gigabytes of patches. What
-    the workers have prepared still has to come through their pipes, a page of 14 MB in 56 ms: a thread gets the next
-    step while the caller computes this one.
+    The rows of a step are a pure function of (seed, step) and are divided among the ranks, so the global batch does not
+    depend on the world size. A worker's item is one pair, because a step of 1,024 pairs is gigabytes of patches. The
+    prepared pairs pass through the workers' pipes (56 ms for a page of 14 MB), so a thread gets the next step while the
+    caller computes the current one.
     """
     share = data.order.batch_size // data.world
     ahead = None
     if workers:
-        ahead = max(2, math.ceil(share / workers))  # pairs that each worker prepares: together one step
+        ahead = max(2, math.ceil(share / workers))  # pairs per worker; together the workers prepare one step
     sampler = local_row_numbers(data, steps)
     loader = forked_loader(data, workers, batch_size=None, sampler=sampler, prefetch_factor=ahead)
-    pairs = iter(loader)  # here, in the main thread, the workers are forked
+    pairs = iter(loader)  # forks the workers here, in the main thread
     pairs_of_steps = ([next(pairs) for _ in range(share)] for _ in steps)
     yield from one_ahead(pairs_of_steps) if workers else pairs_of_steps
 
 
 def local_row_numbers(data, steps):
-    """The numbers of this process's rows, step after step."""
+    """Yield the indices of this rank's rows, step after step."""
     for step in steps:
         yield from data.order[step][data.rank :: data.world].tolist()
 

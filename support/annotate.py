@@ -1,11 +1,11 @@
 """The paper's data (commands of data.py): a teacher annotates pairs with reasoning and summaries, filters drop bad
-rows, and the RL subset is drawn from the pairs that are left.
+rows, and the RL subset is sampled from the remaining pairs.
 
-    bare pairs -> read_pairs -> a teacher's answers (kept on disk) -> judge -> SFT rows
+    bare pairs -> read_pairs -> a teacher's answers (saved on disk) -> judge -> SFT rows
 
-A pair is {"dataset_name", "qry": item, "pos": item}, an item {"text", "images": [path], "video": [frame path]}. A side
-is one of the two names; its key, side_key(), is its role and its content (text and bytes of the media), so a side that
-many pairs share is asked for once.
+A pair is {"dataset_name", "qry": item, "pos": item}, an item is {"text", "images": [path], "video": [frame path]}. A
+side is "qry" or "pos". The key of an item, side_key(), is its side and its content (the text and the bytes of its
+media), so the teacher annotates an item only once, even if many pairs share it.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ ASK = (
 )
 SIDES = ("qry", "pos")
 ROLES = {"qry": ("query", "what somebody looks for"), "pos": ("candidate", "one of the things that can be found")}
-FRAME_SIDE = 448  # a foreign teacher sees a video as pictures no larger than this: 256 tokens each for most
-OWN_CALL = 8  # batches in one call of our decode loop, which refills the slots of ended answers
+FRAME_SIDE = 448  # pixels; a foreign teacher sees a video as images of at most this size: 256 tokens each for most
+OWN_CALL = 8  # batches in one call of our decode loop, which refills the slots of finished answers
 ANY_MARK = f"{IMAGE_MARK}|{VIDEO_MARK}"
 STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(?:gen|disc)_emb>|\[/?INST\]")
 
@@ -69,10 +69,10 @@ STRAY = re.compile(r"<\|[^<>|]*\|>|</?(?:think|answer|s|pad|eos|image|video)>|<(
 
 
 def read_pairs(files):
-    """Files of pairs -> list of pairs, reasoning left out. Four formats:
+    """Return the list of pairs of the given files, without reasoning. There are four formats:
 
-    {"dataset_name", "qry": {"text", "images": [path], "video": [frame path]}, "pos": {...}} (all but one key of a side
-    optional); RL rows; SFT rows; MMEB-train's parquet (its dataset is named by the folder).
+    {"dataset_name", "qry": {"text", "images": [path], "video": [frame path]}, "pos": {...}} (each side needs at
+    least one key); RL rows; SFT rows; MMEB-train's parquet (the folder's name is the dataset's name).
     """
     pairs = []
     for file in files:
@@ -87,7 +87,7 @@ def read_pairs(files):
 
 
 def rows_of_file(file):
-    """Yields the rows one by one: the reasoning, which is left out, has gigabytes."""
+    """Yield the rows one by one, because the unused reasoning takes gigabytes."""
     if Path(file).suffix == ".parquet":
         yield from read_parquet(file)
     else:
@@ -105,21 +105,21 @@ def bare_pair(row, name):
 
 
 def bare_side(row, side, name):
-    """One side of a row in any of read_pairs' formats -> item: media paths, and the text without marks."""
+    """Return one side of a row in any format of read_pairs as an item: media paths, and the text without marks."""
     item = given_side(row, side, name)
     text = re.sub(r"<\|image_\d+\|>", "", without_marks(item)).strip()
     images = [path for path in item["images"] if not is_stand_in(path)]
     video = item["video"]
     if not (text or images or video):
-        raise BadInput(f"{name}: neither text nor media; fill the side or take the row out")
+        raise BadInput(f"{name}: no text and no media. Fill the side or remove the row")
     if images and video:
-        raise BadInput(f"{name}: has both an image and a video; SFT files allow one of them")
+        raise BadInput(f"{name}: has both an image and a video, but SFT files allow only one of them. Remove one")
     check_text(text, name)
     return {"text": text, "images": images, "video": video}
 
 
 def given_side(row, side, name):
-    """One side of a row as the item that it holds. Of an SFT row only what comes before <disc_emb>."""
+    """Return one side of a row as an item. For an SFT row this is only the text before <disc_emb>."""
     given = row.get(side)
     if isinstance(given, dict) and "conversations" in given:
         item, _ = sft_side(given, name)
@@ -135,14 +135,14 @@ def given_side(row, side, name):
 
 
 def side_key(side, item, digests):
-    """Role, text and the bytes of the media; a file that is not there counts as its path, until it is there."""
+    """Return the side, text and bytes of the media as a key. A missing file counts as its path until it exists."""
     images = [digests[path] or path for path in item["images"]]
     video = [digests[path] or path for path in item["video"]]
     return f"{side} {content_key(item['text'], images, video)}"
 
 
 def keys_of_sides(pairs, digests):
-    """-> {key: item} of all sides, each content once, in the order of the pairs."""
+    """Return {key: item} of all sides, each content once, in the order of the pairs."""
     items = {}
     for pair in pairs:
         for side in SIDES:
@@ -151,25 +151,25 @@ def keys_of_sides(pairs, digests):
 
 
 def digests_of_media(pairs, root, group=None):
-    """{path: hash of its content} of all media. Raises BadInput if most of the files do not exist."""
+    """Return {path: hash of its content} of all media. Raises BadInput if most of the files do not exist."""
     paths = {path for pair in pairs for side in SIDES for path in pair[side]["images"] + pair[side]["video"]}
     digests = hash_media(paths, root, group)
     absent = [path for path in digests if not digests[path]]
     if len(absent) > len(digests) / 2:
-        raise BadInput(f"--media_root {root}: {len(absent)} of {len(digests)} media files of --pairs do not exist "
-                       f"there, e.g. {absent[0]}. Nothing was asked. Give the folder that the paths start "
-                       "from.")  # fmt: skip
+        raise BadInput(f"--media_root {root}: {len(absent)} of {len(digests)} media files of --pairs are "
+                       f"missing, e.g. {absent[0]}. The teacher was not asked. Give the folder that the paths "
+                       "start from.")  # fmt: skip
     return digests
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Teachers: functions (items with opened pictures, their keys) -> [{"text", "tokens", "ended"}] in this order
+# Teachers: functions (items with opened images, their keys) -> [{"text", "tokens", "ended"}] in this order
 
 
 def own_teacher(args, device):
-    """A model of our families, read by our decode loop: one with the embedding tokens speaks our format, others are
-    asked for it."""
-    ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # Embedder would add it
+    """Return a teacher of our families, run by our decode loop. A model with the embedding tokens already writes our
+    format; the prompt asks every other model for it."""
+    ours = GEN in AutoTokenizer.from_pretrained(args.teacher).get_vocab()  # checked here, because Embedder adds it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     embedder = Embedder.from_pretrained(args.teacher, device=device, dtype=dtype)
 
@@ -196,7 +196,7 @@ def own_teacher(args, device):
 
 
 def foreign_teacher(args, device):
-    """Any other image-text-to-text model of transformers, by its own processor and generate(); videos as pictures."""
+    """Return any other image-text-to-text model as a teacher, with its own generate(); videos become images."""
     processor = load_processor(args.teacher)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(args.teacher, dtype=dtype).to(device).eval()
@@ -208,7 +208,7 @@ def foreign_teacher(args, device):
     sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
 
     def ask(items, keys):
-        torch.manual_seed(stable_hash(args.seed, *keys))  # samples do not depend on the calls before
+        torch.manual_seed(stable_hash(args.seed, *keys))  # samples do not depend on earlier calls
         inputs = processor.apply_chat_template(
             [conversation(item, key) for item, key in zip(items, keys)],
             add_generation_prompt=True,
@@ -222,7 +222,7 @@ def foreign_teacher(args, device):
         n_prompt = inputs["input_ids"].shape[1]
         answers = []
         for ids in out[:, n_prompt:].tolist():
-            n = next((i for i, token in enumerate(ids) if token in ends), len(ids))  # what follows is padding
+            n = next((i for i, token in enumerate(ids) if token in ends), len(ids))  # the rest is padding
             answers.append({"text": tokenizer.decode(ids[:n]), "tokens": n, "ended": n < len(ids)})
         return answers
 
@@ -232,19 +232,19 @@ def foreign_teacher(args, device):
 def load_processor(teacher):
     try:
         processor = AutoProcessor.from_pretrained(teacher)
-    except ImportError as error:  # of the video part of most processors
+    except ImportError as error:  # raised by the video part of most processors
         cure = "pip install torchvision" if "orchvision" in str(error) else str(error).strip()
         raise SystemExit(f"--teacher {teacher}: its processor needs another package: {cure}") from error
     if not hasattr(processor, "image_processor") or not processor.chat_template:
-        raise SystemExit(f"--teacher {teacher}: has no picture processor or no chat template")
+        raise SystemExit(f"--teacher {teacher}: has no image processor or no chat template. Give another model")
     return processor
 
 
 def conversation(item, key):
-    """One side as the user's turn in transformers' form; the frames of a video become smaller pictures."""
+    """Return an item as the user's turn in transformers' form. The frames of a video become smaller images."""
     for frame in item["video"]:
         frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
-    content = [{"type": "image", "image": picture} for picture in item["images"] + item["video"]]
+    content = [{"type": "image", "image": image} for image in item["images"] + item["video"]]
     text = question(item, key)
     if item["video"]:
         text = f"The pictures are frames of one video, in order.\n{text}"
@@ -253,17 +253,17 @@ def conversation(item, key):
 
 
 def question(item, key):
-    """The text that a teacher is asked, below the side's media."""
+    """Return the text of the prompt, which follows the item's media."""
     side = key.split()[0]
     role, what = ROLES[side]
     return f"{item['text']}\n\n{ASK.format(role=role, what=what)}"
 
 
 def opened(item, root):
-    """The item with its pictures opened, a video thinned out. Raises Skip where one cannot be used."""
+    """Return the item with opened images and a thinned-out video. Raises Skip if an image is unusable."""
     mark = re.search(ANY_MARK, item["text"])
     if mark:
-        raise Skip(f"the text holds a literal {mark[0]}, which an SFT row would take for the mark of a picture")
+        raise Skip(f"the text has a literal {mark[0]}, which an SFT row would read as the mark of an image")
     images = [open_picture(path, root) for path in item["images"]]
     video = [open_picture(path, root, is_frame=True) for path in thinned(item["video"])]
     return item | {"images": images, "video": video}
@@ -274,18 +274,18 @@ def opened(item, root):
 
 
 def teacher_calls(items, size):
-    """{key: item} -> which keys are asked together: same numbers of frames and pictures, long texts first.
+    """Group the keys of {key: item} into calls with equal numbers of frames and images, long texts first.
 
-    A function of the items only: whatever was killed in between and however many processes share the calls, every
-    answer is computed beside the same others, so that rounding is the same too.
+    The calls depend only on the items. After a kill, or with another world size, every answer is therefore computed
+    in the same batch and with the same rounding.
     """
     keys = list(items)
     numbers_of_media = [(len(item["video"]), len(item["images"])) for item in items.values()]
     lengths = [len(item["text"]) for item in items.values()]
 
     def most_first(n):
-        frames, pictures = numbers_of_media[n]
-        return -frames, -pictures, -lengths[n], n
+        frames, images = numbers_of_media[n]
+        return -frames, -images, -lengths[n], n
 
     calls = []
     order = sorted(range(len(keys)), key=most_first)
@@ -296,7 +296,7 @@ def teacher_calls(items, size):
 
 
 def answer_call(ask, call, items, root):
-    """-> {key: answer} of one call; {"error": sentence} in the place of an answer where a picture cannot be used."""
+    """Return {key: answer} of one call. If an image is unusable, its answer is {"error": sentence}."""
     usable = {}
     answers = {}
     for key in call:
@@ -310,14 +310,14 @@ def answer_call(ask, call, items, root):
 
 
 def find_answers(folder):
-    """key -> (file, offset, whether it is an error) of every complete line; a last line that a kill has torn counts as
-    missing."""
+    """Return {key: (file, offset, whether it is an error)} of every complete line. A line that a kill has truncated
+    counts as missing."""
     found = {}
     for path in sorted(Path(folder).glob("answers-*.jsonl")):
         with open(path, "rb") as file:
             start = 0
             for line in file:
-                with contextlib.suppress(ValueError):  # torn by a kill, or the zeros of a crash
+                with contextlib.suppress(ValueError):  # truncated by a kill, or zeros after a crash
                     if line.endswith(b"\n"):
                         answer = json.loads(line)
                         found[answer["key"]] = path, start, "error" in answer
@@ -326,7 +326,7 @@ def find_answers(folder):
 
 
 def usable_again(found, items, root):
-    """Return the keys whose answer is an error, although their media can be read now: a disk may fail for a moment."""
+    """Return the keys of errors with media that are readable now, because a disk may fail for a moment."""
     again = set()
     for key, (*_, is_error) in found.items():
         if is_error and key in items:
@@ -347,28 +347,28 @@ def read_answer(path, start, _is_error):
 
 
 def too_long(answer, bound):
-    return not answer["ended"] or answer["tokens"] > bound  # not ended: cut off at --max_new_tokens
+    return not answer["ended"] or answer["tokens"] > bound  # an answer without an end was cut off at --max_new_tokens
 
 
 def split_answer(text):
-    """(reasoning, summary), or None where the form is wrong. The opening <think> may stand in the teacher's prompt,
-    <answer> may be missing or a box (GLM-4.1V and 4.5V), <gen_emb> or </answer> may close it."""
+    """Return (reasoning, summary), or None if the form is wrong. The opening <think> may be in the teacher's prompt.
+    <answer> may be missing or a box (GLM-4.1V and 4.5V). <gen_emb> or </answer> may close it."""
     text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
     reasoning, closed, rest = text.removeprefix("<think>").partition("</think>")
     if not closed or not reasoning.strip():
         return None
     rest = rest.lstrip().removeprefix("<answer>")
-    # Read backwards, because a search for the end from the front takes quadratic time in a run of white space.
+    # Search backwards, because a search from the front takes quadratic time in a run of white space.
     closing = re.match(r"(?:\s|>bme_neg<|>rewsna/<)*", rest[::-1])
     summary = rest[: len(rest) - closing.end()]
     return reasoning.strip("\n"), summary.strip("\n")
 
 
 def repeated_share(text, n=4, window=200):
-    """Share of a text's n-word sequences that occurred before in it: the worst of the whole and of its windows.
+    """Return the share of n-word sequences that repeat an earlier one: the maximum over the text and its windows.
 
-    Ordinary reasoning is far below 0.2; a loop of a few sentences, anywhere in it, above 0.5. A short text may say a
-    list twice: fewer than 50 sequences count as 50.
+    Ordinary reasoning is far below 0.2; a loop of a few sentences anywhere in the text is above 0.5. A short text may
+    repeat a list, so fewer than 50 sequences count as 50.
     """
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w{1,20}|[^\w\s]", text.lower())  # Chinese by character
     shifted = [words[k:] for k in range(n)]
@@ -381,7 +381,7 @@ def repeated_share(text, n=4, window=200):
 
 
 def judge(answer, max_tokens, max_repeat):
-    """(reason to reject, None), or ("", (reasoning, summary)). The first reason counts."""
+    """Return (reason to reject, None), or ("", (reasoning, summary)). The first reason counts."""
     if "error" in answer:
         return "media", None
     if too_long(answer, max_tokens):
@@ -402,7 +402,7 @@ REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "re
 
 
 class Filter:
-    """The filters over all pairs: counts, and the pairs that pass as SFT rows."""
+    """The filters of all pairs. They count the outcomes and yield the pairs that pass as SFT rows."""
 
     def __init__(self, answers, digests, max_tokens, max_repeat):
         self.answers = answers  # key -> (file, offset)
@@ -410,10 +410,10 @@ class Filter:
         self.max_tokens = max_tokens
         self.max_repeat = max_repeat
         self.counts = {}  # dataset -> Counter of "kept" and REASONS
-        self.lengths = {side: Counter() for side in SIDES}  # bits of the number of tokens -> how many kept answers
+        self.lengths = {side: Counter() for side in SIDES}  # bits of the number of tokens -> number of accepted answers
 
     def kept_rows(self, pairs, rejected):
-        """Yields the SFT rows of the pairs that pass; the others become lines of `rejected`, an open file."""
+        """Yield the SFT rows of the pairs that pass, and write the other pairs as lines of `rejected`, an open file."""
         for i, pair in enumerate(Progress(pairs, desc="filter", unit="pair")):
             parts = {}
             reasons = {}
@@ -427,7 +427,7 @@ class Filter:
                     reasons[side] = reason
                     rejected_answers[side] = answer
             count = self.counts.setdefault(pair["dataset_name"], Counter())
-            count[next(iter(reasons.values()), "kept")] += 1  # a pair counts once, the query's reason first
+            count[next(iter(reasons.values()), "kept")] += 1  # a pair counts once; the query's reason comes first
             if reasons:
                 line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": reasons,
                         "answers": rejected_answers}  # fmt: skip
@@ -439,7 +439,7 @@ class Filter:
 
 
 def filter_answers(pairs, folder, digests, args):
-    """Writes --out and, beside the raw answers, rejected.jsonl and report.txt."""
+    """Write --out and, next to the raw answers, rejected.jsonl and report.txt."""
     passed = Filter(find_answers(folder), digests, args.max_tokens, args.max_repeat)
     with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
         write_rows(args.out, passed.kept_rows(pairs, rejected))
@@ -449,7 +449,7 @@ def filter_answers(pairs, folder, digests, args):
 
 
 def filter_report(counts, lengths):
-    """Kept share and reasons per dataset, and how long the kept answers are, as text."""
+    """Return a text: the accepted share and reasons per dataset, and the lengths of the accepted answers."""
     total = sum(counts.values(), Counter())
     rows = [["dataset", "pairs", "kept", *REASONS]]
     for name, count in [*sorted(counts.items()), ("all", total)]:
@@ -464,7 +464,7 @@ def filter_report(counts, lengths):
 
 
 def histogram_lines(histogram):
-    """histogram: bits of a number -> how often, as a bar of its share for every power of two."""
+    """Return one bar for every power of two, with its share. histogram: {bits of a number: count}."""
     lines = []
     for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):
         share = histogram[bits] / histogram.total()
@@ -477,19 +477,19 @@ def histogram_lines(histogram):
 
 
 def annotate(args):
-    """Asks the teacher for every distinct side, shared out over the processes, then filters. A killed run goes on
-    where it was; with all answers there, only the filters run (again)."""
+    """Ask the teacher for every distinct item, divided among the ranks, then filter the answers. A killed run resumes
+    from the saved answers. If all answers exist, only the filters run again."""
     refuse_own_input(args)
     folder = Path(f"{args.out}.answers")
     if Path(args.out).exists() and not folder.is_dir():
-        raise BadInput(f"--out {args.out} is a file that annotate has not made; give another name")
+        raise BadInput(f"--out {args.out} is a file that annotate has not written. Give another name")
     pairs = read_pairs(args.pairs)
     if not pairs:
-        raise SystemExit(f"{', '.join(args.pairs)}: no rows")
+        raise SystemExit(f"{', '.join(args.pairs)}: no rows. Give files with pairs")
     rank, world, device = start_processes()
     hold(folder)
     group = None
-    if world > 1:  # waits for the slowest
+    if world > 1:  # long enough to wait for the slowest rank
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     check_model(args.teacher)
@@ -499,7 +499,7 @@ def annotate(args):
     refuse_other_answers(folder, asked)
     digests = digests_of_media(pairs, args.media_root, group)
     items = keys_of_sides(pairs, digests)
-    barrier(group)  # all have read the settings
+    barrier(group)  # all ranks have read the settings
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", asked)
@@ -507,7 +507,7 @@ def annotate(args):
     found = find_answers(folder)
     again = gather_objects(usable_again(found, items, args.media_root), group)[0]
     todo = unanswered(calls, found.keys() - again)
-    barrier(group)  # all have read the answers' files before one writes: they agree on what is left to do
+    barrier(group)  # all ranks have read the answers before one rank writes, so they agree on the calls left
 
     if todo[rank::world]:
         make_teacher = own_teacher if own else foreign_teacher
@@ -520,21 +520,21 @@ def annotate(args):
 
 
 def question_settings(args, own):
-    """What decides the answers. The content of the teacher's files counts, not its path; of a foreign one also what its
-    processor and generate() read."""
+    """Return the settings that determine the answers. The teacher counts by the content of its files. For a foreign
+    teacher this includes the files that its processor and generate() read."""
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "seed")}
     more = () if own else ("*.json", "*.jinja", "*.py")
     return settings | {"content of --teacher": weights_digest(args.teacher, more), "ask": ASK}
 
 
 def refuse_other_answers(folder, asked):
-    """Stops where the folder holds answers to other questions or of another teacher."""
+    """Raise SystemExit if the folder holds answers to other questions or of another teacher."""
     if not any(path.stat().st_size for path in folder.glob("answers-*.jsonl")):
         return
     before = read_json(folder / "settings.json")
     if changed := changes(before, asked):
-        told = "; ".join(changed.values())
-        raise SystemExit(f"{folder} holds answers to other settings ({told}); give another --out")
+        reasons = "; ".join(changed.values())
+        raise SystemExit(f"{folder} holds answers to other settings ({reasons}). Give another --out")
 
 
 def is_own_family(teacher):
@@ -545,12 +545,12 @@ def is_own_family(teacher):
 
 
 def unanswered(calls, found):
-    """The calls of which an answer is missing."""
+    """Return the calls with a missing answer."""
     return [call for call in calls if any(key not in found for key in call)]
 
 
 def ask_teacher(ask, todo, items, folder, root):
-    """This process's share of the calls, each written to the disk as soon as it is answered."""
+    """Ask this rank's share of the calls, and write the answers of each call to the disk at once."""
     rank, world = processes()
     waiting = sum(map(len, todo))
     bar = Progress(total=len(items), initial=len(items) - waiting, desc="annotate", unit="side", disable=rank > 0,
@@ -562,7 +562,7 @@ def ask_teacher(ask, todo, items, folder, root):
             for key in call:
                 file.write(json.dumps({"key": key, **answers[key]}) + "\n")
             file.flush()
-            bar.update(sum(map(len, todo[start : start + world])))  # process 0 speaks for all
+            bar.update(sum(map(len, todo[start : start + world])))  # rank 0 counts the calls of all ranks
     bar.close()
 
 
@@ -571,12 +571,12 @@ def ask_teacher(ask, todo, items, folder, root):
 
 
 def rl_subset(args):
-    """A balanced draw from --pairs without what --sft holds."""
+    """Write a balanced sample of the pairs in --pairs that are not in --sft."""
     refuse_own_input(args)
     try:
         re.compile(args.visdoc)
     except re.error as error:
-        raise BadInput(f"--visdoc {args.visdoc}: no regular expression ({error})") from error
+        raise BadInput(f"--visdoc {args.visdoc}: not a valid regular expression ({error}). Fix it") from error
     pairs = read_pairs(args.pairs)
     excluded = {pair_content(pair) for pair in read_pairs(args.sft)}
     order = np.random.default_rng(args.seed).permutation(len(pairs))
@@ -599,7 +599,7 @@ def pair_content(pair):
 
 
 def modality_of(pair, visdoc):
-    """visdoc: regular expression of the datasets of visual documents, which nothing else tells from pictures."""
+    """Return a pair's modality. visdoc: a regular expression, because only dataset names identify visual documents."""
     if re.search(visdoc, pair["dataset_name"], re.IGNORECASE):
         return "visdoc"
     if pair["qry"]["video"] or pair["pos"]["video"]:
@@ -608,7 +608,7 @@ def modality_of(pair, visdoc):
 
 
 def distinct_pairs(pairs, excluded):
-    """Each content once, without the excluded ones."""
+    """Return each pair once by its content, without the excluded contents."""
     seen = set(excluded)
     distinct = []
     for pair in pairs:
@@ -620,9 +620,9 @@ def distinct_pairs(pairs, excluded):
 
 
 def draw_in_turns(pools, size):
-    """One pair of each modality in turn, in it one of each dataset in turn; where one runs out the others fill up.
+    """Draw pairs from the modalities in turn, and in each one from its datasets in turn, until all are empty.
 
-    pools: modality -> {dataset: [pair]}, from whose ends the pairs are taken.
+    pools: {modality: {dataset: [pair]}}. The pairs are taken from the ends of these lists.
     """
     turns = [deque(pool[name] for name in sorted(pool)) for pool in pools.values()]
     chosen = []
@@ -645,30 +645,30 @@ def annotate_flags(p):
     p.add_argument("--pairs", nargs="+", required=True, help="files of pairs: .json, .jsonl or .parquet (docs/data.md)")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
     p.add_argument("--teacher", required=True, help="folder or hub id of an image-text-to-text model")
-    p.add_argument("--out", required=True, help="SFT file; raw answers go to OUT.answers/")
-    p.add_argument("--batch_size", type=int, default=16, help="answers written at once by each process")
-    p.add_argument("--max_new_tokens", type=int, default=8192, help="an answer is cut off here")
+    p.add_argument("--out", required=True, help="SFT file; raw answers are saved in OUT.answers/")
+    p.add_argument("--batch_size", type=int, default=16, help="answers generated at once by each rank")
+    p.add_argument("--max_new_tokens", type=int, default=8192, help="longest answer; longer ones are cut off")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--seed", type=int, default=0, help="of the samples, where --temperature is above 0")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the samples, if --temperature is above 0")
     p.add_argument("--max_tokens", type=int, default=8192, help="filter: longer answers are rejected (paper: 8192)")
     p.add_argument("--max_repeat", type=float, default=0.3, help="filter: largest share of repeated 4-word sequences")
 
 
 def rl_subset_flags(p):
     p.add_argument("--pairs", nargs="+", required=True, help="files of pairs, as for annotate")
-    p.add_argument("--sft", nargs="*", default=[], help="SFT files whose pairs are left out")
+    p.add_argument("--sft", nargs="*", default=[], help="SFT files; their pairs are left out")
     p.add_argument("--out", required=True, help="RL file")
-    p.add_argument("--size", type=int, default=11_000, help="pairs (the paper has about 11,000)")
+    p.add_argument("--size", type=int, default=11_000, help="number of pairs (the paper has about 11,000)")
     p.add_argument("--visdoc", default=r"colpali|visrag|vidore|visdoc|\bdoc\b",
-                   help="datasets of visual documents; nothing in a row tells them from pictures")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of the draw")
+                   help="regular expression of the names of datasets with visual documents")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="random seed of the sample")
 
 
 def refuse_own_input(args):
-    """Raises SystemExit if --out is one of the input files."""
+    """Raise SystemExit if --out is one of the input files."""
     if any(Path(file).resolve() == Path(args.out).resolve() for file in [*args.pairs, *getattr(args, "sft", [])]):
-        raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft; give another name")
+        raise SystemExit(f"--out {args.out} is one of the files of --pairs or --sft. Give another name")
 
 
-ANNOTATE = Command("annotate", "bare pairs and a teacher -> SFT rows", annotate_flags, annotate)
-RL_SUBSET = Command("rl-subset", "a balanced RL file out of pairs that SFT does not see", rl_subset_flags, rl_subset)
+ANNOTATE = Command("annotate", "annotate bare pairs with a teacher and write SFT rows", annotate_flags, annotate)
+RL_SUBSET = Command("rl-subset", "write a balanced RL file of pairs that SFT does not use", rl_subset_flags, rl_subset)

@@ -1,4 +1,4 @@
-"""Before and after a run (commands of data.py): a data file looked over, a checkpoint made a model folder."""
+"""Commands of data.py before and after a run: check a data file, export a checkpoint as a model folder."""
 
 import os
 import sys
@@ -23,12 +23,12 @@ from support.weights import check_model, load_family, load_tokenizer
 
 PROBLEMS = ("schema", "media", "too long", "left out")
 SHOWN = 5  # messages of each problem
-Found = namedtuple("Found", "dataset problem message tokens pictures target", defaults=("", "", 0, 0, 0))
+Found = namedtuple("Found", "dataset problem message tokens images target", defaults=("", "", 0, 0, 0))
 
 
 @dataclass
 class CheckedRows(Dataset):
-    """What the loader makes of each row, as a Found; without a tokenizer only its form and whether the files exist."""
+    """The loader's result for each row, as a Found. Without a tokenizer it checks only the form and missing files."""
 
     data: PairData
 
@@ -40,7 +40,7 @@ class CheckedRows(Dataset):
             query, _ = side_of(row, self.data.kind, "qry", name)
             target, _ = side_of(row, self.data.kind, "pos", name)
             paths = query["images"] + query["video"] + target["images"] + target["video"]
-            found = found._replace(pictures=len(paths), target=content_key(**target))
+            found = found._replace(images=len(paths), target=content_key(**target))
             if self.data.tokenizer is None:
                 for path in paths:
                     find_picture(path, self.data.root)
@@ -49,12 +49,12 @@ class CheckedRows(Dataset):
         except Skip as error:
             problem = "too long" if "--max_length" in str(error) else "media"
             return found._replace(problem=problem, message=f"{name}: {str(error).removeprefix(f'{name}, ')}")
-        except Exception as error:  # whatever would stop a run at this row
+        except Exception as error:  # every error that would stop a run at this row
             message = str(error) if isinstance(error, ValueError) else f"{name}: {error!r}"
             return found._replace(problem="schema", message=message)
 
     def longest_side(self, i):
-        """Tokens of a pair's longer side, encoded as in training."""
+        """Return the tokens of the longer of query and target, encoded as in training."""
         pair = self.data[i]
         if not pair.ok:
             raise Skip(pair.reason)
@@ -62,10 +62,10 @@ class CheckedRows(Dataset):
 
 
 def check(args):
-    """Prints what the loader makes of every row -> whether all is well."""
+    """Print the loader's results for all rows. Return whether every row is usable."""
     tokenizer, family = None, QWEN2_VL
     if args.model:
-        tokenizer = load_tokenizer(args.model)  # says so where the family is not known
+        tokenizer = load_tokenizer(args.model)  # raises if the family is unknown
         family = load_family(args.model)
         tokenizer.add_tokens([token for token in (GEN, DISC) if token not in tokenizer.get_vocab()])
     rows = Rows([args.file])
@@ -84,7 +84,7 @@ def check(args):
 
 
 def mark_left_out(found, batch_size):
-    """BatchOrder leaves out a dataset that is smaller than a batch: its good rows have this problem."""
+    """Mark the good rows of datasets that are smaller than a batch, because BatchOrder leaves these datasets out."""
     sizes = Counter(row.dataset for row in found)
     marked = []
     for row in found:
@@ -97,11 +97,11 @@ def mark_left_out(found, batch_size):
 
 
 def check_report(found, args):
-    """The table of datasets, the first messages of each problem, and what a run makes of it, as text."""
+    """Return the table of datasets, the first messages of each problem and the verdict as text."""
     rows_of = {}
     for row in found:
         rows_of.setdefault(row.dataset, []).append(row)
-    heads = ("rows", "share", "tokens", "longest", "pictures", "most", "same target", *PROBLEMS)
+    heads = ("rows", "share", "tokens", "longest", "images", "most", "same target", *PROBLEMS)
     table = [["dataset", *heads]]
     for name, rows in [*sorted(rows_of.items()), ("all", found)]:
         table.append([name, *dataset_cells(rows, len(found))])
@@ -111,24 +111,24 @@ def check_report(found, args):
         lines += [f"{problem}: {message}" for message in list(messages)[:SHOWN]]
     lines.append(verdict(found, args))
     if not args.model:
-        lines.append("Without --model: media only looked up, tokens not counted.")
+        lines.append("Without --model, media are looked up but not opened, and tokens are not counted.")
     return "\n".join(lines)
 
 
 def dataset_cells(rows, total):
-    """The line of the table for some of the total rows."""
+    """Return the table's line for some of the rows. total: number of all rows."""
     tokens = [row.tokens for row in rows if not row.problem] or [0]
-    pictures = [row.pictures for row in rows]
+    images = [row.images for row in rows]
     targets = Counter(row.target for row in rows)
-    shared = sum(n for n in targets.values() if n > 1)  # rows whose target is another row's too
+    shared = sum(n for n in targets.values() if n > 1)  # rows that share their target with another row
     problems = Counter(row.problem for row in rows)
     return [
         f"{len(rows):,}",
         f"{len(rows) / total:.1%}",
         f"{np.mean(tokens):.0f}",
         f"{max(tokens):,}",
-        f"{np.mean(pictures):.2f}",
-        f"{max(pictures)}",
+        f"{np.mean(images):.2f}",
+        f"{max(images)}",
         f"{shared / len(rows):.1%}",
         *[f"{problems[problem]:,}" for problem in PROBLEMS],
     ]
@@ -140,19 +140,19 @@ def verdict(found, args):
     settings = f"--max_length {args.max_length} --batch_size {args.batch_size}"
     stop = ""
     if count["schema"]:
-        stop = f" and does not start before {count['schema']:,} are mended"
+        stop = f" and does not start before {count['schema']:,} are fixed"
     return f"A run with {settings} skips {skipped:,} of {len(found):,} rows{stop}."
 
 
 def export_checkpoint(checkpoint, out):
-    """A checkpoint of sft.py or rl.py as a model folder, so that a step in between can be evaluated."""
+    """Write a checkpoint of sft.py or rl.py as a model folder, so an intermediate step can be evaluated."""
     meta, _ = open_checkpoint(checkpoint)
     base = meta["settings"].get("model")
     if Path(out).is_file() or (Path(out) / "config.json").exists():
-        raise BadInput(f"--out {out} is a file or holds a model already; give another folder")
-    check_model(base)  # it gives tokenizer and configuration
+        raise BadInput(f"--out {out} is a file or holds a model already. Give another folder")
+    check_model(base)  # the base model provides the tokenizer and the configuration
     if weights_digest(base) != meta["settings"].get("content of --model"):
-        raise BadInput(f"{checkpoint} began with another model than what is in {base} now")
+        raise BadInput(f"{checkpoint} began with another model than {base} has now. Restore the old model")
     hold(out)
     embedder = Embedder.from_pretrained(base)
     restore(checkpoint, embedder)
@@ -167,10 +167,10 @@ def export_checkpoint(checkpoint, out):
 def check_flags(p):
     p.add_argument("file", help="SFT or RL file")
     p.add_argument("--media_root", default=".", help="folder that the media paths start from")
-    p.add_argument("--model", help="whose tokenizer counts the tokens; without one media are looked up, not opened")
+    p.add_argument("--model", help="model of the tokenizer that counts tokens; without it, media are not opened")
     p.add_argument("--max_length", type=int, default=12_288, help="longer rows are skipped in training")
     p.add_argument("--batch_size", type=int, default=1, help="a dataset with fewer rows is left out in training")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="number of loader processes")
 
 
 def export_flags(p):
@@ -186,6 +186,6 @@ def run_export(args):
     export_checkpoint(args.checkpoint, args.out)
 
 
-CHECK = Command("check", "an SFT or RL file before a run; exit code 1 if a row cannot be used", check_flags, run_check)
-EXPORT = Command("export", "a checkpoint of sft.py or rl.py -> a model folder, for eval.py and others", export_flags,
+CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 if a row is bad", check_flags, run_check)
+EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags,
                  run_export)  # fmt: skip

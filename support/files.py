@@ -1,6 +1,6 @@
 """Files: atomic writes, JSON, and files of rows that are streamed once, indexed and then read by byte range.
 
-The published SFT file has 1.46 M rows in 8 GB: no process ever holds more of it than a block and a row.
+The published SFT file has 1.46 M rows in 8 GB, so a process holds at most one block and one row in memory.
 """
 
 import codecs
@@ -20,22 +20,22 @@ from support.program import BadInput, MissingFile, Progress
 
 
 def write_file(path, write):
-    """Calls write(temporary path), then renames: a reader sees the old file or the new one, whatever kills us."""
-    temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes have the same numbers
+    """Call write(temporary path), then rename. Even after a kill, a reader sees the old or the new complete file."""
+    temporary = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes may share process ids
     try:
         write(temporary)
         apply_umask(temporary)
-    except BaseException:  # a full disk must not be kept full
+    except BaseException:  # free the space on a full disk
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
 
 
 def apply_umask(path):
-    """Give a file the mode that open() gives. safetensors creates 0600, which locks out the user's group."""
+    """Give a file the mode that open() gives. safetensors creates files with 0600, which locks out the group."""
     mask = os.umask(0)
     os.umask(mask)
-    with contextlib.suppress(OSError):  # some network disks have no modes
+    with contextlib.suppress(OSError):  # some network disks have no file modes
         os.chmod(path, 0o666 & ~mask)
 
 
@@ -54,7 +54,7 @@ def read_json(path):
 
 
 def stable_hash(*parts):
-    """A 63-bit seed out of integers and strings, the same in every process and Python."""
+    """Return a 63-bit seed of integers and strings. It is the same in every process and Python version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -62,14 +62,14 @@ def stable_hash(*parts):
 
 
 def read_rows(path):
-    """A .json list or .jsonl lines -> list of dicts. Raises ValueError that names file and row."""
+    """Return the rows of a .json list or .jsonl lines as dicts. Raises ValueError that names file and row."""
     return [row for _, _, row in scan_rows(path)]
 
 
 def scan_rows(path, block=1 << 24):
-    """Streams a .json list or .jsonl lines: yields (first byte, last byte + 1, dict) of every row.
+    """Yield (first byte, last byte + 1, dict) of every row of a .json list or .jsonl lines.
 
-    Holds a block and a row at a time: the published SFT file has 1.46 M rows in 8 GB.
+    The file is streamed, with one block and one row in memory at a time.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,11 +91,11 @@ def check_row(row, name):
     if len(row) == 1:
         ((key, value),) = row.items()
         if isinstance(value, list):
-            raise BadInput(f"{name}: the rows lie under {key!r}; save that list as a file of its own")
+            raise BadInput(f"{name}: the rows are under the key {key!r}. Save that list as a separate file")
 
 
 def scan_lines(file, path):
-    """Yields (first byte, last byte + 1, row) of every line that is not empty."""
+    """Yield (first byte, last byte + 1, row) of every line that is not empty."""
     start = 0
     for number, line in enumerate(file, 1):
         end = start + len(line)
@@ -108,8 +108,8 @@ def parse_line(line, name):
     try:
         return json.loads(line.decode("utf-8"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(f"{name}: not valid JSON ({getattr(error, 'msg', error)}); a file is one list of rows, or lines "
-                       "of one whole row each") from error  # fmt: skip
+        raise BadInput(f"{name}: not valid JSON ({getattr(error, 'msg', error)}). A file must be one list of rows, or "
+                       "have one complete row per line") from error  # fmt: skip
     except UnicodeDecodeError:
         raise
     except ValueError as error:  # a number of 5,000 digits
@@ -117,7 +117,7 @@ def parse_line(line, name):
 
 
 def scan_list(file, path, block):
-    """Yields (first byte, last byte + 1, row) of every element of a JSON list."""
+    """Yield (first byte, last byte + 1, row) of every element of a JSON list."""
     text = ListText(file, path, block)
     closing = text.pass_gap(OPENING)
     while not closing:
@@ -128,12 +128,12 @@ def scan_list(file, path, block):
     text.refuse_more()
 
 
-OPENING = re.compile(r"\s*\[\s*(\]?)")  # group 1: the list's end
+OPENING = re.compile(r"\s*\[\s*(\]?)")  # group 1: the end of the list
 BETWEEN = re.compile(r"\s*(?:,\s*|(\]))")
 
 
 class ListText:
-    """The text of a list, read block by block."""
+    """The text of a JSON list, read block by block."""
 
     def __init__(self, file, path, block):
         self.file = file
@@ -141,81 +141,81 @@ class ListText:
         self.block = block  # bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
         self.json = json.JSONDecoder()
-        self.text = ""  # what is being parsed
-        self.place = 0  # the next character of it
-        self.byte = 0  # where this character stands in the file
-        self.line = 1  # number of the text's first line
-        self.is_last = False  # nothing is left to read
+        self.text = ""  # the text in memory
+        self.index = 0  # of the next character in text
+        self.byte = 0  # offset of this character in the file
+        self.line = 1  # line number of the text's start
+        self.is_last = False  # the file has been read to its end
 
     def refill(self):
         new = self.file.read(self.block)
         self.is_last = not new
-        self.line += self.text.count("\n", 0, self.place)
-        self.text = self.text[self.place :] + self.utf8.decode(new, self.is_last)
-        self.place = 0
+        self.line += self.text.count("\n", 0, self.index)
+        self.text = self.text[self.index :] + self.utf8.decode(new, self.is_last)
+        self.index = 0
 
-    def move_to(self, place):
-        self.byte += len(self.text[self.place : place].encode())
-        self.place = place
+    def move_to(self, index):
+        self.byte += len(self.text[self.index : index].encode())
+        self.index = index
 
-    def broken(self, what, place):
-        line = self.line + self.text.count("\n", 0, place)
+    def broken(self, what, index):
+        line = self.line + self.text.count("\n", 0, index)
         return BadInput(f"{self.path}, line {line}: not valid JSON ({what})")
 
     def pass_gap(self, pattern):
-        """Moves to the next row -> whether the list ends here instead."""
-        while not self.is_last and len(self.text) - self.place < 4096:  # a comma and its white space are never cut
+        """Move to the next row. Return whether the list ends here instead."""
+        while not self.is_last and len(self.text) - self.index < 4096:  # keeps a comma and its space together
             self.refill()
-        found = pattern.match(self.text, self.place)
+        found = pattern.match(self.text, self.index)
         if not found:
-            message = "a row must be followed by a comma or the end of the list; is the file whole?"
-            raise self.broken(message, self.place)
+            message = "a row must be followed by a comma or the end of the list. Is the file complete?"
+            raise self.broken(message, self.index)
         self.move_to(found.end())
         return bool(found[1])
 
     def next_row(self):
         while True:
             try:
-                row, end = self.json.raw_decode(self.text, self.place)
+                row, end = self.json.raw_decode(self.text, self.index)
                 self.move_to(end)
                 return row
             except json.JSONDecodeError as error:
                 if self.is_last:
                     raise self.broken(error.msg, error.pos) from error
-                self.refill()  # the row may go on in the next block
+                self.refill()  # the row may continue in the next block
             except (ValueError, RecursionError) as error:
-                raise self.broken(error, self.place) from error
+                raise self.broken(error, self.index) from error
 
     def refuse_more(self):
-        while not self.text[self.place :].strip() and not self.is_last:
+        while not self.text[self.index :].strip() and not self.is_last:
             self.refill()
-        if self.text[self.place :].strip():
-            raise self.broken("more text behind the list", self.place)
+        if self.text[self.index :].strip():
+            raise self.broken("more text after the list", self.index)
 
 
 def index_rows(path, check=None, cache=None):
-    """Checks every row of a file and notes where it stands -> dict of "spans" int64 [n, 2], first byte and last + 1;
-    "dataset" int32 [n], an index into "names"; "digest" of the whole content.
+    """Check every row of a file and return its index, a dict: "spans" int64 [n, 2], first byte and last byte + 1;
+    "dataset" int32 [n], an index into "names"; "digest" of the complete content.
 
-    check: called with each row and its name for messages, raises BadInput; its repr says what it looks for.
-    cache: a folder that keeps the result, by path, size and time of change; the first call streams the file, the next
-    ones take no time.
+    check: called with each row and its name for messages; raises BadInput. Its repr must tell different checks apart.
+    cache: the folder of saved indexes, by path, size and modification time of the file. The first call streams the
+    file. Later calls take no time.
     """
     path = Path(path)
     if not cache or not path.is_file():
         return make_index(path, check)
     about = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, repr(check))
     digest = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
-    kept = Path(cache) / f"{path.stem}-{digest}.npz"
+    saved = Path(cache) / f"{path.stem}-{digest}.npz"
     try:
-        return dict(np.load(kept))
+        return dict(np.load(saved))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError, BadZipFile) as error:  # a disk's fault: what is ours is made again
-        print(f"{kept}: not readable ({error}), made again", file=sys.stderr)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # the cache is corrupt: rebuild it
+        print(f"{saved}: not readable ({error}). Building it again", file=sys.stderr)
     index = make_index(path, check)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_file(kept, lambda temporary: save_arrays(temporary, index))
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    write_file(saved, lambda temporary: save_arrays(temporary, index))
     return index
 
 
@@ -224,7 +224,7 @@ def make_index(path, check):
     dataset = array("i")
     names = {}  # name -> its index
     size = path.stat().st_size if path.is_file() else 0
-    is_small = size < 1 << 26  # bytes: read in a second
+    is_small = size < 1 << 26  # bytes; the file is read within a second
     with Progress(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=is_small) as bar:
         for i, (start, end, row) in enumerate(scan_rows(path)):
             if check:
@@ -249,18 +249,18 @@ def save_arrays(path, arrays):
 
 
 def version_of(file):
-    """What changes if an open file is written to. Whole seconds, because network disks round the rest in two ways."""
+    """Return what changes if an open file is written to. Full seconds, as network disks round fractions differently."""
     about = os.fstat(file.fileno())
     return about.st_size, int(about.st_mtime)
 
 
 class Rows:
-    """The rows of several files, read from the disk one by one: rows[i] -> (name for messages, dict)."""
+    """The rows of several files, read from the disk one by one. rows[i] is (name for messages, dict)."""
 
     def __init__(self, files, check=None, cache=None):
         self.files = files
         self.indexes = [index_rows(file, check, cache) for file in files]
-        self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (read from as long as this object lives)
+        self.open = [open(file, "rb") for file in files]  # noqa: SIM115 (open for the lifetime of this object)
         self.versions = [version_of(file) for file in self.open]
         sizes = [len(index["spans"]) for index in self.indexes]
         self.starts = np.cumsum([0, *sizes])
@@ -270,9 +270,9 @@ class Rows:
         self.names = sorted(names)
         parts = [np.zeros(0, np.int32)]
         for index in self.indexes:
-            places = [self.names.index(name) for name in index["names"]]
-            parts.append(np.array(places, np.int32)[index["dataset"]])
-        self.dataset = np.concatenate(parts)  # [n] an index into names
+            indices = [self.names.index(name) for name in index["names"]]
+            parts.append(np.array(indices, np.int32)[index["dataset"]])
+        self.dataset = np.concatenate(parts)  # [n], an index into names
 
     def __len__(self):
         return int(self.starts[-1])
@@ -281,7 +281,7 @@ class Rows:
         f = int(np.searchsorted(self.starts, i, side="right")) - 1
         j = int(i - self.starts[f])
         start, end = self.indexes[f]["spans"][j].tolist()
-        # pread takes its place as an argument: forked workers share the open file
+        # pread takes the offset as an argument, because forked workers share the open file
         content = os.pread(self.open[f].fileno(), end - start, start)
         if version_of(self.open[f]) != self.versions[f]:
             raise BadInput(f"{self.files[f]} has changed since the run began. Restore the old file, or write the new "
@@ -290,9 +290,9 @@ class Rows:
 
 
 def read_parquet(path, columns=None, batch_size=1024):
-    """Yields the rows of a parquet file as dicts, held batch_size at a time. columns: the names to read, None: all.
-    Raises BadInput where the file is torn or lacks one of them."""
-    import pyarrow.parquet  # here: most runs read none
+    """Yield the rows of a parquet file as dicts, with batch_size rows in memory. columns: names to read, None: all.
+    Raises BadInput if the file is truncated or a column is missing."""
+    import pyarrow.parquet  # here, because most runs read no parquet file
 
     if not Path(path).is_file():
         raise MissingFile(f"{path}: no such file")
@@ -303,28 +303,28 @@ def read_parquet(path, columns=None, batch_size=1024):
             yield from batch.to_pylist()
     except BadInput:
         raise
-    except (OSError, ValueError) as error:  # what pyarrow raises of a torn file
-        raise BadInput(f"{path}: cannot be read as parquet ({error}); copy it again") from error
+    except (OSError, ValueError) as error:  # pyarrow raises these for a truncated file
+        raise BadInput(f"{path}: cannot be read as parquet ({error}). Copy it again") from error
 
 
-def check_columns(path, wanted, there):
-    lacking = set(wanted) - there
-    if lacking:
-        raise BadInput(f"{path} lacks the columns {', '.join(sorted(lacking))}; is it the right repository?")
+def check_columns(path, wanted, present):
+    missing = set(wanted) - present
+    if missing:
+        raise BadInput(f"{path} is missing the columns {', '.join(sorted(missing))}. Is it from the right repository?")
 
 
 def dataset_of(row):
-    """Published RL rows have both keys, with the finer name in dataset_name."""
+    """Return a row's dataset. Published RL rows have both keys; dataset_name has the finer name."""
     return str(row.get("dataset_name") or row.get("dataset") or "")
 
 
 def one_or_more(value):
-    """A string or number, or several of them -> list: published columns and labels have both forms."""
+    """Return a value or a sequence of values as a list, because published columns and labels have both forms."""
     return [value] if isinstance(value, (str, int)) else list(value)
 
 
 def write_rows(path, rows):
-    """A .json list or .jsonl lines, one row a line; atomic."""
+    """Write a .json list or .jsonl lines, with one row per line. The write is atomic."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write = write_lines if str(path).endswith(".jsonl") else write_list
     write_file(path, lambda temporary: write(temporary, rows))

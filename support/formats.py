@@ -1,7 +1,7 @@
-"""The published formats: the protocol's constants and texts, SFT and RL rows, and what is wrong with a row.
+"""The published formats: the protocol's constants and texts, SFT and RL rows, and the checks of a row.
 
-A query or target of any row is an item {"text", "images", "video"}; one of an SFT row also has an answer. Unknown keys
-are errors, because a misspelt key would be dropped without a word.
+A query or target of any row is an item {"text", "images", "video"}. In an SFT row it also has an answer. Unknown keys
+are errors, because a misspelt key would be dropped silently.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ GEN = "<gen_emb>"
 
 DISC = "<disc_emb>"  # added to the tokenizer after GEN
 
-IMAGE_MARK = "<image>"  # where media stand in the human text of SFT files
+IMAGE_MARK = "<image>"  # marks the position of an image in the human text of SFT files
 
 VIDEO_MARK = "<video>"
 
@@ -38,39 +38,39 @@ CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 
 
 def check_text(text, name):
-    """Raises BadInput where a text cannot be tokenised as it is meant."""
+    """Raise BadInput if a text cannot be tokenised as intended."""
     if not isinstance(text, str):
-        raise BadInput(f"{name}: the text is no string but {type(text).__name__}")
+        raise BadInput(f"{name}: the text must be a string, not {type(text).__name__}")
     for token in CONTROL_TOKENS:
         if token in text:
-            raise BadInput(f"{name}: the text contains the control token {token}; remove it")
+            raise BadInput(f"{name}: the text contains the control token {token}. Remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadInput(f"{name}: character {error.start} of the text is half a surrogate pair, which is no character; "
-                       "remove it") from error  # fmt: skip
+        raise BadInput(f"{name}: character {error.start} of the text is half a surrogate pair, which is not a "
+                       "character. Remove it") from error  # fmt: skip
 
 
 def media_marks(item, name):
-    """The media marks of a text, in its order. Raises BadInput where they do not fit the media."""
+    """Return the media marks of a text, in order. Raises BadInput if their numbers differ from the media."""
     marks = re.findall(f"{IMAGE_MARK}|{VIDEO_MARK}", item["text"])
     image_marks = marks.count(IMAGE_MARK)
     video_marks = marks.count(VIDEO_MARK)
-    pictures = len(item["images"])
+    images = len(item["images"])
     videos = int(bool(item["video"]))
-    if image_marks != pictures or video_marks != videos:
+    if image_marks != images or video_marks != videos:
         raise BadInput(
             f"{name}: the text has {image_marks} {IMAGE_MARK} and {video_marks} {VIDEO_MARK} "
-            f"marks for {pictures} pictures and {videos} videos; make them equal"
+            f"marks for {images} images and {videos} videos. Make them equal"
         )
     return marks
 
 
 def without_marks(item):
-    """An input's text without the marks of its media, which RL rows may carry; the media come first in any case.
+    """Return an input's text without media marks. RL rows may contain marks, but their media always come first.
 
-    A mark stands at the start of the text or alone on a line, and there are no more of them than media. Anything else
-    is the user's text: the <video> of a question about HTML stays.
+    A mark is at the start of the text or alone on a line, and the text has at most as many marks as media. Everything
+    else is the user's text, so the <video> of a question about HTML stays.
     """
     left = {IMAGE_MARK: len(item["images"]), VIDEO_MARK: int(bool(item["video"]))}
 
@@ -98,54 +98,54 @@ KEYS = {
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
 
 FORMS = (
-    '{"text": str, "images": [path or PIL picture], "video": [path or PIL picture of each frame]}, any of these keys, '
-    "or a str (a text), or a Path or PIL picture (a picture)"
+    '{"text": str, "images": [path or PIL image], "video": [path or PIL image of each frame]} with any of these keys, '
+    "or a str (a text), or a Path or PIL image (an image)"
 )
 
 
 def check_keys(given, kind, name, keys=None):
-    """Raises BadInput where something is no dict or has a key that its kind may not have."""
+    """Raise BadInput if `given` is not a dict or has a key that its kind may not have."""
     keys = keys or KEYS[kind]
     if not isinstance(given, dict):
         raise BadInput(f"{name}: expected {kind} with {', '.join(keys)}, found {type(given).__name__}")
     unknown = [repr(key) for key in given if key not in keys]
     if unknown:
-        raise BadInput(f"{name}: unknown key {', '.join(unknown)}; {kind} may have {', '.join(keys)}")
+        raise BadInput(f"{name}: unknown key {', '.join(unknown)}. The keys of {kind} are {', '.join(keys)}")
 
 
 def as_list(media, name="", kind="image"):
-    """The published files write "no media" as absent, "", [""] or []; one picture as a string. -> list of paths or
-    pictures. Raises BadInput for anything else."""
+    """Return media as a list of paths or images. Raises BadInput for anything except the published forms: "no media"
+    is a missing key, "", [""] or [], and one image is a string."""
     if media is None or isinstance(media, (str, Path, Image.Image)):
         media = [media] if media else []
     if not isinstance(media, (list, tuple)):
         raise BadInput(f"{name}: {kind} must be a path or a list of paths, not {type(media).__name__}")
     for m in media:
         if not isinstance(m, (str, Path, Image.Image)):
-            raise BadInput(f"{name}: {kind} must be a flat list of paths, it holds {type(m).__name__}")
+            raise BadInput(f"{name}: {kind} must be a flat list of paths, but it holds {type(m).__name__}")
         if str(m).startswith(("http://", "https://")):
-            raise BadInput(f"{name}: {m} is a web address; download it and give the file's path")
+            raise BadInput(f"{name}: {m} is a web address. Download it and give the file's path")
         if kind == "video" and str(m).lower().endswith(VIDEO_FILES):
-            raise BadInput(f"{name}: {m} is a video file; a video is the list of its frames, which this makes: "
+            raise BadInput(f"{name}: {m} is a video file, but a video must be the list of its frames. Make them with: "
                            f"ffmpeg -i {m} -vf fps=2 FOLDER/%04d.jpg")  # fmt: skip
     if len(media) > 1 and all(m is media[0] for m in media) and getattr(media[0], "n_frames", 1) > 1:
         raise BadInput(f"{name}: {kind} is one object {len(media)} times, as ImageSequence.Iterator returns it, so all "
-                       "frames would be equal. Take copies: [frame.copy() for frame in "
-                       "ImageSequence.Iterator(picture)]")  # fmt: skip
+                       "frames would be equal. Copy the frames: [frame.copy() for frame in "
+                       "ImageSequence.Iterator(image)]")  # fmt: skip
     return [m for m in media if m]
 
 
 def check_input(item, name):
-    """An input of RL, evaluation or embed -> {"text", "images", "video"}, all there. Raises BadInput."""
+    """Return an input of RL, evaluation or embed with all of "text", "images" and "video". Raises BadInput."""
     if isinstance(item, str):
         if re.fullmatch(r"https?://\S+", item) or (len(item) < 256 and os.path.isfile(item)):
-            raise BadInput(f'{name}: {item!r} could be a text or a file: {{"text": ...}} says text, Path(...) a '
-                           "picture (one on the web has to be downloaded)")  # fmt: skip
+            raise BadInput(f'{name}: {item!r} could be a text or a file. Write {{"text": ...}} for a text or Path(...) '
+                           "for an image (download an image from the web first)")  # fmt: skip
         item = {"text": item}
     elif isinstance(item, (Path, Image.Image)):
         item = {"images": [item]}
     elif not isinstance(item, dict):
-        raise BadInput(f"{name}: an input is {FORMS}; not {type(item).__name__}")
+        raise BadInput(f"{name}: an input must be {FORMS}, not {type(item).__name__}")
     check_keys(item, "an input", name)
     text = item.get("text")
     if text is None:
@@ -157,7 +157,7 @@ def check_input(item, name):
 
 
 def format_of(row):
-    """Return which of the known formats a row has, "" if none."""
+    """Return the name of a row's format, or "" if the format is unknown."""
     if "qry_text" in row:
         return "an RL row"
     if "qry_image_path" in row:
@@ -169,7 +169,7 @@ def format_of(row):
 
 
 def side_of(row, kind, side, name):
-    """One side ("qry" or "pos") of a row -> item and answer. kind: "sft" or "rl"; name: the row's, for messages."""
+    """Return the item and answer of a row's query ("qry") or target ("pos"). kind: "sft" or "rl"; name: for errors."""
     wanted, command = {"sft": ("an SFT row", "annotate"), "rl": ("an RL row", "rl-subset")}[kind]
     found = format_of(row)
     if found not in (wanted, ""):
@@ -178,17 +178,17 @@ def side_of(row, kind, side, name):
         return rl_side(row, side, f"{name}, {side}"), None
     check_keys(row, "an SFT row", name)
     if side not in row:
-        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", this one has {", ".join(row)}')
+        raise BadInput(f'{name}: an SFT row needs "qry" and "pos", but this row has {", ".join(row)}')
     return sft_side(row[side], f"{name}, {side}")
 
 
 def sft_side(side, name):
-    """One side of an SFT row -> item, whose text is all that the human says, and the assistant's answer or None."""
+    """Return the item of an SFT row's side, with the full human turn as text, and the assistant's answer or None."""
     check_keys(side, "a side of an SFT row", name)
     turns = side.get("conversations")
     if not isinstance(turns, list) or len(turns) != 2:
         found = f"{len(turns)} turns" if isinstance(turns, list) else type(turns).__name__
-        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, found {found}')
+        raise BadInput(f'{name}: needs "conversations" with one human and one assistant turn, but found {found}')
     human = turn_text(turns[0], ("human", "user"), name)
     answer = turn_text(turns[1], ("gpt", "assistant"), name)
     if not isinstance(human, str) or not isinstance(answer, str | None):
@@ -196,33 +196,33 @@ def sft_side(side, name):
     images = as_list(side.get("image"), name)
     video = as_list(side.get("video"), name, "video")
     if images and video:
-        raise BadInput(f"{name}: has both an image and a video; the format allows one of them")
+        raise BadInput(f"{name}: has both an image and a video, but the format allows only one of them. Remove one")
     return {"text": human, "images": images, "video": video}, answer
 
 
 def turn_text(turn, roles, name):
-    """What one turn says, in the keys from/value or role/content. roles: who may speak here."""
+    """Return the text of a turn with the keys from/value or role/content. roles: the roles allowed for this turn."""
     check_keys(turn, "a turn", name)
     who = turn.get("from", turn.get("role", roles[0]))
     if who not in roles:
-        raise BadInput(f'{name}: "conversations" has a turn of {who!r} where {" or ".join(roles)} must be')
+        raise BadInput(f'{name}: "conversations" has a turn of {who!r}, but this turn must be of {" or ".join(roles)}')
     if "value" not in turn and "content" not in turn:
-        raise BadInput(f'{name}: a turn of "conversations" has neither "value" nor "content"')
+        raise BadInput(f'{name}: a turn of "conversations" has no "value" and no "content". Add one of them')
     return turn["value"] if "value" in turn else turn["content"]
 
 
 def rl_side(row, side, name):
-    """One side ("qry" or "pos") of an RL row -> item."""
+    """Return the item of an RL row's query ("qry") or target ("pos")."""
     missing = [key for key in (f"{side}_text", f"{side}_image", f"{side}_video") if key not in row]
     if missing:
-        raise BadInput(f"{name}: the row lacks {', '.join(missing)}")
+        raise BadInput(f"{name}: the row has no {', '.join(missing)}")
     check_keys(row, "an RL row", name)
     item = {"text": row[f"{side}_text"], "images": row[f"{side}_image"], "video": row[f"{side}_video"]}
     return check_input(item, name)
 
 
 def sft_row(pair, answers):
-    """The SFT row of a pair {"dataset_name", "qry": item, "pos": item}; answers: (reasoning, summary) of each side."""
+    """Return the SFT row of a pair {"dataset_name", "qry": item, "pos": item}. answers: each (reasoning, summary)."""
     row = {"dataset_name": pair["dataset_name"]}
     for side, (reasoning, summary) in answers.items():
         item = pair[side]
@@ -239,7 +239,7 @@ def sft_row(pair, answers):
 
 
 def rl_row(pair):
-    """The RL row of a pair. No picture is "", one a string, several a list; no video is [""], as in published rows."""
+    """Return the RL row of a pair. As published: no image is "", one is a string, several a list; no video is [""]."""
     row = {"dataset": pair["dataset_name"], "dataset_name": pair["dataset_name"], "solution": "<embedding>"}
     for side in ("qry", "pos"):
         item = pair[side]
@@ -252,31 +252,31 @@ def rl_row(pair):
 
 @dataclass(frozen=True)
 class RowCheck:
-    """Raises BadInput for whatever is wrong with a row and shows without its pictures."""
+    """Raise BadInput for every fault of a row that shows without opening its images."""
 
     kind: str  # "sft" or "rl"
-    needs: tuple = (DISC, GEN)  # what an SFT row must have: embedding tokens; "answer": an assistant's text to learn
+    needs: tuple = (DISC, GEN)  # required in an SFT row: embedding tokens; "answer": an assistant's text to learn
 
     def __call__(self, row, name):
         for side in ("qry", "pos"):
             item, answer = side_of(row, self.kind, side, name)
-            if self.kind == "sft":  # an RL row's texts have been checked, its marks do not count
+            if self.kind == "sft":  # side_of() has checked an RL row's texts; its marks need no check
                 self.check_texts(item, answer, f"{name}, {side}")
 
     def check_texts(self, item, answer, name):
         for text in (item["text"], answer or ""):
             check_text(text, name)
-        media_marks(item, name)  # also without media: they may have been lost
+        media_marks(item, name)  # also without media, because the media may have been lost
         if "answer" in self.needs and not answer:
-            raise BadInput(f"{name}: no assistant text, from which the next-token loss learns; mend the row")
-        for token, text, whose in ((DISC, item["text"], "user's"), (GEN, answer or "", "assistant's")):
+            raise BadInput(f"{name}: no assistant text, so the next-token loss has nothing to learn. Add the text")
+        for token, text, owner in ((DISC, item["text"], "user's"), (GEN, answer or "", "assistant's")):
             if token in self.needs and token not in text:
-                raise BadInput(f"{name}: no {token} in the {whose} text, so it has no such embedding; mend it")
+                raise BadInput(f"{name}: no {token} in the {owner} text, which this embedding needs. Add the token")
 
 
 def content_key(text, images, video):
-    """Identity of a side, an int64: equal stripped text and equal media paths, in any spelling and without the blank
-    picture."""
+    """Return the identity of a query or target, an int64: a hash of the stripped text and the media paths. Paths are
+    normalised, and the blank image is left out."""
     images = [os.path.normpath(m) for m in map(str, images) if not is_stand_in(m)]
     video = [os.path.normpath(str(m)) for m in video]
     content = [(text or "").strip(), images, video]
@@ -285,40 +285,40 @@ def content_key(text, images, video):
 
 
 def is_stand_in(path):
-    """Whether a path is the authors' blank picture, which says "no picture", whatever folder is before images/."""
+    """Return whether a path is the authors' blank image, which means "no image", in any folder above images/."""
     parts = Path(os.path.normpath(path)).parts
     return parts == ("blank.jpg",) or parts[-2:] == ("images", "blank.jpg")
 
 
 def check_arguments(mode, temperature, seed, **counts):
-    """Raises BadInput if one of embed()'s arguments cannot be used. numpy's numbers count as numbers, True does not."""
+    """Raise BadInput if an argument of embed() is unusable. numpy's numbers count as numbers, True does not."""
     if mode not in ("disc", "gen", "both"):
-        raise BadInput(f'mode is "disc", "gen" or "both", not {mode!r}')
+        raise BadInput(f'mode must be "disc", "gen" or "both", not {mode!r}')
     for name, value in {"seed": seed, **counts}.items():
         least = 0 if name == "seed" else 1
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise BadInput(f"{name}={value!r}: must be at least {least}, a whole number")
+            raise BadInput(f"{name}={value!r}: must be an integer of at least {least}")
     is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
     if not is_number or not (temperature == 0 or 0.001 <= temperature <= 100):
         raise BadInput(f"temperature={temperature!r}: must be 0 (greedy) or from 0.001 to 100")
 
 
 def list_of_inputs(given):
-    """What embed() was given -> list; one input alone is a list of one."""
+    """Return the inputs of embed() as a list. A single input becomes a list of one input."""
     if isinstance(given, (str, Path, Image.Image, dict)):
         return [given]
     if isinstance(given, (bytes, set, np.ndarray, torch.Tensor)) or not hasattr(given, "__iter__"):
-        raise BadInput(f"inputs: a list, each {FORMS}; not {type(given).__name__}")
+        raise BadInput(f"inputs must be a list of inputs, each {FORMS}, not {type(given).__name__}")
     return list(given)
 
 
 def list_of_traces(given, n):
-    """The traces that embed() was given -> list of n, or None."""
+    """Return the traces of embed() as a list of n texts, or None."""
     if given is None:
         return None
     traces = [given] if isinstance(given, str) else given
     if not isinstance(traces, (list, tuple)):
-        raise BadInput(f"traces: a list of one text for each input, not {type(traces).__name__}")
+        raise BadInput(f"traces must be a list of one text for each input, not {type(traces).__name__}")
     if len(traces) != n:
-        raise BadInput(f"{len(traces)} traces for {n} inputs: give one text for each")
+        raise BadInput(f"{len(traces)} traces for {n} inputs. Give one text for each input")
     return traces

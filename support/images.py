@@ -1,9 +1,5 @@
 """Images: open, check and convert them, cut them into patches, and hash their files."""
 
-
-
-
-
 import hashlib
 import os
 import unicodedata
@@ -22,55 +18,56 @@ from support.program import Progress, Skip, Stopped
 
 NUM_FRAMES = 8  # of a video
 
-BLANK_SIZE = (28, 28)  # of the white picture that stands for "no picture": images/blank.jpg in the published files
+BLANK_SIZE = (28, 28)  # pixels of the white image that means "no image": images/blank.jpg in the published files
 
-MAX_DECODED = 200_000_000  # pixels; a larger picture is refused before it is decoded (decompression bombs)
+MAX_DECODED = 200_000_000  # pixels; a larger image raises Skip before it is decoded, against decompression bombs
 
 
 def open_picture(source, root=None, is_frame=False):
-    """A path (relative to root) or a PIL picture -> PIL picture, decoded, in RGB. Raises Skip with file and reason.
+    """Return the decoded RGB image of a path (relative to root) or of a PIL image.
 
-    The border for media: whatever a decoder raises on a broken file, and decoders raise anything, is a Skip. Memory
-    errors and interrupts pass. The EXIF orientation is ignored, and an image with several frames or pages shows its
-    first one, as in the official loader. is_frame: the source is one frame of a video and must hold one image only.
+    An unreadable image raises Skip with the file and the reason. Decoders raise all kinds of exceptions on a broken
+    file, and all of them become a Skip, except memory errors and interrupts. As in the official loader, the EXIF
+    orientation is ignored, and a file with several frames or pages gives the first one. is_frame: the source is one
+    frame of a video, and its file must hold only one image.
     """
-    name = getattr(source, "filename", "") or "a picture given as an object"
+    name = getattr(source, "filename", "") or "an image given as an object"
     try:
-        picture = source
+        image = source
         if not isinstance(source, Image.Image):
             name = Path(root or "", source)
             path = find_picture(source, root)
             if path is None:
                 return blank_picture()
-            picture = Image.open(path)
-        check_size(picture, name)
-        if is_frame and picture.format not in PREVIEWS and getattr(picture, "n_frames", 1) > 1:
-            raise Skip(f"{name}: holds {picture.n_frames} images where one frame of a video must be. Save each of them "
-                       "as a file and list these files")  # fmt: skip
-        rescale_transparency(picture)
-        picture.load()  # Image.open reads the header only: a truncated file shows here
-        return to_rgb(picture)
+            image = Image.open(path)
+        check_size(image, name)
+        if is_frame and image.format not in PREVIEWS and getattr(image, "n_frames", 1) > 1:
+            raise Skip(f"{name}: holds {image.n_frames} images, but one frame of a video must be one image. Save each "
+                       "image as a file and list these files")  # fmt: skip
+        rescale_transparency(image)
+        image.load()  # Image.open reads only the header, so a truncated file raises here
+        return to_rgb(image)
     except (Skip, MemoryError, KeyboardInterrupt, SystemExit, Stopped):
         raise
-    except BaseException as error:  # noqa: BLE001 (a decoder's panic is no Exception)
+    except BaseException as error:  # noqa: BLE001 (a decoder's panic is not an Exception)
         reason = str(error) or type(error).__name__
-        raise Skip(f"{name}: cannot be read as a picture ({reason})") from error
+        raise Skip(f"{name}: cannot be read as an image ({reason})") from error
 
 
-PREVIEWS = ("MPO", "PSD")  # the further images of these formats are previews or layers of the first one
+PREVIEWS = ("MPO", "PSD")  # in these formats, the other images are previews or layers of the first image
 
 
 def find_picture(source, root=None):
-    """The path of a picture's file; None for the authors' stand-in for "no picture", which need not be there.
+    """Return the path of an image's file, or None for a missing blank.jpg, which means "no image".
 
-    Raises Skip where the path is no file below root. A link that lies there may point anywhere; a pipe is no file:
-    opening it would wait for ever.
+    Raises Skip if the path is not a file below root. A link below root may point anywhere. A pipe does not count as a
+    file, because opening it would block forever.
     """
     path = Path(root or "", source)
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long
-        raise Skip(f"{path}: cannot be read as a picture ({error.strerror})") from error
+        raise Skip(f"{path}: cannot be read as an image ({error.strerror})") from error
     if path.name == "blank.jpg" and not exists:
         return None
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
@@ -78,22 +75,22 @@ def find_picture(source, root=None):
     if not exists:
         raise Skip(f"{path}: no such file{hint_of_absent(path, root)}")
     if not path.is_file():
-        raise Skip(f"{path}: cannot be read as a picture (it is no file)")
+        raise Skip(f"{path}: cannot be read as an image (it is not a file)")
     return path
 
 
 def hint_of_absent(path, root):
-    """What may be wrong with a path that does not exist, as the end of a sentence."""
+    """Return the likely reason why a path does not exist, as the end of a sentence."""
     for form in ("NFC", "NFD"):
         if os.path.exists(unicodedata.normalize(form, str(path))):
-            return (f"; one that looks the same exists, its name is in Unicode form {form} and this one is not. Write "
+            return (f"; a file with the same visible name exists, but its name is in Unicode form {form}. Write "
                     f"the path in form {form}, or rename the file")  # fmt: skip
     return " (is --media_root right?)" if root else ""
 
 
 def hash_media(paths, root=None, group=None):
-    """Return {path: hash of the bytes of the file, or of the blank image in its place}, "" if there is no such file.
-    The ranks share the files, which all of them must see; group: the process group that they meet in."""
+    """Return {path: hash of the file's bytes}, "" for a missing file. A missing blank.jpg has the blank image's hash.
+    The ranks divide the files among them, so every rank must see all files. group: the process group of the ranks."""
     rank, world = processes()
     paths = sorted(paths, key=str)
     local_paths = paths[rank::world]
@@ -115,79 +112,79 @@ def digest_of_file(path, root=None):
             return hashlib.blake2b(blank_picture().tobytes(), digest_size=16).hexdigest()
         with open(found, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (Skip, OSError):  # open_picture will say why
+    except (Skip, OSError):  # open_picture will report the reason
         return ""
 
 
-def rescale_transparency(picture):
-    """Pillow reads PNGs of 2, 4 and 16 bits as 8 bits, and leaves the transparent colour as the file has it."""
-    rawmode = picture.tile[0].args if picture.format == "PNG" and picture.tile else ""
+def rescale_transparency(image):
+    """Scale a PNG's transparent colour to 8 bits. Pillow scales pixels of 2, 4 and 16 bits, but not this colour."""
+    rawmode = image.tile[0].args if image.format == "PNG" and image.tile else ""
     factor = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(rawmode)
-    colour = picture.info.get("transparency")
+    colour = image.info.get("transparency")
     if factor and colour is not None:
         scaled = tuple(int(value * factor) for value in np.atleast_1d(colour))
-        picture.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
+        image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
 
 
-def check_size(picture, name):
-    """Raises Skip for a picture that is too large to be decoded, empty, or too narrow for the model's resize."""
-    width, height = picture.size
+def check_size(image, name):
+    """Raise Skip for an image that is too large to decode, empty, or too narrow for the model's resize."""
+    width, height = image.size
     size = f"{width} x {height} pixels"
     if width * height > MAX_DECODED:
-        raise Skip(f"{name}: {size} is above the bound of {MAX_DECODED:,}")
+        raise Skip(f"{name}: {size} is above the limit of {MAX_DECODED:,}. Save the image at a smaller size")
     if min(width, height) == 0 or max(width, height) > 200 * min(width, height):
-        raise Skip(f"{name}: {size}: empty, or one side is more than 200 times the other")
+        raise Skip(f"{name}: {size}: the image is empty, or one side is more than 200 times the other")
 
 
-def to_rgb(picture):
-    """8-bit RGB with transparent places white, as in transformers; convert() alone shows what colour lies beneath."""
+def to_rgb(image):
+    """Return 8-bit RGB with transparent pixels white, as in transformers. convert() alone shows their hidden colour."""
     premultiplied = {"La": "LA", "RGBa": "RGBA"}
-    if picture.mode in premultiplied:  # convert() knows this one way only
-        picture = picture.convert(premultiplied[picture.mode])
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow's PPM: 0..65535
-        picture = grey_of_8_bits(picture)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"its 32-bit pixels (mode {picture.mode}) have no known range; save it with 8 or 16 bits")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if image.mode in premultiplied:  # convert() has only this conversion for these modes
+        image = image.convert(premultiplied[image.mode])
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow's PPM: 0..65535
+        image = grey_of_8_bits(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its 32-bit pixels (mode {image.mode}) have no known range. Save it with 8 or 16 bits")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def grey_of_8_bits(picture):
-    """Grey of 16 bits, scaled by its range; convert() cuts it off at 255, so that nearly all of it is white. So is
-    what a PNG declares as transparent."""
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 bits per sample, 262 is 0 where white is
+def grey_of_8_bits(image):
+    """Scale 16-bit grey by its range to 8 bits, and make the transparent value of a PNG white. convert() alone clips
+    at 255, so nearly all pixels become white."""
+    tags = getattr(image, "tag_v2", {})  # TIFF tags: 258 is the bits per sample; 262 is 0 if white is stored as 0
     bits = tags.get(258, (16,))[0]
     top = 2**bits - 1
-    values = np.asarray(picture)
+    values = np.asarray(image)
     grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
     if tags.get(262) == 0:
         grey = 255 - grey
-    grey[values == picture.info.get("transparency", -1)] = 255
+    grey[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(grey)
 
 
 def thinned(frames, n=NUM_FRAMES):
-    """At most n of the frames, evenly spread, first and last included."""
-    places = np.linspace(0, len(frames) - 1, min(len(frames), n)).astype(int)
-    return [frames[i] for i in places]
+    """Return at most n frames, evenly spaced, with the first and the last frame."""
+    indices = np.linspace(0, len(frames) - 1, min(len(frames), n)).astype(int)
+    return [frames[i] for i in indices]
 
 
 def blank_picture():
-    """The white picture (one token) that stands on sides without media."""
+    """Return the white image (one token) that a query or target without media gets."""
     return Image.new("RGB", BLANK_SIZE, "white")
 
 
 def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
-    """The patches before they are normalised: numpy uint8 [n, patch_values], grid [3]."""
+    """Return the patches before normalisation, numpy uint8 [n, patch_values], and the grid [3]."""
     frames = [open_picture(frame) for frame in frames]
     width, height = frames[0].size
     H, W = smart_resize(height, width, family.token_side, min_pixels, max_pixels)
     pixels = [np.asarray(frame.resize((W, H), Image.Resampling.BICUBIC)) for frame in frames]
-    lacking = -len(pixels) % family.depth
-    pixels += pixels[-1:] * lacking
+    missing = -len(pixels) % family.depth
+    pixels += pixels[-1:] * missing
 
     patch, depth, merge = family.patch, family.depth, family.merge
     t = len(pixels) // depth
@@ -195,14 +192,14 @@ def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
     w = W // patch
     x = np.stack(pixels)  # [t * depth, H, W, 3]
     x = x.reshape(t, depth, h // merge, merge, patch, w // merge, merge, patch, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # the patches of a token follow each other; in one: channel, frame, y, x
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # a token's patches are adjacent; inside a patch: channel, frame, y, x
     x = x.reshape(t * h * w, family.patch_values)
     return np.ascontiguousarray(x), np.array([t, h, w])
 
 
 def normalise(patches, family=QWEN2_VL):
-    """uint8 [n, patch_values] -> float32, on the device they are on: until then a page of 2.4 M pixels is 14 MB, not
-    57."""
+    """Normalise uint8 patches [n, patch_values] to float32 on their device. As uint8, a page of 2.4 M pixels takes
+    14 MB instead of 57 MB."""
     table = byte_to_float(family.mean, family.std, patches.device)
     channels = []
     for c, values in enumerate(patches.int().chunk(3, dim=1)):
@@ -212,6 +209,6 @@ def normalise(patches, family=QWEN2_VL):
 
 @cache
 def byte_to_float(mean, std, device):
-    """The normalised value of every possible byte, [256, 3], in the order of transformers' float32 arithmetic."""
+    """Return the normalised value of every byte, [256, 3], with the operation order of transformers' float32."""
     scaled = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)
     return torch.from_numpy((scaled - np.float32(mean)) / np.float32(std)).to(device)

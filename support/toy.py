@@ -1,8 +1,8 @@
-"""The toy world: scenes of coloured shapes, seven tasks, written in the published formats.
+"""The toy world: scenes of coloured shapes and seven tasks, written in the published formats.
 
-A scene is 3 x 3 cells, one visual token each, read row by row: "" is an empty cell, "red star" an object, "D" a glyph.
-Colours differ within a scene, shapes too (but for a doubled object). A page is a scene of two rows of glyphs, a strip
-(a crop) is one row, a video is two scenes.
+A scene is 3 x 3 cells of one visual token each, in reading order: "" is an empty cell, "red star" an object, "D" a
+glyph. Colours and shapes differ within a scene, except for a doubled object. A page is a scene of two rows of glyphs,
+a strip (a crop) is one row, and a video is two scenes.
 """
 
 import json
@@ -23,7 +23,7 @@ from support.images import blank_picture
 from support.settings import Command
 
 CELL = QWEN2_VL.token_side  # pixels: one cell is one visual token
-DRAWINGS = 12  # of every content of a cell
+DRAWINGS = 12  # number of drawings for every content of a cell
 COLOURS = {
     "red": (215, 30, 30),
     "green": (30, 150, 40),
@@ -34,7 +34,7 @@ COLOURS = {
     "cyan": (30, 195, 205),
     "black": (35, 35, 35),
 }
-SHAPES = {  # of x and y from the middle of the shape: below 0 is inside; all are about 1 in radius
+SHAPES = {  # functions of x and y from the shape's centre: below 0 is inside; the radius is about 1
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.9) - 0.18,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
@@ -45,25 +45,25 @@ SHAPES = {  # of x and y from the middle of the shape: below 0 is inside; all ar
     "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.35, np.maximum(abs(x), abs(y)) - 1),
 }
 PLACES = ["xa", "xb", "xc", "ya", "yb", "yc", "za", "zb", "zc"]
-STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns
-RL_TASKS = ("cls", "vqa", "ground", "video")  # what takes several steps of reasoning; the others only copy
-CLOSED_TASKS = ("cls", "vqa")  # every object is a candidate, and nothing else
-MODALITIES = {"video": "video", "doc": "visdoc"}  # of tasks in eval.py; the others are of pictures
-Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: no, 1 (picture) or 2 (video) scenes
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (rows, columns)
+RL_TASKS = ("cls", "vqa", "ground", "video")  # these need several steps of reasoning; the other tasks only copy
+CLOSED_TASKS = ("cls", "vqa")  # the candidates are exactly all objects
+MODALITIES = {"video": "video", "doc": "visdoc"}  # modalities of tasks in eval.py; the other tasks have images
+Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 0, 1 (image) or 2 (video) scenes
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Scenes and their pictures
+# Scenes and their images
 
 
 def draw(rng, split, low, high, repeat=0, size=9):
-    """A scene of low to high objects of the given split, the first `repeat` of them twice; for low 0 a page.
+    """Draw a scene of the split with low to high objects, the first `repeat` of them twice, or a page if low is 0.
 
-    size: number of cells; below 9 (the pretraining of tests/toy_base.py) any split has all scenes.
+    size: number of cells. Below 9 (the pretraining of tests/toy_base.py), every split has all scenes.
     """
     while True:
         cells = draw_objects(rng, low, high, repeat, size)
-        if low == 0:  # the empty scene only moves the generator on: without it every page would be another one
+        if low == 0:  # the unused scene advances the generator, so the pages stay the same
             cells = draw_page(rng)
         if size < 9 or split_of(cells) == split:
             return cells
@@ -79,7 +79,7 @@ def draw_objects(rng, low, high, repeat, size):
 
 
 def draw_page(rng):
-    """Two lines of a letter and two digits, six cells."""
+    """Draw a page of two lines, each with a letter and two digits: six cells."""
     letters = rng.permutation(list("ABCDEFGHKMPT"))
     digits = rng.permutation(10)
     glyphs = [letters[0], *digits[:2], letters[1], *digits[2:4]]
@@ -87,16 +87,16 @@ def draw_page(rng):
 
 
 def split_of(cells):
-    """One scene in ten is of test, one of dev, the others of train. Its content decides, not the seed: no scene of any
-    seed is in two splits."""
+    """Return a scene's split: one scene in ten is "test", one in ten "dev", the rest "train". It depends only on the
+    content, so no scene of any seed is in two splits."""
     bucket = zlib.crc32("|".join(cells).encode()) % 10
     return {0: "test", 1: "dev"}.get(bucket, "train")
 
 
 def draw_cell(rng, content):
-    """Pixels of a cell, float [CELL, CELL, 3] of 0..255: paper, and on it a glyph, an object or nothing."""
+    """Return the pixels of a cell, float [CELL, CELL, 3] in 0..255: a glyph, an object or nothing on paper."""
     paper = rng.integers(232, 256, 3)
-    x, y = CELL // 2 + rng.uniform(-2, 2, 2)  # pixels: the middle of what is drawn
+    x, y = CELL // 2 + rng.uniform(-2, 2, 2)  # pixels: the centre of the drawing
     cell = np.full((CELL, CELL, 3), paper, float)
     if len(content) == 1:
         image = Image.fromarray(cell.astype(np.uint8))
@@ -107,22 +107,22 @@ def draw_cell(rng, content):
         colour, shape = content.split()
         radius = rng.uniform(8, 11)  # pixels
         ink = np.clip(COLOURS[colour] + rng.integers(-18, 19, 3), 0, 255)
-        middles = np.arange(CELL) + 0.5  # of the pixels
+        middles = np.arange(CELL) + 0.5  # centres of the pixels
         outside = SHAPES[shape]((middles[None] - x) / radius, (middles[:, None] - y) / radius)
-        cover = np.clip(0.5 - radius * outside, 0, 1)[..., None]  # share of each pixel: edges are smooth
+        cover = np.clip(0.5 - radius * outside, 0, 1)[..., None]  # share of each pixel, for smooth edges
         cell += cover * (ink - cell)
     return cell
 
 
 @cache
 def drawings(content):
-    """The same for all scenes, so that each is drawn once a process."""
+    """Return the drawings of a content. All scenes share them, so a process draws each content once."""
     rng = np.random.default_rng(zlib.crc32(content.encode()))
     return [draw_cell(rng, content) for _ in range(DRAWINGS)]
 
 
 def render(rng, cells):
-    """A picture of the cells, three to a row, with noise: uint8 [CELL * rows, CELL * 3, 3]."""
+    """Return a noisy image of the cells, three per row: uint8 [CELL * rows, CELL * 3, 3]."""
     drawn = [drawings(content)[rng.integers(DRAWINGS)] for content in cells]
     strips = [np.concatenate(drawn[i : i + 3], axis=1) for i in range(0, len(cells), 3)]
     image = np.concatenate(strips)
@@ -131,56 +131,56 @@ def render(rng, cells):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is said of scenes
+# Texts about scenes
 
 
 def named(cells):
-    """ " red star blue ring": the objects in reading order."""
+    """Return the objects in reading order: " red star blue ring"."""
     return "".join(f" {content}" for content in cells if content)
 
 
 def listed(cells):
-    """ " xa red star yc blue ring": the objects with their places."""
-    return "".join(f" {place} {content}" for place, content in zip(PLACES, cells) if content)
+    """Return the objects with their cells: " xa red star yc blue ring"."""
+    return "".join(f" {cell} {content}" for cell, content in zip(PLACES, cells) if content)
 
 
 def compared(before, after):
-    """ " xa red star none xc blue ring blue ring yb none red star": what is at each place in two scenes, empty places
-    left out."""
+    """Return the contents of each cell in two scenes, without the cells that are empty in both:
+    " xa red star none xc blue ring blue ring yb none red star"."""
     text = ""
-    for place, was, now in zip(PLACES, before, after):
+    for cell, was, now in zip(PLACES, before, after):
         if was or now:
-            text += f" {place} {was or 'none'} {now or 'none'}"
+            text += f" {cell} {was or 'none'} {now or 'none'}"
     return text
 
 
 def row_text(cells, r):
-    """ " ya red star yb none yc none": row r with its places."""
+    """Return row r with the names of its cells: " ya red star yb none yc none"."""
     indices = range(3 * r, 3 * r + 3)
     return "".join(f" {PLACES[i]} {cells[i] or 'none'}" for i in indices)
 
 
 def strip_text(cells):
-    """ " red star none none": a row without its places."""
+    """Return a row without the names of its cells: " red star none none"."""
     return "".join(f" {content or 'none'}" for content in cells)
 
 
 def page_text(cells):
-    """ " D69 A71": the lines of a page."""
+    """Return the lines of a page: " D69 A71"."""
     rows = [cells[i : i + 3] for i in range(0, len(cells), 3)]
     return "".join(" " + "".join(glyphs) for glyphs in rows)
 
 
-def beside(place, step):
-    """The index of the place one step away, -1 where the scene ends."""
+def beside(cell, step):
+    """Return the index of the cell one step away, or -1 if the step leaves the scene."""
     down, right = STEPS[step]
-    r = place // 3 + down
-    c = place % 3 + right
+    r = cell // 3 + down
+    c = cell % 3 + right
     return 3 * r + c if 0 <= r < 3 and 0 <= c < 3 else -1
 
 
 def said(text):
-    """The side of a text "kind: what is said": it repeats what is said, there is nothing to think about."""
+    """Return the Side of a text "kind: answer". It only repeats the answer, without any reasoning."""
     _, _, answer = text.partition(":")
     return Side(text, " it is", answer)
 
@@ -190,24 +190,24 @@ def said(text):
 
 
 def cls_example(rng, split):
-    """Which object is there twice?"""
+    """Ask for the object that occurs twice."""
     cells = draw(rng, split, 4, 5, repeat=1)
     double = next(content for content in cells if content and cells.count(content) == 2)
-    where = "".join(f" {place}" for place, content in zip(PLACES, cells) if content == double)
-    think = f"{listed(cells)} so{where}"
+    found = "".join(f" {cell}" for cell, content in zip(PLACES, cells) if content == double)
+    think = f"{listed(cells)} so{found}"
     query = Side("which object is there twice", think, f" {double}", (cells,))
     return query, said(f"object: {double}"), []
 
 
 def vqa_example(rng, split):
-    """Walk two or three steps and name the object found there."""
+    """Walk two or three steps and name the object in the last cell."""
     cells, end, ask, path = draw_walk(rng, split, 3)
     query = Side(ask, f"{path} {cells[end]}", f" {cells[end]}", (cells,))
     return query, said(f"object: {cells[end]}"), []
 
 
 def ground_example(rng, split):
-    """Walk two steps and show the row found there; hard: the scene's other rows."""
+    """Walk two steps and find the row of the last cell. Hard negatives: the scene's other rows."""
     cells, end, ask, path = draw_walk(rng, split, 2)
     strips = [cells[i : i + 3] for i in range(0, 9, 3)]
     crops = [Side("image", listed(strip), strip_text(strip), (strip,)) for strip in strips]
@@ -215,13 +215,13 @@ def ground_example(rng, split):
     target = crops.pop(r)
     think = f"{path} row{row_text(cells, r)}"
     query = Side(f"{ask} crop the row", think, target.answer, (cells,))
-    return query, target, [crop for crop in crops if crop.think]  # a row without objects is no negative
+    return query, target, [crop for crop in crops if crop.think]  # a row without objects is not a negative
 
 
 def draw_walk(rng, split, longest):
-    """A scene and a walk of two to `longest` steps, from anywhere to an object elsewhere.
+    """Draw a scene and a walk of two to `longest` steps, from any cell to an object in another cell.
 
-    Returns the cells, the index of the walk's end, the question for it and the path in words.
+    Returns the cells, the index of the last cell, the question and the path in words.
     """
     while True:
         cells = draw(rng, split, 5, 6)
@@ -239,14 +239,14 @@ def draw_walk(rng, split, longest):
 
 
 def i2t_example(rng, split):
-    """A picture and its caption; hard: two objects have exchanged their colours."""
+    """Find the caption of an image. Hard negative: two objects have exchanged their colours."""
     cells, near = draw_exchange(rng, split)
     query = scene_image(cells)._replace(text="describe the image")
     return query, caption(cells), [caption(near)]
 
 
 def t2i_example(rng, split):
-    """A caption and its picture; hard: two objects have exchanged their colours."""
+    """Find the image of a caption. Hard negative: two objects have exchanged their colours."""
     cells, near = draw_exchange(rng, split)
     text = caption(cells)
     query = text._replace(text=f"find the {text.text}")
@@ -254,7 +254,7 @@ def t2i_example(rng, split):
 
 
 def draw_exchange(rng, split):
-    """A scene, and the same one where two objects have exchanged their colours."""
+    """Draw a scene, and return it with a copy in which two objects have exchanged their colours."""
     cells = draw(rng, split, 4, 5)
     objects = [i for i, content in enumerate(cells) if content]
     first, second = rng.permutation(objects)[:2]
@@ -275,7 +275,7 @@ def caption(cells):
 
 
 def video_example(rng, split):
-    """One of three objects moves one cell: which, and where to? Hard: the others, and the other empty cells."""
+    """Ask which of three objects moves to which cell. Hard negatives: all other objects and empty cells."""
     cells = draw(rng, split, 3, 3)
     moves = free_moves(cells)
     start, end = moves[rng.integers(len(moves))]
@@ -287,13 +287,13 @@ def video_example(rng, split):
     think = f"{compared(cells, after)} so{answer}"
     query = Side("what moves where", think, answer, (cells, after))
     objects = [content for content in cells if content]
-    empty = [place for place, content in zip(PLACES, cells) if not content]
-    everything = [f" {content} {place}" for content in objects for place in empty]
+    empty = [cell for cell, content in zip(PLACES, cells) if not content]
+    everything = [f" {content} {cell}" for content in objects for cell in empty]
     return query, said(f"move:{answer}"), [said(f"move:{move}") for move in everything if move != answer]
 
 
 def free_moves(cells):
-    """All (index of an object, index of an empty cell beside it)."""
+    """Return all pairs (index of an object, index of an empty cell next to it)."""
     moves = []
     for start, content in enumerate(cells):
         for step in STEPS:
@@ -304,9 +304,9 @@ def free_moves(cells):
 
 
 def doc_example(rng, split):
-    """The page with these two lines; hard: one digit of it is another."""
+    """Find the page with two given lines. Hard negative: one digit differs."""
     cells = draw(rng, split, 0, 0)
-    k = int(rng.choice([1, 2, 4, 5]))  # the digits' cells
+    k = int(rng.choice([1, 2, 4, 5]))  # cells of digits
     near = list(cells)
     near[k] = str((int(cells[k]) + rng.integers(1, 10)) % 10)
     text = page_text(cells)
@@ -336,9 +336,9 @@ TASKS = tuple(EXAMPLES)
 
 
 def stored(out, name, rng, side):
-    """Writes a side's pictures below out/images; returns it as an input of eval.py.
+    """Write a Side's images below out/images, and return it as an input of eval.py.
 
-    A video's files each stand for two frames: the model sees pairs of frames.
+    Each file of a video is listed twice, because the model reads frames in pairs.
     """
     paths = [f"images/{name}{k}.jpg" for k in range(len(side.media))]
     for path, cells in zip(paths, side.media):
@@ -352,7 +352,7 @@ def stored(out, name, rng, side):
 
 
 def pair_rows(out, seed, task, name, split, count):
-    """Rows of one task for NAME.json: SFT rows for the name "sft", else RL rows."""
+    """Return the rows of one task for NAME.json: SFT rows if the name is "sft", otherwise RL rows."""
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {task}".encode())])
     rows = []
     for i in range(count):
@@ -371,7 +371,7 @@ def pair_rows(out, seed, task, name, split, count):
 
 
 def task_file(out, seed, task, split, queries, candidates):
-    """A native task file of eval.py, as a dict. A candidate's key is what it says: no two are the same thing."""
+    """Return a native task file of eval.py as a dict. A candidate's key is its answer, so no candidate occurs twice."""
     rng = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())])
     name = f"{split}/{task}"
     asked = []
@@ -380,7 +380,7 @@ def task_file(out, seed, task, split, queries, candidates):
         candidates = len(targets)
     else:
         targets = {}
-    others = {}  # of an open task: hard negatives, and targets of examples whose queries are not asked
+    others = {}  # of an open task: hard negatives, and targets of examples without a query
     while len(asked) < queries or len(targets | others) < candidates:
         query, target, negatives = EXAMPLES[task](rng, split)
         if len(asked) < queries:
@@ -392,8 +392,8 @@ def task_file(out, seed, task, split, queries, candidates):
             others |= {side.answer: side for side in [target, *negatives]}
     pool = {}
     rest = {key: side for key, side in others.items() if key not in targets}
-    kept = list((targets | rest).items())[: max(candidates, len(targets))]  # no query loses its target
-    for i, (key, side) in enumerate(kept):
+    chosen = list((targets | rest).items())[: max(candidates, len(targets))]  # every query has its target
+    for i, (key, side) in enumerate(chosen):
         pool[key.strip()] = stored(out, f"{name}/c{i}", rng, side)
     return {
         "name": name,
@@ -407,27 +407,27 @@ def task_file(out, seed, task, split, queries, candidates):
 
 
 def every_object():
-    """{answer: its side} of all colours and shapes."""
+    """Return {answer: its Side} of all colours and shapes."""
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     return {f" {name}": said(f"object: {name}") for name in names}
 
 
 def in_parallel(out, jobs):
-    """Calls function(out, *arguments) for all jobs (function, *arguments) on all cores; results in order."""
+    """Call function(out, *arguments) for all jobs (function, *arguments) on all cores. Return results in order."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     blank_picture().save(out / "images/blank.jpg")
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         waiting = [pool.submit(function, out, *arguments) for function, *arguments in jobs]
         try:
             return [job.result() for job in waiting]
-        except BaseException:  # Ctrl-C: what has not begun is not waited for
+        except BaseException:  # on Ctrl-C, do not wait for jobs that have not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidates=200):
-    """The toy world as files; sizes are per task. sft.json and rl.json are training scenes; rl_dev.json, rl_test.json,
-    tasks/dev/*.json and tasks/test/*.json are held-out ones."""
+    """Write the toy world as files, with sizes per task. sft.json and rl.json have training scenes; rl_dev.json,
+    rl_test.json, tasks/dev/*.json and tasks/test/*.json have held-out scenes."""
     out = Path(out)
     row_files = {  # name: split, rows of each task, tasks
         "sft": ("train", pairs, TASKS),
@@ -451,7 +451,7 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidat
         path = out / "tasks" / f"{task['name']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(task))
-    for name in reversed(row_files):  # sft.json last: where it is, the world is complete
+    for name in reversed(row_files):  # sft.json last: if it exists, the world is complete
         write_rows(out / f"{name}.json", rows[name])
 
 
@@ -460,8 +460,8 @@ def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidat
 
 
 def toy_flags(p):
-    p.add_argument("--out", default="runs/toy/data", help="folder")
-    p.add_argument("--seed", type=int, default=0, help="of the scenes and their pictures")
+    p.add_argument("--out", default="runs/toy/data", help="output folder")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the scenes and their images")
 
 
 def run_toy(args):

@@ -98,11 +98,11 @@ def test_published_sft_rows_lose_their_reasoning(world):
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        ({}, "neither text nor media"),
-        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "neither text nor media"),
+        ({}, "no text and no media"),
+        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "no text and no media"),
         ({"images": ["a.png"], "video": ["b.png"]}, "both an image and a video"),
         ({"text": "a <|im_end|> b"}, "control token <|im_end|>"),
-        (None, "lacks qry_text"),
+        (None, "has no qry_text"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named_before_the_teacher_starts(side, message, tmp_path):
@@ -469,7 +469,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert run(*flags, "--workers", 0) == 1
     table = capsys.readouterr().out
     assert re.search(r"all +12 .* 4 +2 +1 +0\n", table), table
-    assert "skips 3 of 12 rows and does not start before 4 are mended." in table
+    assert "skips 3 of 12 rows and does not start before 4 are fixed." in table
     for text in (f"row 0: {tmp_path}/images/missing.png: no such file", f"row 1: {tmp_path}/broken.png: cannot be read",
                  "row 4, pos: no <gen_emb>", "tokens, above --max_length 400", "row 10, qry: the text has 2 <image>",
                  "row 6: an SFT row needs", "row 7, qry: needs"):  # fmt: skip

@@ -570,7 +570,7 @@ def test_malformed_rl_rows_are_errors(tokenizer, tmp_path):
     """A missing key of an RL row is named with file and row; a text that is null counts as no text."""
     row = {f"{s}_{k}": v for s in ("qry", "pos") for k, v in (("text", "t"), ("image", ""), ("video", [""]))}
     for key in row:
-        with pytest.raises(ValueError, match=f"bad.json, row 0.*lacks {key}"):
+        with pytest.raises(ValueError, match=f"bad.json, row 0.*has no {key}"):
             one_pair(tmp_path, tokenizer, {k: v for k, v in row.items() if k != key}, kind="rl", needs=[DISC])
     assert one_pair(tmp_path, tokenizer, row | {"pos_text": None}, kind="rl", needs=[DISC]).ok
 

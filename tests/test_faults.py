@@ -255,19 +255,19 @@ THREE = [{"from": who, "value": x} for who, x in (("human", "a" + TAIL), ("gpt",
 @pytest.mark.parametrize("kind, row, message", [
     ("sft", sft_row(images=["a.png"]), "qry: unknown key 'images'.*image, video, conversations"),
     ("sft", sft_row(row={"weight": 2}), "unknown key 'weight'.*dataset_name"),
-    ("sft", sft_row(), "1 <image> and 0 <video> marks for 0 pictures"),
-    ("sft", sft_row("the <video> element"), "0 <image> and 1 <video> marks for 0 pictures and 0 videos"),
+    ("sft", sft_row(), "1 <image> and 0 <video> marks for 0 images"),
+    ("sft", sft_row("the <video> element"), "0 <image> and 1 <video> marks for 0 images and 0 videos"),
     ("sft", sft_row("a", turns=THREE), "found 3 turns"),
-    ("sft", sft_row("a", roles=("gpt", "human")), "a turn of 'gpt' where human or user must be"),
+    ("sft", sft_row("a", roles=("gpt", "human")), "a turn of 'gpt', but this turn must be of human or user"),
     ("sft", sft_row("a", roles=("system", "gpt")), "a turn of 'system'"),
-    ("sft", sft_row(image=[["a.png"]]), "flat list of paths, it holds list"),
+    ("sft", sft_row(image=[["a.png"]]), "flat list of paths, but it holds list"),
     ("sft", sft_row(image={"path": "a.png"}), "not dict"),
     ("sft", sft_row("<video>\nwhat", video="clip.mp4"), "clip.mp4 is a video file.*ffmpeg -i clip.mp4"),
     ("sft", sft_row("<video>\nwhat", video=["clip.gif"]), "clip.gif is a video file.*ffmpeg"),
-    ("sft", sft_row(image="https://a.org/b.png"), "is a web address; download it"),
+    ("sft", sft_row(image="https://a.org/b.png"), "is a web address. Download it"),
     ("sft", sft_row("half \ud800 pair", image=""), "half a surrogate pair"),
     ("rl", RL_ROW | {"qry_images": ["a.png"]}, "unknown key 'qry_images'.*qry_image"),
-    ("rl", RL_ROW | {"qry_text": 3}, "the text is no string but int"),
+    ("rl", RL_ROW | {"qry_text": 3}, "the text must be a string, not int"),
     ("rl", RL_ROW | {"qry_video": ["clip.MP4"]}, "clip.MP4 is a video file"),
     ("rl", RL_ROW | {"pos_image": 7}, "must be a path or a list of paths, not int"),
 ])  # fmt: skip
@@ -354,7 +354,7 @@ def test_whatever_a_decoder_raises_is_a_skip(error):
     training run at this row."""
     broken = Failing()
     broken._mode, broken._size, broken.error, broken.filename = "RGB", (30, 30), error, "x.avif"
-    with pytest.raises(Skip, match="x.avif: cannot be read as a picture"):
+    with pytest.raises(Skip, match="x.avif: cannot be read as an image"):
         open_picture(broken)
     for passes in (MemoryError, KeyboardInterrupt, SystemExit):
         broken.error = passes()
@@ -485,14 +485,14 @@ def write_task(root, content, name="mine"):
     (with_query(candidates=["1"]), "query 0: has candidates, but a global task ranks all"),
     (with_query(label="1"), "query 0: unknown key 'label'.*input, labels"),
     (with_query(input={"text": "q", "image": "a.png"}), "query 0: unknown key 'image'"),
-    (with_query(input={"text": ["q"]}), "query 0: the text is no string but list"),
+    (with_query(input={"text": ["q"]}), "query 0: the text must be a string, not list"),
     (with_query(input={"text": "a <|im_end|> b"}), "query 0: the text contains the control token"),
     (with_query(input={"text": "\ud800"}), "query 0: .*half a surrogate pair"),
     (with_query(labels=["3"]), "1 of 1 labels are no candidates.*labels are keys"),
     (own_task(queries=[{"labels": ["1"]}]), "query 0: input or labels are missing"),
     (own_task(queries=["q"]), "query 0: expected a query"),
     (own_task(candidates=["a"]), "candidates an object"),
-    (own_task(candidates={"1": None}), "candidate '1': an input is"),
+    (own_task(candidates={"1": None}), "candidate '1': an input must be"),
     (own_task(metric="hit@1"), "unknown key 'metric'"),
     (own_task(group=3), "must be strings"),
     ([own_task()], "expected a task"),
@@ -527,11 +527,11 @@ def test_labels_that_are_numbers_or_outside_the_pool(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, message", [
-    (dict(batch_size=0), "batch_size=0: must be at least 1"), (dict(samples=0), "samples=0"),
+    (dict(batch_size=0), "batch_size=0: must be an integer of at least 1"), (dict(samples=0), "samples=0"),
     (dict(samples=-1), "samples=-1"), (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("nan")), "temperature=nan"),
     (dict(traces=["a"]), "1 traces for 2 inputs"), (dict(traces=[]), "0 traces for 2 inputs"),
-    (dict(traces={"a": 1, "b": 2}), "not dict"), (dict(samples=2.5), "whole number"), (dict(batch_size="3"), "whole"),
+    (dict(traces={"a": 1, "b": 2}), "not dict"), (dict(samples=2.5), "integer"), (dict(batch_size="3"), "integer"),
     (dict(temperature=1e-40), "temperature=1e-40"), (dict(temperature=1e12), "temperature=1"),
 ])  # fmt: skip
 def test_arguments_of_embed(embedder, more, message):
@@ -554,11 +554,11 @@ def test_forms_of_inputs(embedder, tmp_path):
 
 
 @pytest.mark.parametrize("given, message", [
-    (b"abc", "inputs: a list, each .*not bytes"), (np.zeros((4, 4, 3)), "not ndarray"), (3, "not int"),
-    (None, "not NoneType"), ([b"abc"], "an input is .* not bytes"), ([np.zeros((4, 4, 3))], "not ndarray"),
-    ([["a"]], "not list"), ([None], "not NoneType"), ([{"text": 3}], "the text is no string but int"),
+    (b"abc", "inputs must be a list of inputs, each .*not bytes"), (np.zeros((4, 4, 3)), "not ndarray"), (3, "not int"),
+    (None, "not NoneType"), ([b"abc"], "an input must be .* not bytes"), ([np.zeros((4, 4, 3))], "not ndarray"),
+    ([["a"]], "not list"), ([None], "not NoneType"), ([{"text": 3}], "the text must be a string, not int"),
     ({"video": "clip.mp4"}, "ffmpeg -i clip.mp4"), ({"video": ["clip.gif"]}, "ffmpeg"),
-    ({"images": ["https://a.org/b.png"]}, "web address; download"), ("https://a.org/b.png", "text or a file"),
+    ({"images": ["https://a.org/b.png"]}, "web address. Download"), ("https://a.org/b.png", "text or a file"),
     ([{"images": [["a.png"]]}], "flat list"), ([{"images": [b"x"]}], "holds bytes"),
     ([{"pictures": []}], "unknown key"), ([{"text": "a <|im_start|>"}], "control token"),
     ([{"text": "\ud83d"}], "surrogate"),
@@ -630,9 +630,9 @@ def test_a_sample_depends_on_the_content_not_on_the_place(writer):
 @pytest.mark.parametrize("content, message", [
     (b'\xef\xbb\xbf[{"a": 1}]', "not valid JSON"),
     ('[{"a": 1}]'.encode("utf-16"), "not valid (JSON|UTF-8)"),
-    (b'{"data": [{"a": 1}]}', "the rows lie under 'data'; save that list"),
+    (b'{"data": [{"a": 1}]}', "the rows are under the key 'data'. Save that list"),
     (b'{\n "data": [\n  {"a": 1}]}', "line 1: not valid JSON.*one list of rows"),
-    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "is the file whole"), (b"\x1f\x8b\x08\0\0", "not valid UTF-8"),
+    (b"\xff\xfa[", "UTF-8"), (b'[{"a": 1}', "Is the file complete"), (b"\x1f\x8b\x08\0\0", "not valid UTF-8"),
     (b"PAR1\0\0", "not valid JSON"), (b"[" * 9999, "recursion"),
     (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
 ])  # fmt: skip
@@ -961,7 +961,7 @@ def test_what_is_ours_and_broken_is_made_again(tiny_dir, world, tmp_path, monkey
         path.write_bytes(b"\0" * 100)
     run_here(sft, argv, monkeypatch)
     told = capsys.readouterr().err
-    assert "1 lines that are no log lines" in told and "made again" in told and read_log(tmp_path / "out") == want
+    assert "1 lines that are no log lines" in told and "Building it" in told and read_log(tmp_path / "out") == want
 
 
 def test_only_our_own_files_are_cleared_away(tmp_path):
@@ -996,7 +996,7 @@ def test_nothing_of_the_users_is_overwritten(tiny_dir, world, tmp_path, monkeypa
     for command in (["rl-subset", "--pairs", world / "rl.json", "--sft", rows, "--out", rows],
                     ["annotate", "--pairs", world / "rl.json", "--teacher", model, "--out", rows]):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, command)])
-        with pytest.raises((SystemExit, BadInput), match="files of --pairs or --sft|has not made"):
+        with pytest.raises((SystemExit, BadInput), match="files of --pairs or --sft|has not written"):
             data_file.main()
     assert rows.read_text() == (world / "sft.json").read_text()
 

@@ -404,7 +404,7 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
     root, out = tmp_path / "root", tmp_path / "sft.json"
     with monkeypatch.context() as patch:
         patch.setattr(Embedder, "from_pretrained", None)  # the teacher must not be loaded
-        with pytest.raises(BadInput, match="4 of 4 media files of --pairs do not exist there.*Nothing was asked"):
+        with pytest.raises(BadInput, match="4 of 4 media files of --pairs are missing.*The teacher was not asked"):
             annotate(world, out, writer_dir, "--media_root", tmp_path / "wrong")
     shutil.copytree(world / "images", root / "images")
     assert annotate(world, out, writer_dir, "--media_root", root) == 0

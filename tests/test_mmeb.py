@@ -189,7 +189,7 @@ def test_errors_name_the_file_and_the_remedy(own):
         ev.load_task("CIFAR", own)
     file = own / "annotations/VLM2Vec/VATEX/vatex_test/test-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).rename_columns(["id", *pq.read_schema(file).names[1:]]), file)
-    with pytest.raises(ValueError, match=r"VATEX.*lacks the columns videoID"):
+    with pytest.raises(ValueError, match=r"VATEX.*is missing the columns videoID"):
         ev.load_task("VATEX", own)
     file = own / "annotations/VLM2Vec/Video-MME/videomme/test-00000-of-00001.parquet"
     rows = pq.read_table(file).to_pylist()
@@ -229,7 +229,7 @@ def test_check(own, capsys):
     rows = {line.split()[0]: line for line in printed.splitlines() if line}
     assert "cand_3.png: no such file" in rows["CIRR"]
     assert rows["MSVD"].endswith("annotations/VLM2Vec/MSVD has no files of config default, split test")
-    assert f"{broken.name}: cannot be read as a picture" in rows["RefCOCO"]
+    assert f"{broken.name}: cannot be read as an image" in rows["RefCOCO"]
     assert f"download --repo-type dataset VLM2Vec/MSVD --local-dir {own}/annotations/VLM2Vec/MSVD" in printed
     assert f"tar xzf {own}/download/image-tasks/mmeb_v1.tar.gz" in printed and "video_ret.tar.gz" not in printed
 
@@ -595,7 +595,7 @@ def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
     (lambda rows: [rows[0] | {"answer": None}, *rows[1:]], r"no answer for 1 of \d+ inputs"),
     (lambda rows: [*rows, rows[0] | {"answer": "another <gen_emb>"}], "another answer for the key"),
     (lambda rows: [*rows[:3], rows[3] | {"answer": "<|im_end|>"}, *rows[4:]], "row 3: the text contains the control"),
-    (lambda rows: [*rows[:3], rows[3] | {"answer": 7}, *rows[4:]], "row 3: the text is no string but int"),
+    (lambda rows: [*rows[:3], rows[3] | {"answer": 7}, *rows[4:]], "row 3: the text must be a string, not int"),
     (lambda rows: [{"key": "x"}, *rows], "row 0: key or answer is missing"),
     (lambda rows: [row | {"answer": "a thing"} for row in rows], r"none of its \d+ answers has a <gen_emb>"),
 ])  # fmt: skip

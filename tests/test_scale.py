@@ -460,9 +460,9 @@ def test_streamed_rows_are_those_of_json(tmp_path, block, style):
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 24])
 @pytest.mark.parametrize("text, message", [
-    ('[{"a": 1},\n{"b": 2},\n', "line 3.*not valid JSON"), ('[{"a": 1},\n{"b": 2}\n', "line 2.*is the file whole"),
+    ('[{"a": 1},\n{"b": 2},\n', "line 3.*not valid JSON"), ('[{"a": 1},\n{"b": 2}\n', "line 2.*Is the file complete"),
     ('[{"a": 1},\n{"b": "2', "line 2.*not valid JSON"), ('[{"a": 1}\n{"b": 2}]', "line 1.*comma"),
-    ('[{"a": 1}]\n[{"b": 2}]', "line 1.*more text behind"), ('[{"a": 1},\n]', "line 2.*not valid JSON"),
+    ('[{"a": 1}]\n[{"b": 2}]', "line 1.*more text after"), ('[{"a": 1},\n]', "line 2.*not valid JSON"),
     ('[{"a": 1}, 7]', "row 1: expected an object, found int"),
 ])  # fmt: skip
 def test_broken_lists(tmp_path, text, message, block):
