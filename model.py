@@ -18,7 +18,7 @@ Departures from the official code
     the state at <gen_emb> in the decode step that reads it, and gives the slot of an ended completion to a waiting
     prompt. The tokens of NEVER_WRITTEN cannot be sampled, and the same ban holds in the log-probabilities of RL. The
     decode step is ours too (support/decode.py).
- 4. A completion without <gen_emb> has no generative embedding. The official code then reads the one of the prompt.
+ 4. A completion without <gen_emb> has no generative embedding. The official code then reads that of the prompt.
  5. <disc_emb> is read exactly at its position. The official evaluation reads the token after it.
 """
 
@@ -59,7 +59,7 @@ class Embeddings:
     """The result of embed() for N inputs."""
 
     disc: torch.Tensor | None  # float32 [N, D]
-    gen: torch.Tensor | None  # float32 [N, samples, D], zeros where invalid
+    gen: torch.Tensor | None  # float32 [N, samples, D], zeros if invalid
     texts: list | None  # N lists of `samples` answers
     valid: torch.Tensor | None  # bool [N, samples]: the answer has a <gen_emb>
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens

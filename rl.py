@@ -215,7 +215,7 @@ def rewards_of(embedder, rollouts, pairs, args):
     valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]  # [2, p, G]
     texts = [embedder.texts_of(r) for r in rollouts]  # 2p lists of G
 
-    # what every reward may look at: the rollouts of all processes
+    # every reward may read the rollouts of all ranks
     gen = gather(gen.transpose(0, 1)).transpose(0, 1)  # [2, P, G, D]
     valid = gather(valid.transpose(0, 1)).transpose(0, 1)  # [2, P, G]
     texts = [gather_list(texts[:p]), gather_list(texts[p:])]  # [2][P][G]
