@@ -60,8 +60,8 @@ class Embeddings:
 
     disc: torch.Tensor | None  # float32 [N, D]
     gen: torch.Tensor | None  # float32 [N, samples, D], zeros if invalid
-    texts: list | None  # N lists of `samples` answers
-    valid: torch.Tensor | None  # bool [N, samples]: the answer has a <gen_emb>
+    texts: list | None  # N lists of `samples` assistant texts
+    valid: torch.Tensor | None  # bool [N, samples]: the text has a <gen_emb>
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
     skipped: dict = field(default_factory=dict)  # {n: reason} of inputs without embeddings: zeros, not valid
 
@@ -449,7 +449,7 @@ class Embedder(nn.Module):
         mode: "disc" only reads the prompt; "gen" and "both" generate. temperature 0 is greedy. A sample depends on
         (seed, content of the input, index of the sample), so equal inputs get equal samples. batch_size: completions
         decoded at once, for speed and memory. In fp32 it changes the result only by rounding, which in bf16 can flip a
-        close choice between tokens. traces: N answers of any other reasoner, which are read instead of generating.
+        close choice between tokens. traces: N assistant texts of another reasoner, to read instead.
 
         An unusable input (an unreadable image, a wrong form, a control token) does not stop the other inputs. A warning
         and .skipped name it, its embeddings are zeros, and it is not valid. The same holds if its discriminative
@@ -518,7 +518,7 @@ class Embedder(nn.Module):
 
     def prompts_of(self, checked, traces, blank_image, seed):
         """Yield the prompts of embed(), the longest first: similar lengths share a batch, and an out-of-memory error
-        shows at once. checked: {n: input}; traces: the N answers of the inputs, or None."""
+        shows at once. checked: {n: input}; traces: N assistant texts, or None."""
         length = {n: len(x["text"]) + 1000 * len(x["images"] + x["video"]) for n, x in checked.items()}
         for n in sorted(checked, key=lambda n: -length[n]):
             answer = None if traces is None else traces[n]
@@ -532,7 +532,7 @@ class Embedder(nn.Module):
     @torch.no_grad()
     def read(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
         """Yield (prompt, Rollouts) like generate(), with one rollout each, from one pass without decoding. The rows of
-        the prompts contain their answers already, or need none."""
+        the prompts contain their assistant texts already, or need none."""
         waiting = Waiting(prompts, self.device)
         while part := waiting.take(batch_size, prefill_tokens):
             results = [(prompt, None) for prompt in part if prompt.row is None]
