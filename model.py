@@ -1,25 +1,25 @@
 """The embedder: Qwen2-VL (or 2.5, or Qwen3-VL) with two embeddings, `disc` read at <disc_emb>, `gen` at the last
 <gen_emb>.
 
-Both are the last layer's state (after the final norm) at the token's own position, L2-normalised, no projection (the
-paper's model; so are the released weights).
+Both are the last layer's state (after the final norm) at the position of the token, L2-normalised, without projection.
+The paper and the released weights do the same.
 
 Shapes: B rows, L tokens, D hidden size, V vocabulary, P prompts, G rollouts per prompt, A completions that are being
 decoded, N and M any count.
 
-Where this departs from the official code
- 1. No monkey patches: we call the backbone's vision tower, language model and head ourselves, with our own rotary
-    positions, so the module's remembered position deltas are never used. Of a loaded model (not of transformers'
-    classes) three things are exchanged for faster ones with the same weights and results: the patch embedding, the
-    RMSNorms and how Qwen3-VL adds the states of DeepStack.
- 2. The head runs on the tokens whose log-probability is wanted, in chunks that are computed again in the backward
-    pass. Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
- 3. Generation is our own loop on a key-value cache: a prompt and its pictures are read once for its G rollouts, the
-    state at <gen_emb> is stored in the decode step that reads it (no stack of all layers' states), a completion that
-    ends gives its slot to a waiting prompt. The tokens of NEVER_WRITTEN cannot be sampled, and the same ban holds in
-    the log-probabilities of RL. The decode step itself is ours too (support/decode.py).
- 4. A completion without <gen_emb> has no generative embedding; the official code then reads the prompt's own one.
- 5. <disc_emb> is read exactly at its position; the official evaluation reads the token after it.
+Departures from the official code
+ 1. We call the vision tower, language model and head of the backbone ourselves, with our own rotary positions, so the
+    position deltas that the module stores are never used. We replace three parts of each loaded model (never the
+    classes of transformers) by faster ones with the same weights and results: the patch embedding, the RMSNorms and
+    the addition of DeepStack states in Qwen3-VL.
+ 2. The head runs only on tokens whose log-probability is needed, in chunks that the backward pass computes again.
+    Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
+ 3. Generation is our own loop on a key-value cache. It reads a prompt and its images once for its G rollouts, stores
+    the state at <gen_emb> in the decode step that reads it, and gives the slot of an ended completion to a waiting
+    prompt. The tokens of NEVER_WRITTEN cannot be sampled, and the same ban holds in the log-probabilities of RL. The
+    decode step is ours too (support/decode.py).
+ 4. A completion without <gen_emb> has no generative embedding. The official code then reads that of the prompt.
+ 5. <disc_emb> is read exactly at its position. The official evaluation reads the token after it.
 """
 
 import contextlib
@@ -48,58 +48,58 @@ from support.loop import stop_if_asked
 from support.program import BadInput, Progress, Skip
 from support.weights import add_embedding_tokens, add_keys_of_transformers_4, load_pretrained
 
-PREFILL_TOKENS = 16_384  # of one pass over prompts, pads included: five pages of 2.4 M pixels
-AHEAD = 4  # completions that may wait for a slot with their prompts read: so that one prefill reads several prompts
-# Never sampled, and the media pads neither. By name: a tokenizer may declare any token as its pad, even <|im_end|>.
+PREFILL_TOKENS = 16_384  # most tokens of one pass over prompts, pads included: five pages of 2.4 M pixels
+AHEAD = 4  # completions that may wait for a slot after their prefill, so that one prefill reads several prompts
+# Never sampled, like the media pads. By name, as a tokenizer may declare any token, even <|im_end|>, its pad.
 NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
 
 
 @dataclass
 class Embeddings:
-    """What embed() returns for N inputs."""
+    """The result of embed() for N inputs."""
 
     disc: torch.Tensor | None  # float32 [N, D]
-    gen: torch.Tensor | None  # float32 [N, samples, D], zeros where invalid
+    gen: torch.Tensor | None  # float32 [N, samples, D], zeros if invalid
     texts: list | None  # N lists of `samples` assistant texts
-    valid: torch.Tensor | None  # bool [N, samples]: a <gen_emb> was produced
+    valid: torch.Tensor | None  # bool [N, samples]: the text has a <gen_emb>
     num_tokens: torch.Tensor | None = None  # int [N, samples], generated tokens
-    skipped: dict = field(default_factory=dict)  # {n: reason} of the inputs without embeddings: zeros, not valid
+    skipped: dict = field(default_factory=dict)  # {n: reason} of inputs without embeddings: zeros, not valid
 
     @property
     def fused(self):
-        """float32 [N, samples, 2D]: [disc, gen] / sqrt(2), whose dot product is the mean of both cosines; None after
-        another mode than "both". Without a <gen_emb> the gen half is zeros: as a query it ranks by disc alone, as a
-        candidate it keeps half of its disc cosine."""
+        """Return [disc, gen] / sqrt(2), float32 [N, samples, 2D], or None unless the mode is "both". The dot product is
+        the mean of both cosines. Without a <gen_emb> the gen half is zeros: a query then ranks by disc alone, and a
+        candidate scores half of its disc cosine."""
         if self.disc is None or self.gen is None:
             return None
         disc = self.disc[:, None].expand_as(self.gen)
         return torch.cat([disc, self.gen], dim=-1) / 2**0.5
 
 
-@dataclass(eq=False)  # compared and hashed by identity
+@dataclass(eq=False)  # compare and hash by identity
 class Prompt:
-    """What generate() reads: a prompt with everything that belongs to it."""
+    """A prompt for generate()."""
 
-    key: object  # the caller's name for it
-    row: Row | None  # None: it cannot be read, `problem` says why
-    seed: int = 0  # of its random numbers
+    key: object  # identifies the prompt for the caller
+    row: Row | None  # None: unreadable, `problem` has the reason
+    seed: int = 0  # seed of its random numbers
     problem: str = ""
 
 
 @dataclass
 class Rollouts:
-    """What generate() gives back for one prompt: G completions."""
+    """The G completions of one prompt, the result of generate()."""
 
     disc: torch.Tensor  # [D]
-    gen: torch.Tensor  # [G, D], zeros where invalid
+    gen: torch.Tensor  # [G, D], zeros if invalid
     valid: torch.Tensor  # bool [G]
-    ids: list  # G lists of token ids, <|im_end|> included where it was reached
+    ids: list  # G lists of token ids, with <|im_end|> if it was reached
     logp: list  # G lists of log-probabilities at sampling time, at the sampling temperature
-    gen_at: list  # index of the last <gen_emb> in each of the G lists, -1 where invalid
+    gen_at: list  # index of the last <gen_emb> in each of the G lists, -1 if invalid
 
     @classmethod
     def collect(cls, completions):
-        """The G completions of one prompt, in their order."""
+        """Return the Rollouts of one prompt's G completions, in the given order."""
         zero = torch.zeros_like(completions[0].disc)
         return cls(
             disc=completions[0].disc,
@@ -112,19 +112,19 @@ class Rollouts:
 
 
 class Batch(NamedTuple):
-    """B rows, right-padded. With right padding and causal attention no real token sees a pad, so no mask is needed."""
+    """B right-padded rows. Causal attention then hides the pads from real tokens, so no mask is needed."""
 
-    ids: torch.Tensor | None  # [B, L]; None where vision states only are asked for
+    ids: torch.Tensor | None  # [B, L]; None if only vision states are needed
     positions: torch.Tensor | None  # [3, B, L]
-    media_at: torch.Tensor | None  # [n / merge^2] flat indices of the pad tokens, which the merged states replace
-    patches: torch.Tensor  # uint8 [n, patch_values], n = 0 where no row has a picture
-    grids: np.ndarray  # [m, 3], no tensor: DDP and FSDP move tensors to the GPU, and its layout is needed on the CPU
-    vision_states: torch.Tensor | None = None  # of the patches, where they are known already
+    media_at: torch.Tensor | None  # [n / merge^2] flat indices of the pad tokens that merged states replace
+    patches: torch.Tensor  # uint8 [n, patch_values]; n = 0 if no row has an image
+    grids: np.ndarray  # [m, 3]; an array, because DDP and FSDP move tensors to the GPU but the CPU reads it
+    vision_states: torch.Tensor | None = None  # of the patches, if computed earlier
     mask: torch.Tensor | None = None  # bool [B, 1, L, L]; None: causal
 
 
 class Output(NamedTuple):
-    """What forward() returns: what was asked for, None in the other places."""
+    """The result of forward(); fields that were not requested are None."""
 
     embeddings: torch.Tensor | None = None  # fp32 [N, D], normalised
     logp: torch.Tensor | None = None  # fp32 [M]
@@ -144,28 +144,28 @@ class Embedder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.family = family_of(backbone.config)
-        self.bf16 = False  # run forward and generate in bf16 autocast over the fp32 master weights
+        self.bf16 = False  # forward and generate run in bf16 autocast over the fp32 master weights
         names = [GEN, DISC, "<|im_end|>", self.family.image_pad, self.family.video_pad]
         self.gen_id, self.disc_id, self.end_id, *self.media_ids = tokenizer.convert_tokens_to_ids(names)
         vocabulary = tokenizer.get_vocab()
         never = {vocabulary[token] for token in NEVER_WRITTEN if token in vocabulary}
-        never |= {*self.media_ids, *range(len(tokenizer), self.vocabulary)}  # rows beyond the tokens have no text
+        never |= {*self.media_ids, *range(len(tokenizer), self.vocabulary)}  # rows beyond the tokenizer have no text
         self.register_buffer("banned", torch.tensor(sorted(never)), persistent=False)
 
     # ---- loading and saving -------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, device=None, dtype=torch.float32):
-        """A folder or hub id in the Hugging Face layout. Adds <gen_emb> and <disc_emb> where they are missing."""
+        """Load a folder or hub id in the Hugging Face layout. Add <gen_emb> and <disc_emb> if they are missing."""
         tokenizer, backbone = load_pretrained(name_or_path, dtype)
         add_embedding_tokens(backbone, tokenizer)
         if len(tokenizer) > (rows := backbone.get_input_embeddings().weight.shape[0]):
-            raise BadInput(f"{name_or_path}: its tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them")
+            raise BadInput(f"{name_or_path}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} rows")
         return cls(backbone, tokenizer).to(device).eval()
 
     def save_pretrained(self, path, state=None):
         """Write weights, tokenizer, chat template, image processor and generation config, as transformers reads them.
-        state: all parameters by name, if FSDP has sharded those of the module."""
+        state: all parameters by name, if FSDP has sharded the module."""
         if state is not None:
             tied = {"backbone.lm_head.weight"} if self.backbone.config.tie_word_embeddings else set()
             state = {name.removeprefix("backbone."): x for name, x in state.items() if name not in tied}
@@ -186,7 +186,7 @@ class Embedder(nn.Module):
         for file in Path(path).glob("*.safetensors"):
             apply_umask(file)
 
-    # ---- what is where ------------------------------------------------------------------------------------------
+    # ---- device, sizes, dtype -----------------------------------------------------------------------------------
 
     @property
     def device(self):
@@ -208,15 +208,15 @@ class Embedder(nn.Module):
 
     @property
     def vision_frozen(self):
-        """The whole vision side, merger included, as in RL."""
+        """True if vision tower and merger are frozen, as in RL."""
         return not any(p.requires_grad for p in self.backbone.model.visual.parameters())
 
-    # ---- pictures -----------------------------------------------------------------------------------------------
+    # ---- images -------------------------------------------------------------------------------------------------
 
     def encode_vision(self, patches, grids):
-        """What all passes can share: the ViT's states before its mergers [n, (1 + K) D_vit]; where these are frozen too
-        (as in RL) the merged tokens [n / merge^2, (1 + K) D]. K: layers of the language model that get states of their
-        own (Family). patches uint8 [n, patch_values], grids array [m, 3]; no pictures: empty."""
+        """Return the states that all passes can share: those of the ViT before its mergers, [n, (1 + K) D_vit].
+        If the mergers are frozen too (as in RL), return the merged tokens [n / merge^2, (1 + K) D]. K: number of
+        DeepStack layers (Family). patches uint8 [n, patch_values], grids array [m, 3]; without images: empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
@@ -224,7 +224,7 @@ class Embedder(nn.Module):
         return self.family.vision_states(tower, normalise(patches, self.family), layout, merged=self.vision_frozen)
 
     def merge_states(self, states):
-        """Each merger reads its part: [n, (1 + K) D_vit] -> [n / merge^2, (1 + K) D]"""
+        """Apply each merger to its part of the states: [n, (1 + K) D_vit] -> [n / merge^2, (1 + K) D]"""
         mergers = self.family.mergers(self.backbone.model.visual)
         merged = []
         for merger, part in zip(mergers, states.chunk(len(mergers), dim=-1)):
@@ -232,36 +232,36 @@ class Embedder(nn.Module):
         return torch.cat(merged, dim=-1)
 
     def vision_states_of(self, batch):
-        """Those that the batch brings along, else those of its patches."""
+        """Return the vision states stored in the batch, or compute them from its patches."""
         if batch.vision_states is not None:
             return batch.vision_states
         return self.encode_vision(batch.patches, batch.grids)
 
     @torch.no_grad()
     def share_vision(self, rows, n):
-        """Runs the frozen ViT once over the pictures of all rows, n rows at a time, and keeps the states with them.
+        """Run the frozen ViT once over the images of all rows, n rows at a time; store the states in the rows.
 
-        They wait in the CPU's memory: a page of 2.4 M pixels has 12,040 x 1,280 of them, 31 MB in bf16, and a step of
-        128 pairs a process up to 8 GB. The pixels are let go.
+        The states use CPU memory: a page of 2.4 M pixels has 12,040 x 1,280 values, 31 MB in bf16. A step of 128 pairs
+        per rank uses up to 8 GB. The pixels are freed.
         """
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            batch = Batch(None, None, None, *pictures_of(part, self.device))  # no tokens are read
+            batch = Batch(None, None, None, *pictures_of(part, self.device))  # images only, no tokens
             states = self(batch).vision_states.cpu()
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
-                row.vision_states = own  # empty for a row without pictures
+                row.vision_states = own  # empty for a row without images
                 row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 
     def embed_tokens(self, batch, vision_states):
-        """Token embeddings with the merged picture states instead of the pad tokens' -> [B, L, D], and what the
-        language model takes besides: the states for its first K layers."""
+        """Return the token embeddings [B, L, D], with merged vision states in the positions of the media pads, and the
+        DeepStack arguments of the language model (states for its first K layers)."""
         x = self.backbone.get_input_embeddings()(batch.ids)
         if len(vision_states):
             merged = vision_states if self.vision_frozen else self.merge_states(vision_states)
-            merged = merged.view(len(batch.media_at), merged.shape[-1])  # an error unless they are as many as the pads
+            merged = merged.view(len(batch.media_at), merged.shape[-1])  # raises unless there is one state per pad
             first, *others = merged.split(self.width, dim=-1)
             x = x.flatten(0, 1).index_put((batch.media_at,), first.to(x.dtype)).view_as(x)  # see add_states
             deepstack = {}
@@ -269,7 +269,7 @@ class Embedder(nn.Module):
                 deepstack = {"visual_pos_masks": batch.media_at, "deepstack_visual_embeds": others}
             return x, deepstack
         if torch.is_grad_enabled() and not self.vision_frozen:
-            # no picture in this micro-batch: the vision side gets a gradient of zeros, or DDP would wait for it
+            # no image in this micro-batch: the vision tower gets a zero gradient, otherwise DDP would wait for it
             merge = self.family.merge
             patches = torch.zeros(merge**2, self.family.patch_values, dtype=torch.uint8, device=x.device)
             stand_in = self.encode_vision(patches, np.array([[1, merge, merge]]))
@@ -279,14 +279,14 @@ class Embedder(nn.Module):
     # ---- one pass, with gradients -------------------------------------------------------------------------------
 
     def pad_rows(self, rows, mask=None):
-        """B rows of any lengths -> Batch. mask: bool [B, 1, L, L], where causal attention is not what is wanted."""
+        """Return B rows of any lengths as a Batch. mask: bool [B, 1, L, L], or None for causal attention."""
         L = padded_length(max(len(row.ids) for row in rows), self.device)
         tokens = np.zeros((4, len(rows), L), dtype=np.int64)
-        tokens[0] = self.end_id  # padding may be any text token: nothing reads it
+        tokens[0] = self.end_id  # any text token works as padding: nothing reads it
         for b, row in enumerate(rows):
             tokens[0, b, : len(row.ids)] = row.ids
             tokens[1:, b, : len(row.ids)] = row.positions
-        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # here: a GPU would have to be waited for
+        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
         tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
         ids, positions = tokens[0], tokens[1:]
         patches, grids = pictures_of(rows, self.device)
@@ -297,9 +297,9 @@ class Embedder(nn.Module):
         return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
 
     def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
-        """x [B, L, D] -> the last layer's states after the final norm, [B, L, D]. deepstack: from embed_tokens();
-        positions [3, B, L]; mask bool [B, 1, L, L], None: causal; cache: takes the keys and values (PromptCache in
-        support/decode.py)."""
+        """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
+        embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
+        values (PromptCache in support/decode.py)."""
         return self.backbone.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
@@ -310,10 +310,10 @@ class Embedder(nn.Module):
         ).last_hidden_state
 
     def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
-        """Embeddings at the flat positions `read`, log-probabilities of `labels` at the flat positions `predict`.
+        """Return the embeddings at the flat indices `read` and the log-probabilities of `labels` at `predict`.
 
-        batch: from pad_rows; None is an empty pass, in which FSDP sets itself up. read int [N], predict int [M] index
-        the flattened [B * L]; labels int [M]. Returns an Output; with nothing asked it holds the vision states.
+        batch: from pad_rows; None is an empty pass that initialises FSDP. read int [N] and predict int [M] index the
+        flattened [B * L]; labels int [M]. Without read and labels, the Output holds only the vision states.
         """
         if batch is None:
             return Output()
@@ -331,7 +331,7 @@ class Embedder(nn.Module):
         return Output(embeddings, logp, entropy)
 
     def token_logp(self, hidden, labels, temperature=1.0, ban=False):
-        """log softmax(head(hidden))[labels] and entropy, [M] each, in chunks of tokens that backward computes again."""
+        """Return log softmax(head(hidden))[labels] and entropy, [M] each. Backward computes each chunk again."""
         banned = self.banned if ban else self.banned[:0]
         dtype = self.compute_dtype
         return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
@@ -341,27 +341,27 @@ class Embedder(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64,
                  prefill_tokens=PREFILL_TOKENS):  # fmt: skip
-        """Reads each prompt once and decodes G completions of it. Yields (prompt, Rollouts) as they finish.
+        """Read each prompt once and decode G completions of it. Yield (prompt, Rollouts) as they finish.
 
-        prompts: iterable of Prompt; one that cannot be read comes back at once, as (prompt, None). Rollout g of a
-        prompt is a function of (prompt.seed, g) and the weights only, whatever is decoded beside it, up to rounding,
-        which can turn a close choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at
-        once. prefill_tokens: most tokens of one pass over prompts, which bounds its memory; a longer prompt has a pass
-        of its own. temperature 0 is greedy.
+        prompts: iterable of Prompt; an unreadable prompt is yielded at once as (prompt, None). Rollout g of a prompt
+        depends only on (prompt.seed, g) and the weights, not on the other completions. Rounding can still flip a close
+        choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at once. prefill_tokens: most
+        tokens of one pass over prompts, which bounds its memory; a longer prompt has its own pass. temperature 0 is
+        greedy.
 
-        The live completions are rows of one cache, left-aligned, each with its own length. The first `slots` of them
-        are decoded, those after them wait. The last row moves into the place of one that ends; when none waits any
-        more and a slot is free, the next prompts are prefilled.
+        The live completions are left-aligned rows of one cache, each with its own length. The first `slots` rows are
+        decoded, the rows after them wait. When a completion ends, the last row moves into its slot. When a slot stays
+        free, the next prompts are prefilled.
         """
         slots = max(slots, G)
         decoder = Decoder(self.backbone, slots, self.compute_dtype)
         waiting = Waiting(prompts, self.device)
         live = []  # completions, by slot
-        ended_of = {}  # prompt -> those of its completions that have ended, until all have
+        ended_of = {}  # prompt -> its ended completions, until all G have ended
 
         with evaluating(self):
             while True:
-                # 1. where a slot is free, prefill the next prompts, a few more than there is room for (why: AHEAD)
+                # 1. if a slot is free, prefill the next prompts, with up to AHEAD completions more than slots
                 admitted = []
                 if len(live) < slots:
                     room = slots + min(slots // 2, AHEAD) - len(live)
@@ -379,7 +379,7 @@ class Embedder(nn.Module):
                     self.append_tokens(new, last.repeat_interleave(G, 0), decoder, temperature)
                     live += new
 
-                # 2. hand out the prompts whose G completions have all ended
+                # 2. yield the prompts that have G ended completions
                 for completion in remove_ended(live, decoder.cache):
                     siblings = ended_of[completion.prompt]
                     siblings.append(completion)
@@ -391,11 +391,11 @@ class Embedder(nn.Module):
                 if not live:
                     continue
 
-                # 3. one decode step: the last token of each of A completions is read
+                # 3. one decode step reads the last token of each of A completions
                 decoded = live[:slots]
                 hidden = self.decode_step(decoded, decoder)  # [A, D]
 
-                # 4. the state at <gen_emb> is the generative embedding; the last one wins
+                # 4. the state at the last <gen_emb> is the generative embedding
                 for slot, completion in enumerate(decoded):
                     if completion.ids[-1] == self.gen_id:
                         completion.gen = F.normalize(hidden[slot].float(), dim=-1)
@@ -405,8 +405,8 @@ class Embedder(nn.Module):
                 self.append_tokens(decoded, hidden, decoder, temperature)
 
     def prefill(self, rows, decoder, first_slot, G):
-        """Reads P prompts in one right-padded pass and puts their keys and values into G slots each.
-        Returns the states at the last token [P, D] and the discriminative embeddings [P, D]."""
+        """Read P prompts in one right-padded pass and copy their keys and values into G slots each.
+        Return the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = self.pad_rows(rows)
         cache = decoder.prompt_cache(first_slot, len(rows), G, length=batch.ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -418,47 +418,46 @@ class Embedder(nn.Module):
         return last, F.normalize(disc.float(), dim=-1)
 
     def decode_step(self, completions, decoder):
-        """Reads the last token of the A completions in slots 0..A-1: its state, [A, D]."""
+        """Return the states [A, D] at the last token of the A completions in slots 0..A-1."""
         tokens = [c.ids[-1] for c in completions]
-        n_read = [len(c.ids) - 1 for c in completions]  # generated tokens of each that were read before
+        n_read = [len(c.ids) - 1 for c in completions]  # generated tokens in the cache
         index = [c.prompt.row.n_prompt + n for c, n in zip(completions, n_read)]
         positions = [c.prompt.row.next_position + n for c, n in zip(completions, n_read)]
         return decoder.step(tokens, index, positions)
 
     def append_tokens(self, completions, hidden, decoder, temperature):
-        """Samples the next token of each completion, given the states [A, D] at their last tokens."""
+        """Sample the next token of each completion from the states [A, D] at the last tokens."""
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), self.banned, temperature or 1.0)
         uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
         for completion, (token, logp) in zip(completions, sample(logits, uniforms)):
             completion.append(int(token), logp, self.end_id)
 
     def texts_of(self, rollouts):
-        """The G texts of a prompt's rollouts, without the <|im_end|> that ends them."""
+        """Return the G texts of a prompt's rollouts, without the final <|im_end|>."""
         bare = [ids[:-1] if ids[-1] == self.end_id else ids for ids in rollouts.ids]
         return self.tokenizer.batch_decode(bare)
 
-    # ---- the public way in --------------------------------------------------------------------------------------
+    # ---- the public interface -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def embed(self, inputs, *, mode="both", samples=1, temperature=0.0, seed=0, max_new_tokens=512, traces=None,
               batch_size=8, blank_image=True, progress=False):  # fmt: skip
-        """Both embeddings of any texts, pictures and videos, from one pass per input.
+        """Return the Embeddings of any texts, images and videos, in the order of the inputs. One pass per input.
 
-        inputs: list (or any iterable) of N inputs, each {"text": str, "images": [path | PIL.Image], "video": [path |
-        PIL.Image of each frame]}, keys optional, or a str (a text), or a Path or PIL.Image (a picture); one alone is a
-        list of one. mode: "disc" reads the prompt only; "gen" and "both" generate. temperature 0 is greedy; a sample is
-        a function of (seed, content of the input, number of the sample), so that equal inputs get equal samples.
-        batch_size: completions decoded at once: speed and memory; in fp32 the result is the same up to rounding, in
-        bf16 rounding can turn a close choice between tokens. traces: N assistant texts to read instead of generating,
-        from any other reasoner. Returns Embeddings in the order of the inputs.
+        inputs: iterable of N inputs, or one input. An input is {"text": str, "images": [path | PIL.Image], "video":
+        [path | PIL.Image of each frame]} with optional keys, or a str (a text), or a Path or PIL.Image (an image).
+        mode: "disc" only reads the prompt; "gen" and "both" generate. temperature 0 is greedy. A sample depends on
+        (seed, content of the input, index of the sample), so equal inputs get equal samples. batch_size: completions
+        decoded at once, for speed and memory. In fp32 it changes the result only by rounding, which in bf16 can flip a
+        close choice between tokens. traces: N assistant texts of another reasoner, to read instead.
 
-        An input that cannot be read (a broken picture, a wrong form, a control token) does not stop the others: it is
-        named in a warning and in .skipped, has zeros for both embeddings and is not valid. So does one whose
-        discriminative embedding is not finite; a generative one that is not finite is not valid. Raises BadInput (a
-        ValueError) where the arguments are wrong or no input has a form that can be read.
+        An unusable input (an unreadable image, a wrong form, a control token) does not stop the other inputs. A warning
+        and .skipped name it, its embeddings are zeros, and it is not valid. The same holds if its discriminative
+        embedding is not finite. A non-finite generative embedding is not valid. Raises BadInput (a ValueError) if the
+        arguments are wrong or no input has a valid form.
         """
         check_arguments(mode, temperature, seed, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        samples, batch_size, max_new_tokens = int(samples), int(batch_size), int(max_new_tokens)  # numpy's overflow
+        samples, batch_size, max_new_tokens = int(samples), int(batch_size), int(max_new_tokens)  # numpy ints overflow
         temperature = float(temperature)
         inputs = list_of_inputs(inputs)
         traces = list_of_traces(traces, len(inputs))
@@ -482,11 +481,11 @@ class Embedder(nn.Module):
                     check_text(traces[n], f"trace {n}")
                 checked[n] = check_input(item, f"input {n}")
             except BadInput as error:
-                if N == 1 or (n == N - 1 and not checked):  # no other input is to be saved: the caller must hear it
+                if N == 1 or (n == N - 1 and not checked):  # no usable input is left: raise
                     raise
                 skip(n, str(error))
 
-        prompts = self.prompts_of(checked, traces, blank_image, int(seed))  # numpy's int would hash differently
+        prompts = self.prompts_of(checked, traces, blank_image, int(seed))  # a numpy int would hash differently
         if mode == "disc" or traces is not None:
             results = self.read(prompts, batch_size)
         else:
@@ -512,14 +511,14 @@ class Embedder(nn.Module):
             skipped[n] = f"input {n}: its discriminative embedding is not finite"
         if no_disc or no_gen:
             warnings.warn(f"{len({*no_disc, *no_gen})} of {N} inputs have an embedding that is not finite (NaN or "
-                          "infinite): zeros, not valid; are the weights broken?", stacklevel=2)  # fmt: skip
+                          "infinite). It is set to zeros, not valid. Check the weights.", stacklevel=2)  # fmt: skip
         if mode == "disc":
             return Embeddings(disc, None, None, None, skipped=skipped)
         return Embeddings(None if mode == "gen" else disc, gen, texts, valid, num_tokens, skipped)
 
     def prompts_of(self, checked, traces, blank_image, seed):
-        """Yields the prompts of embed(): similar lengths side by side, the longest first (it shows at once whether it
-        fits into memory). checked: {n: input}; traces: the N assistant texts that go with them, or None."""
+        """Yield the prompts of embed(), the longest first: similar lengths share a batch, and an out-of-memory error
+        shows at once. checked: {n: input}; traces: N assistant texts, or None."""
         length = {n: len(x["text"]) + 1000 * len(x["images"] + x["video"]) for n, x in checked.items()}
         for n in sorted(checked, key=lambda n: -length[n]):
             answer = None if traces is None else traces[n]
@@ -532,8 +531,8 @@ class Embedder(nn.Module):
 
     @torch.no_grad()
     def read(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
-        """The same as generate() for prompts whose answers stand in their rows already (or that need none): one pass,
-        one rollout each. Yields (prompt, Rollouts)."""
+        """Yield (prompt, Rollouts) like generate(), with one rollout each, from one pass without decoding. The rows of
+        the prompts contain their assistant texts already, or need none."""
         waiting = Waiting(prompts, self.device)
         while part := waiting.take(batch_size, prefill_tokens):
             results = [(prompt, None) for prompt in part if prompt.row is None]
@@ -560,19 +559,19 @@ class Embedder(nn.Module):
 
 
 def padded_length(n, device):
-    """n tokens, on a GPU rounded up to a multiple of 64: a mask needs no copy to be aligned, and the allocator meets
-    fewer sizes."""
+    """Return n, on a GPU rounded up to a multiple of 64. An aligned mask needs no copy, and the allocator sees fewer
+    sizes."""
     return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
 
 
 def pictures_of(rows, device):
-    """All pictures of the rows -> patches uint8 [n, patch_values] on the device, grids [m, 3] as in Batch."""
+    """Return patches uint8 [n, patch_values] on the device and grids [m, 3] of all images of the rows, as in Batch."""
     patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
     return patches, np.concatenate([row.grids for row in rows])
 
 
 def int_tensors(device, *lists):
-    """Lists of ints -> a tensor of each, in one transfer."""
+    """Return a tensor for each list of ints, in one transfer."""
     return to_device(device, *(torch.tensor(numbers, dtype=torch.long) for numbers in lists))
 
 
@@ -582,13 +581,13 @@ def int_tensors(device, *lists):
 
 @dataclass
 class Completion:
-    """One completion that is being decoded: number g of its prompt."""
+    """Completion g of a prompt, while it is decoded."""
 
     prompt: Prompt
     g: int
     disc: torch.Tensor  # [D]
-    uniforms: np.ndarray | None  # [limit + 1] its random numbers; None is greedy
-    limit: int  # tokens at most
+    uniforms: np.ndarray | None  # [limit + 1] random numbers; None: greedy
+    limit: int  # most tokens
     ids: list = field(default_factory=list)
     logp: list = field(default_factory=list)
     gen: torch.Tensor | None = None  # [D]
@@ -602,7 +601,7 @@ class Completion:
 
     def append(self, token, logp, end_id):
         if len(self.ids) == self.limit:
-            self.ended = True  # full; its last token was still read, for the state of a last <gen_emb>
+            self.ended = True  # full; its last token was read too, in case it is <gen_emb>
             return
         self.ids.append(token)
         self.logp.append(logp)
@@ -610,16 +609,16 @@ class Completion:
 
 
 class Waiting:
-    """Prompts in their order; where there is room for one more it is looked at before it is taken."""
+    """A queue of prompts with one item of lookahead."""
 
     def __init__(self, prompts, device):
         self.prompts = iter(prompts)
         self.device = device
-        self.next = None  # looked at and not taken
+        self.next = None  # the lookahead
 
     def take(self, most, tokens):
-        """Up to `most` prompts, which make at most `tokens` tokens as padded rows, but for a single one -> list, empty
-        where none is left."""
+        """Return a list of up to `most` prompts with at most `tokens` tokens as padded rows. A single prompt may be
+        longer. The list is empty if no prompt is left."""
         taken, longest = [], 0
         while len(taken) < most:
             prompt = self.next or next(self.prompts, None)
@@ -635,8 +634,8 @@ class Waiting:
 
 
 def remove_ended(live, cache):
-    """Takes the completions that have ended out of the slots and returns them; the last live one moves into each free
-    slot, so that the live ones are always the first rows."""
+    """Remove the ended completions from the slots and return them. The last live completion moves into each free slot,
+    so the live completions are always the first rows."""
     ended = []
     for slot in reversed(range(len(live))):
         completion = live[slot]
@@ -651,8 +650,8 @@ def remove_ended(live, cache):
 
 
 def sample(logits, uniforms):
-    """Sample by the inverse CDF. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy -> A pairs
-    [token, log p], as floats: one transfer a step, on which the loop waits."""
+    """Sample by the inverse CDF; return A pairs [token, log p] as floats, in one transfer, because each transfer
+    synchronises. logits fp32 [A, V]; uniforms: A numbers in [0, 1), None is greedy."""
     logp = logits.log_softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
@@ -664,14 +663,14 @@ def sample(logits, uniforms):
 
 
 def row_uniforms(seed, g, n):
-    """The random numbers of completion g, all drawn when it starts: they depend on nothing that runs beside it."""
+    """Return all random numbers of completion g, drawn at its start, so they do not depend on other completions."""
     return np.random.default_rng([seed, g]).random(n)
 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Every module in eval mode (in train mode with gradient checkpointing transformers drops the cache), and back in
-    its own afterwards, also where the caller takes no more results."""
+    """Set every module to eval mode, and restore its own mode afterwards, even if the caller stops early. In train mode
+    with gradient checkpointing, transformers drops the cache."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -682,14 +681,14 @@ def evaluating(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What embed() is given, and what it gives
+# A check of the results of embed()
 
 
 def drop_not_finite(disc, gen, valid):
-    """NaN compares as neither better nor worse, so that a broken model would keep the list's order, which may be the
-    right one. In place: an embedding that is not finite becomes zeros and its completion not valid.
+    """Set non-finite embeddings to zeros and their completions to not valid, in place. NaN scores keep the order of the
+    list, which may be the right one, so a broken model would score well.
 
-    disc [N, D], gen [N, S, D], valid bool [N, S] -> numbers of the inputs without disc (nor gen then), without a gen.
+    disc [N, D], gen [N, S, D], valid bool [N, S]. Return the indices of inputs without disc, and of inputs without gen.
     """
     no_disc = ~disc.isfinite().all(1)  # [N]
     no_gen = ~gen.isfinite().all(2)  # [N, S]
@@ -704,7 +703,7 @@ def drop_not_finite(disc, gen, valid):
 
 
 def save_model(embedder, out):
-    """Save the final model in the Hugging Face layout. All ranks call it, rank 0 writes."""
+    """Save the final model in the Hugging Face layout. All ranks call it; rank 0 writes."""
     refuse_not_finite(embedder)
     state = None
     if is_sharded(embedder):

@@ -9,17 +9,17 @@ Each of P pairs has a query p and its target; G rollouts are sampled for each si
     R       = R_form + R_emb
     A       = (R - mean_G R) / (std_G R + 1e-4)               std unbiased, over the G rollouts of one prompt
 
-and the same with the roles swapped for the rollouts of the target.
+and the same with swapped roles for the rollouts of the target.
 
-Worked example, G = 2 and P = 2: S+ = {.9, .5} and S- = {.7, .1}. The best two of the union are {.9, .7}, one of
-them is a positive: share = 1/2. gap = .7 - .4 = .3. R_emb = .15. Why a product: the share says whether the
-ranking is right, the gap keeps a difference between rollouts where the share is the same for all of them.
+Worked example, G = 2 and P = 2: S+ = {.9, .5} and S- = {.7, .1}. The best two of the union are {.9, .7}, and one of
+the two is a positive, so share = 1/2. gap = .7 - .4 = .3, and R_emb = .15. Why a product: the share measures the
+ranking, and the gap separates rollouts that have the same share.
 
-Edge cases (the paper is silent; tests/test_reward.py fixes them):
-- an invalid own rollout has R_emb 0; invalid rollouts of the other side are in neither S+ nor S-, the divisor of
-  the share stays G; with no valid positive the reward is 0, with no valid negative mean S- counts as 0;
-- ties at the border of top_G go to the negatives: a positive must be strictly better than a negative to pass it;
-- a group without spread, or of one rollout, has advantage exactly 0 (not rounding noise divided by 1e-4).
+Edge cases (the paper does not define them; tests/test_reward.py fixes them):
+- An invalid own rollout has R_emb 0. S+ and S- exclude invalid rollouts of the other side, but the divisor of the
+  share stays G. Without a valid positive the reward is 0. Without a valid negative, mean S- counts as 0.
+- Ties at the border of top_G go to the negatives: a positive must be strictly better than a negative to pass it.
+- A group without spread, or of one rollout, has advantage exactly 0 (not rounding noise divided by 1e-4).
 
 Shapes: P pairs, G rollouts per side, D dimensions, N = P*G rollouts of one side.
 """
@@ -32,11 +32,11 @@ FORMAT_TAGS = ("<think>", "</think>", "<answer>", "<gen_emb>")  # no </answer>: 
 
 
 def format_reward(texts: list[str]) -> Tensor:
-    """R_form, [len(texts)], 0 or 1.
+    """Return R_form, [len(texts)], 0 or 1.
 
-    The same answer as re.search(r"<think>.*?</think>.*?\\s*<answer>.*?\\s*<gen_emb>", text, re.DOTALL), found by
-    looking for the first of each tag after the one before: the regex backtracks for seconds on a text that
-    repeats its tags, and such texts do come up while a policy is trained.
+    The result equals re.search(r"<think>.*?</think>.*?\\s*<answer>.*?\\s*<gen_emb>", text, re.DOTALL). This code
+    finds each tag after the previous tag. The regex backtracks for seconds on texts that repeat their tags, and such
+    texts occur during training.
     """
     return torch.tensor([float(_tags_in_order(text)) for text in texts])
 
@@ -52,16 +52,16 @@ def _tags_in_order(text: str) -> bool:
 
 
 def total_reward(weights: dict, texts, own, other, valid=None, same_target=None) -> tuple[Tensor, dict]:
-    """R of the rollouts `own`: the weighted sum [P, G] of the rewards named in weights, and {name: [P, G]} of each.
+    """Return R of the rollouts `own`, the weighted sum [P, G] of the rewards in `weights`, and {name: [P, G]}.
 
-    weights {name: number}, one of 0 is only reported; texts: P lists of G texts of `own`; the others as in
-    embedding_reward_parts, the whole global batch.
+    weights {name: number}, a reward of weight 0 is only reported; texts: P lists of G texts of `own`; the other
+    arguments as in embedding_reward_parts, for the complete global batch.
     """
     found = {}
     total = torch.zeros(own.shape[:2], device=own.device)
     for name, weight in weights.items():
         reward = REWARDS[name](texts, own, other, valid, same_target).to(own.device)
-        if reward.shape != total.shape:  # it would be broadcast, over the wrong axis perhaps
+        if reward.shape != total.shape:  # it would broadcast, perhaps over the wrong axis
             raise ValueError(f"the reward {name} has shape {list(reward.shape)}, not [P, G] = {list(total.shape)}")
         found[name] = reward
         if weight:  # a NaN times 0 is NaN
@@ -70,16 +70,16 @@ def total_reward(weights: dict, texts, own, other, valid=None, same_target=None)
 
 
 def embedding_reward(own: Tensor, other: Tensor, valid=None, same_target=None) -> Tensor:
-    """R_emb of the rollouts `own` against the rollouts `other` of the other side, [P, G]; arguments as in
+    """Return R_emb, [P, G], of the rollouts `own` against the rollouts `other`; arguments as in
     embedding_reward_parts."""
     share, gap = embedding_reward_parts(own, other, valid, same_target)
     return share * gap
 
 
 def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=None) -> tuple[Tensor, Tensor]:
-    """The two factors of R_emb, (share [P, G], gap [P, G]); both are 0 where the reward is 0 by rule.
+    """Return the two factors of R_emb, (share [P, G], gap [P, G]); both are 0 if an edge case sets the reward to 0.
 
-    own, other   embeddings [P, G, D], need not be normalised
+    own, other   embeddings [P, G, D], normalised or not
     valid        bool [2, P, G], for own and other: the rollout has an embedding; None: all have
     same_target  bool [P, P]: pairs p and r are not negatives of each other (equal targets); the diagonal is implied
     """
@@ -97,7 +97,7 @@ def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=N
     positives = cos.view(P * G, P, G)[torch.arange(P * G, device=own.device), own_pair]  # [N, G]
     is_pos = valid[1].repeat_interleave(G, 0)  # [N, G]
 
-    # Only the G best negatives can be in top_G. They stand first, so that the stable sort puts them ahead in a tie.
+    # Only the G best negatives can be in top_G. They come first, so the stable sort prefers them in a tie.
     inf = float("inf")
     best_neg = cos.masked_fill(~is_neg, -inf).topk(G, dim=1).values  # [N, G]
     union = torch.cat([best_neg, positives.masked_fill(~is_pos, -inf)], dim=1)  # [N, 2G]
@@ -112,16 +112,16 @@ def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=N
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """A, [P, G] -> [P, G]: every rollout against the mean of its own group."""
-    if rewards.shape[1] == 1:  # no group to compare with, and the unbiased std of one value is not defined
+    """Return A, [P, G] -> [P, G]: compare every rollout with the mean of its group."""
+    if rewards.shape[1] == 1:  # the unbiased std of one value is undefined
         return torch.zeros_like(rewards)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
 
 
-# The rewards by name, for rl.py --reward_weights. Each is a function of the whole global batch, with the arguments of
-# embedding_reward after P lists of G texts of `own`, -> [P, G]. To add one, write a function and its line here.
+# The rewards by name, for rl.py --reward_weights. Each is a function of the global batch and returns [P, G]. Its
+# arguments are P lists of G texts of `own`, then those of embedding_reward. A new reward needs a function and a line.
 REWARDS = {
     "format": lambda texts, own, other, valid, same_target: torch.stack([format_reward(group) for group in texts]),
     "embedding": lambda texts, own, other, valid, same_target: embedding_reward(own, other, valid, same_target),
@@ -132,14 +132,14 @@ REWARDS = {
 
 
 def _unit(x: Tensor, valid: Tensor) -> Tensor:
-    """[P, G, D] -> [N, D], rows of length 1 in at least float32 (bfloat16 cosines tie); invalid rows are zero.
+    """Return rows of length 1, [P, G, D] -> [N, D], in float32 or wider (bfloat16 cosines tie); invalid rows are zero.
 
-    Filled, not multiplied by zero: an invalid row may hold NaN, and NaN times 0 is NaN.
+    Zeros are filled in: an invalid row may hold NaN, and NaN times 0 is NaN.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~valid[:, :, None], 0.0)
     return F.normalize(x.flatten(0, 1), dim=-1)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over dim 1 of the entries under the mask, 0 where there are none."""
+    """Return the mean over dim 1 of the entries under the mask, 0 if the mask is empty."""
     return x.where(mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)

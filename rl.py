@@ -1,32 +1,32 @@
 """Stage 2: reinforcement learning of the reasoning with GRPO.
 
-For every prompt, queries and targets alike, the policy samples G completions <think>..</think><answer>..<gen_emb>.
-Their embeddings and texts give the rewards (reward.py), a group's rewards give its advantages, and each token t of
+For every prompt (query or target) the policy samples G completions <think>..</think><answer>..<gen_emb>. Their
+embeddings and texts give the rewards (reward.py), the rewards of a group give its advantages, and each token t of
 completion i contributes
 
     l_it = -min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) + beta * k3(ref_it - logp_it)
     r_it = exp(logp_it - old_it),   k3(x) = exp(x) - x - 1,   loss = mean_i sum_t l_it / norm
 
 with the mean over all completions of the global batch and norm = --max_new_tokens. The reference is the SFT model. The
-embeddings carry no gradient: RL changes them only through what is written and through the shared weights. A step is
+embeddings carry no gradient: RL changes them only through the sampled text and through the shared weights. A step has
 four blocks: rollout, reward, advantage, update.
 
-Shapes: p pairs of this process, P of the global batch, G rollouts of each side, n groups of a forward pass, T tokens of
-their longest completion, M of all of them, D dimensions.
+Shapes: p pairs of this rank, P pairs of the global batch, G rollouts per prompt, n groups of a forward pass, T tokens
+of their longest completion, M tokens of all their completions, D dimensions.
 
-Where this departs from the paper or the official code
- 1. Pictures and videos are present in every forward pass; the official update and reference pass lose the videos.
- 2. Sampling is at temperature 1 without top-k (the official run silently has top_k = 50), with a ban of tokens that
-    cannot be written; the log-probabilities of the update have the same temperature and ban.
- 3. Negatives are the rollouts of all other targets of the global batch (32 pairs: 31 x 8), not of one micro-step
-    (15 x 8); pairs with the same target are not each other's negatives (--mask_same_target false: the paper).
- 4. The vision tower is frozen, so its features are computed once per step; the official run trains it (--train_vision).
- 5. A completion without <gen_emb> gets format 0 and no embedding reward; the official code embeds the prompt's own.
+Departures from the paper or the official code
+ 1. Every forward pass sees the images and videos. The official update and reference pass lose the videos.
+ 2. Sampling is at temperature 1 without top-k (the official run silently has top_k = 50). Tokens that never occur in
+    an answer are banned. The log-probabilities of the update use the same temperature and ban.
+ 3. Negatives are the rollouts of all other targets of the global batch (32 pairs: 31 x 8). The official code uses one
+    micro-step (15 x 8). Pairs with the same target are not negatives (the paper: --mask_same_target false).
+ 4. The vision tower is frozen, so its features are computed once per step. The official run trains it (--train_vision).
+ 5. A completion without <gen_emb> gets format 0 and no embedding reward. The official code embeds that of the prompt.
  6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
- 7. Batches hold one dataset each, in shuffled order; bad rows are masked out and listed (data.py, 1. and 2.).
- 8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper), AdamW's second beta 0.98.
- 9. Toy preset only, off in 2b and 7b: --w_anchor holds the rollouts' embeddings to those of the SFT model
-    (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient does not see the embeddings, and at the toy's large
+ 7. Each batch holds one dataset, in shuffled order. Bad rows are masked out and listed (data.py, 1. and 2.).
+ 8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper). AdamW's second beta is 0.98.
+ 9. Toy preset only, off in 2b and 7b: --w_anchor pulls the embeddings of the rollouts to those of the SFT model
+    (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient ignores the embeddings, and at the toy's large
     learning rate an optimiser step can blur their alignment.
 
 Commands
@@ -69,10 +69,10 @@ from support.settings import parse_args, setting
 from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The defaults are those of 2b.
+# Settings. The class holds the defaults of 2b; --preset, which is toy by default, replaces some of them.
 
 
-WEIGHTS = {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0}  # of the rewards; those of 0 are for the log
+WEIGHTS = {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0}  # of rewards; weight 0: only logged
 
 
 @dataclass
@@ -82,47 +82,47 @@ class Settings:
     data: list[str] = field(default_factory=list, metadata={"help": "RL files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/rl", "output folder")
-    # the paper's, where nothing else is said
-    steps: int = setting(345, "optimiser steps (345: 11 K pairs of 2b once)")
-    batch_size: int = setting(32, "pairs per step over all processes; each gives a query and a target prompt")
-    micro_batch: int = setting(8, "prompts decoded at once; changes memory and time only")
-    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of the language model's pass over prompts; memory and "
-                                                  "time only")
-    update_batch: int = setting(2, "groups per forward pass of the update; memory and time only")
+    # values of the paper, unless the comment says otherwise
+    steps: int = setting(345, "optimiser steps (345 in 2b: one epoch of 11 K pairs)")
+    batch_size: int = setting(32, "pairs per step over all ranks; each gives a query prompt and a target prompt")
+    micro_batch: int = setting(8, "prompts decoded at once; changes only memory and time")
+    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; changes only memory and "
+                                                  "time")
+    update_batch: int = setting(2, "groups per forward pass of the update; changes only memory and time")
     G: int = setting(8, "rollouts per prompt")
-    max_new_tokens: int = setting(2048, "longest completion; also the constant that normalises the loss (norm)")
+    max_new_tokens: int = setting(2048, "most tokens of a completion; also the constant norm of the loss")
     temperature: float = setting(1.0, "sampling temperature")
-    eps_low: float = setting(0.2, "the ratio is clipped below at 1 - eps_low")
-    eps_high: float = setting(0.28, "and above at 1 + eps_high (official code; the paper names 0.2 only)")
+    eps_low: float = setting(0.2, "lower clip of the ratio: 1 - eps_low")
+    eps_high: float = setting(0.28, "upper clip of the ratio: 1 + eps_high (official code; the paper names only 0.2)")
     beta: float = setting(0.04, "weight of the KL term")
     reward_weights: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=WEIGHT of any reward of reward.py, over format=1 embedding=1 share=0 gap=0; 0: only in the log"})
+        "help": "NAME=WEIGHT of rewards in reward.py; default: format=1 embedding=1 share=0 gap=0; 0: only logged"})
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
     beta2: float = setting(0.999, "AdamW's second beta")
     clip: float = setting(1.0, "gradient norm is clipped to this")
-    # ours (see the departures above)
-    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
-    blank_image: bool = setting(True, "a side without media gets the blank picture")
+    # not in the paper; see the departures above
+    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; the paper: false")
+    blank_image: bool = setting(True, "a query or target without media gets the blank image")
     train_vision: bool = setting(False, "train the vision tower too, as the official code does")
-    max_length: int = setting(12_288, "prompts longer than this are skipped and counted")
-    # the machine's and the run's: not the method
-    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
-    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
-    fsdp: bool = setting(False, "spread policy, reference and optimiser over the processes (FSDP2)")
-    workers: int = setting(4, "background processes per process that read and resize pictures")
+    max_length: int = setting(12_288, "most tokens of a prompt; longer ones are skipped and counted")
+    # settings of the machine and the run, which are no part of the method
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true if CUDA is available")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true if CUDA is available")
+    fsdp: bool = setting(False, "shard policy, reference and optimiser over the ranks (FSDP2)")
+    workers: int = setting(4, "loader workers per rank that read and resize images")
     seed: int = setting(0, "order of the batches and random numbers of the rollouts")
     save_every: int = setting(50, "steps between checkpoints")
-    keep: int = setting(2, "checkpoints that are kept")
+    keep: int = setting(2, "number of checkpoints to retain")
     max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
-    skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
+    skip_nonfinite: int = setting(0, "non-finite steps that are left out before the run stops")
     cache: str = setting("runs/cache", "folder for the indexes of the --data files")
-    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
+    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start from scratch; or a checkpoint folder")
 
 
 PRESETS = {
     "2b": {},
-    # the paper gives no values for 7B: these are the 2B ones
+    # the paper gives no values for 7B, so these are the values of 2B
     "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "update_batch": 1, "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
@@ -137,17 +137,17 @@ PRESETS = {
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.28, beta=0.04, norm=2048):
-    """GRPO with a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO). The clip acts
-    only if several optimiser steps use one batch of rollouts; rl.py takes one, as the paper does.
+    """Return the GRPO loss (mean over B of sum over T / norm) and a dict of token means for the log.
 
-    B completions (of one pass, not of the global batch). logp, old_logp, ref_logp [B, T]: log-probabilities of the
-    sampled tokens under the policy (with gradient), the policy that sampled them, and the reference; advantages [B];
-    mask [B, T], 1 on the completion's tokens (<|im_end|> too).
-    Returns the loss, mean over B of sum over T / norm, and a dict of token means for the log.
+    The loss has a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO). The clip acts
+    only if several optimiser steps use one batch of rollouts; rl.py takes one step, as the paper does.
+    B completions of one pass. logp, old_logp, ref_logp [B, T]: log-probabilities of the sampled tokens under the policy
+    (with gradient), the policy that sampled them, and the reference. advantages [B]. mask [B, T] is 1 on the tokens of
+    the completion, <|im_end|> included.
     """
     mask = mask.bool()
     A = advantages[:, None]
-    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))  # where before exp: a masked inf must not become NaN
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))  # mask before exp: a masked inf must not become NaN
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     x = torch.where(mask, ref_logp - logp, 0.0)
     kl = torch.exp(x) - x - 1  # k3: unbiased, never negative
@@ -167,8 +167,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 
 
 def rollout(embedder, rows, seeds, args):
-    """G completions for each of n prompts -> n Rollouts in the order of the rows."""
-    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))  # similar lengths share a prefill: few pads
+    """Sample G completions for each of n prompts; return n Rollouts in the order of the rows."""
+    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))  # similar lengths: few pads in a prefill
     prompts = [Prompt(n, rows[n], seeds[n]) for n in by_length]
     done = {}
     for prompt, rollouts in embedder.generate(
@@ -184,8 +184,8 @@ def rollout(embedder, rows, seeds, args):
 
 
 def parse_weights(given):
-    """["brevity=0.1"] -> {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0, "brevity": 0.1}: what is not given
-    stays as in WEIGHTS."""
+    """Return {reward: weight} for --reward_weights; unnamed rewards have their weight in WEIGHTS.
+    ["brevity=0.1"] -> {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0, "brevity": 0.1}"""
     weights = {}
     for item in given:
         name, _, number = item.partition("=")
@@ -194,19 +194,19 @@ def parse_weights(given):
         try:
             weights[name] = float(number)
         except ValueError:
-            raise BadInput(f"--reward_weights {item}: {number!r} is no number") from None
+            raise BadInput(f"--reward_weights {item}: {number!r} is no number. Give NAME=WEIGHT.") from None
         if not math.isfinite(weights[name]):
             raise BadInput(f"--reward_weights {item}: the weight must be finite")
     weights = {**WEIGHTS, **weights}
     if not any(weights.values()):
-        raise BadInput("--reward_weights: all weights are 0: there is nothing to learn from")
+        raise BadInput("--reward_weights: all weights are 0: there is nothing to learn from. Give one above 0.")
     return weights
 
 
 def rewards_of(embedder, rollouts, pairs, args):
-    """Rewards of this process's p pairs, measured against the rollouts of the global batch of P pairs.
+    """Return the weighted sum of the rewards [2, p, G] of this rank's p pairs, and each reward by name, [2, p, G].
 
-    rollouts: 2p, queries first. Returns the weighted sum [2, p, G] and each reward by its name, [2, p, G].
+    The rewards compare with the rollouts of the global batch of P pairs. rollouts: 2p, queries first.
     """
     p, device = len(pairs), embedder.device
     rank, world = processes()
@@ -215,7 +215,7 @@ def rewards_of(embedder, rollouts, pairs, args):
     valid = torch.stack([r.valid for r in rollouts]).view(2, p, args.G).to(device) & ok[:, None]  # [2, p, G]
     texts = [embedder.texts_of(r) for r in rollouts]  # 2p lists of G
 
-    # what every reward may look at: the rollouts of all processes
+    # every reward may read the rollouts of all ranks
     gen = gather(gen.transpose(0, 1)).transpose(0, 1)  # [2, P, G, D]
     valid = gather(valid.transpose(0, 1)).transpose(0, 1)  # [2, P, G]
     texts = [gather_list(texts[:p]), gather_list(texts[p:])]  # [2][P][G]
@@ -227,8 +227,8 @@ def rewards_of(embedder, rollouts, pairs, args):
     target, target_parts = total_reward(weights, texts[1], gen[1], gen[0], valid.flip(0), same_target)
 
     def local(query, target):
-        """This process's rows of both sides, [P, G] x2 -> [2, p, G]; 0 for a skipped pair."""
-        global_index = torch.arange(p, device=device) * world + rank  # of its pairs in the global batch
+        """Return this rank's rows of queries and targets, [P, G] x2 -> [2, p, G]; 0 for a skipped pair."""
+        global_index = torch.arange(p, device=device) * world + rank  # of this rank's pairs in the global batch
         return torch.stack([query, target])[:, global_index].masked_fill(~ok[:, None], 0.0)
 
     parts = {name: local(query_parts[name], target_parts[name]) for name in weights}
@@ -237,16 +237,16 @@ def rewards_of(embedder, rollouts, pairs, args):
 
 @dataclass
 class Group:
-    """A prompt with its G completions and what the update needs of them."""
+    """A prompt with its G completions and their advantages, for the update."""
 
     row: Row
     rollouts: Rollouts
     advantages: torch.Tensor  # [G]
-    ok: bool  # not a skipped pair
+    ok: bool  # false: the pair is skipped
 
 
 def micro_batches(groups, n):
-    """Return lists of n groups, similar lengths together. The longest come first: gradients take no memory yet, and an
+    """Return lists of n groups of similar lengths. The longest come first: no gradients use memory yet, and an
     out-of-memory error shows at once."""
     by_length = sorted(groups, key=lambda g: len(g.row.ids) + sum(map(len, g.rollouts.ids)), reverse=True)
     return [by_length[start : start + n] for start in range(0, len(groups), n)]
@@ -254,25 +254,25 @@ def micro_batches(groups, n):
 
 @dataclass
 class PackedGroup:
-    """A prompt and its G completions as one row [prompt | c1 | .. | cG]: every completion continues the prompt."""
+    """A prompt and its G completions as one row [prompt | c1 | .. | cG]; every completion continues the prompt."""
 
     row: Row
     segments: np.ndarray  # [L] 0 prompt, g + 1 completion g
-    predict: list  # for each completion token the index that predicts it
-    read: list  # for each embedding its own index: disc, then each valid gen
+    predict: list  # for each completion token, the index that predicts it
+    read: list  # for each embedding, its own index: disc, then each valid gen
 
 
 def pack_group(row, rollouts):
-    """A prompt's Row and its Rollouts -> PackedGroup"""
+    """Return the PackedGroup of a prompt's Row and its Rollouts."""
     n = row.n_prompt
     segments = [np.zeros(n, int)]
     positions = [row.positions[:, :n]]
     predict, read = [], [row.disc_at]
-    start = n  # of the next completion
+    start = n  # index of the next completion
     for g, ids in enumerate(rollouts.ids):
         segments.append(np.full(len(ids), g + 1))
         positions.append(np.broadcast_to(row.next_position + np.arange(len(ids)), (3, len(ids))))
-        predict += [n - 1, *range(start, start + len(ids) - 1)]  # the prompt's last token predicts the first of each
+        predict += [n - 1, *range(start, start + len(ids) - 1)]  # n - 1: the prompt's last token
         if rollouts.valid[g]:
             read.append(start + rollouts.gen_at[g])
         start += len(ids)
@@ -282,31 +282,39 @@ def pack_group(row, rollouts):
 
 
 def tree_mask(segments, device):
-    """bool [B, 1, L, L]: causal, and within the same completion or to the prompt; pads (-1) see prompt and pads."""
+    """Return the mask, bool [B, 1, L, L]. A token attends to earlier tokens of the prompt and of its own completion.
+
+           p1 p2 a1 a2 b1 b2        Prompt p, completions a and b.
+        p2  1  1  .  .  .  .        Each row is one query, each column one key.
+        a1  1  1  1  .  .  .        Completions do not see each other.
+        a2  1  1  1  1  .  .
+        b1  1  1  .  .  1  .        Pads (segment -1) see the prompt and pads.
+        b2  1  1  .  .  1  1
+    """
     L = padded_length(max(map(len, segments)), device)
     seg = torch.full((len(segments), L), -1)
     for b, s in enumerate(segments):
         seg[b, : len(s)] = torch.from_numpy(s)
     seg = seg.to(device)
-    mask = seg[:, :, None] == seg[:, None, :]  # in place from here on: at 17,884 tokens one such mask is 0.32 GB
+    mask = seg[:, :, None] == seg[:, None, :]  # the next operations are in place: at 17,884 tokens one mask has 0.32 GB
     mask |= seg[:, None, :] == 0
     return mask.tril_()[:, None]
 
 
 class Packed(NamedTuple):
-    """n groups as a batch for Embedder.forward. M completion tokens, T the longest completion."""
+    """n groups as a batch for Embedder.forward; M completion tokens, T tokens of the longest completion."""
 
     batch: Batch
     read: torch.Tensor  # flat indices of the embeddings
-    group_of_read: torch.Tensor  # the group that each of them belongs to
+    group_of_read: torch.Tensor  # the group of each embedding
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
-    mask_at: torch.Tensor  # [M] flat indices of the tokens in the mask
+    mask_at: torch.Tensor  # [M] flat indices of the tokens in `mask`
     mask: torch.Tensor  # bool [n * G, T], true on the completions' tokens
 
 
 def pack_groups(embedder, groups):
-    """n Groups -> Packed"""
+    """Return n Groups as one Packed batch."""
     device = embedder.device
     packed = [pack_group(group.row, group.rollouts) for group in groups]
     completions = [ids for group in groups for ids in group.rollouts.ids]  # n * G
@@ -327,14 +335,14 @@ def pack_groups(embedder, groups):
 
 
 def padded(flat, packed):
-    """Values of the completion tokens [M] -> [n * G, T] with zeros after each completion."""
+    """Return the values of the completion tokens [M] as [n * G, T], with zeros after each completion."""
     mask = packed.mask
     return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.mask_at, flat).view(mask.shape)
 
 
 def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
-    """Sum over the usable groups of their mean 1 - cosine to the reference's embeddings. embeddings x2 [reads, D],
-    group_of_read [reads], ok [n], 0 or 1 -> scalar"""
+    """Return the sum over the usable groups of their mean 1 - cosine to the embeddings of the reference, a scalar.
+    embeddings x2 [reads, D], group_of_read [reads], ok [n], 0 or 1"""
     away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
     of_group = torch.zeros_like(ok).index_add(0, group_of_read, away)  # [n]
     of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_read, torch.ones_like(away))
@@ -342,7 +350,7 @@ def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
 
 
 class Figures:
-    """The log's figures of a step, added up over micro-batches and processes."""
+    """The metrics of a step, added up over micro-batches and ranks."""
 
     def __init__(self):
         self.sums = {}
@@ -352,7 +360,7 @@ class Figures:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def totals(self, token_means):
-        """{name: sum}; those named in token_means become means over the tokens."""
+        """Return {name: sum}; the metrics named in token_means are means over the tokens."""
         totals = all_sum(torch.stack(list(self.sums.values()))).tolist()
         totals = dict(zip(self.sums, totals))
         tokens = max(1.0, totals.pop("tokens"))
@@ -360,28 +368,28 @@ class Figures:
 
 
 def update(model, reference, batches, args):
-    """Gradients of the step over this process's groups -> figures for the log. batches: from micro_batches().
+    """Add the gradients of this rank's groups to .grad; return the metrics. batches: from micro_batches().
 
-    One optimiser step uses a batch of rollouts, so the policy that sampled them is the policy itself: the ratio is 1,
-    and its gradient is that of the log-probability. The old log-probabilities are those of this pass and not of the
-    decode loop, whose rounding differs.
+    Each batch of rollouts is used for one optimiser step, so the current policy has sampled it: the ratio is 1, and its
+    gradient is that of the log-probability. The old log-probabilities come from this pass, because those of the decode
+    loop differ by rounding.
     """
     embedder = without_ddp(model)
     device = embedder.device
     _, world = processes()
     num_ok = sum(float(group.ok) for groups in batches for group in groups)
-    num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all processes and both sides
+    num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all ranks, queries and targets
     figures = Figures()
     for groups in batches:
         stop_if_asked()
         packed = pack_groups(embedder, groups)
         asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels)
-        asked |= dict(temperature=args.temperature, ban=True)  # as when they were sampled
+        asked |= dict(temperature=args.temperature, ban=True)  # as in sampling
         ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
-        mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], without the skipped pairs
+        mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], 0 for skipped pairs
         advantages = torch.cat([group.advantages for group in groups])  # [n * G]
 
-        with torch.no_grad():  # the reference first, while no graph is in memory
+        with torch.no_grad():  # the reference runs first: no graph is in memory yet
             ref = reference(packed.batch, **asked)
         with no_gradient_sync(model, is_last=groups is batches[-1]):
             out = model(packed.batch, **asked)
@@ -390,13 +398,13 @@ def update(model, reference, batches, args):
                 logp, logp.detach(), padded(ref.logp, packed), advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
-            # grpo_loss is the mean over this batch: its share of the mean over the groups of all processes
+            # grpo_loss is the mean over this batch; weight it to get the mean over the groups of all ranks
             loss = loss * len(groups) / num_groups
             anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_read, ok) / num_groups
-            (world * (loss + args.w_anchor * anchor)).backward()  # DDP and FSDP average over the processes
+            (world * (loss + args.w_anchor * anchor)).backward()  # undo the average of DDP and FSDP over the ranks
 
         sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]
-        mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # decode loop against update pass
+        mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # of decode loop and update
         tokens = mask.sum()
         figures.add(
             loss=loss,
@@ -412,20 +420,20 @@ def update(model, reference, batches, args):
 
 
 def summary(rewards, parts, advantages, rollouts, ok):
-    """Figures of the log for one step, means over the global batch: each reward per side, lengths, shares.
+    """Return the metrics of one step: means over the global batch of rewards, lengths and shares.
 
-    rewards and each of parts [2, p, G]; advantages [2p, G]; rollouts 2p, queries first; ok bool [p]."""
+    rewards and each of parts [2, p, G]; advantages [2p, G]; rollouts: 2p, queries first; ok bool [p]."""
     p = len(ok)
     num_ok = all_sum(ok.sum().float()).clamp(min=1)
 
     def mean(x):
-        """x [p, G] or [p, 1] -> over all usable pairs, and G"""
+        """Return the mean of x, [p, G] or [p, 1], over all usable pairs and G."""
         return all_sum((x.float().mean(-1) * ok).sum(-1)) / num_ok
 
     lengths = [[len(ids) for ids in r.ids] for r in rollouts]
     lengths = torch.tensor(lengths, device=ok.device).view(2, p, -1)
     invalid = ~torch.stack([r.valid for r in rollouts]).view(2, p, -1).to(ok.device)
-    no_spread = (advantages == 0).all(-1).view(2, p, 1)  # groups that teach nothing
+    no_spread = (advantages == 0).all(-1).view(2, p, 1)  # groups without a learning signal
     out = {}
     for name, x in {"reward": rewards, **parts, "length": lengths}.items():
         out[f"{name}_query"] = mean(x[0])
@@ -445,18 +453,18 @@ SHOWN = ("reward", "kl", "length_query", "loss", "grad_norm", "skipped", "nonfin
 def main():
     args = parse_args(Settings, PRESETS)
     if not args.data:
-        raise SystemExit("--data: name the RL file or files")
-    parse_weights(args.reward_weights)  # now, not after the first rollout
+        raise SystemExit("--data is empty. Give one or more RL files.")
+    parse_weights(args.reward_weights)  # fail now, not after the first rollout
     rank, world, device = start_processes(args.fsdp)
-    check_model(args.model)  # not before: the ranks of other nodes would wait for this one
+    check_model(args.model)  # after the ranks have met: otherwise other nodes would wait for a failed rank
     row_check = RowCheck("rl", ())
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)  # these backbones, without dropout, draw nothing from it
+    torch.manual_seed(args.seed)  # has no effect: these backbones have no dropout
 
     # policy and frozen reference
-    load_on = "cpu" if args.fsdp else device  # from there shard() takes it to the GPUs
+    load_on = "cpu" if args.fsdp else device  # shard() moves it to the GPUs
     embedder = Embedder.from_pretrained(args.model, device=load_on)
     embedder.backbone.model.visual.requires_grad_(args.train_vision)
     model = distribute(embedder, args, device)
@@ -479,12 +487,12 @@ def main():
         for step, pairs in loop.steps(loader):
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
-            usable(pairs)  # ends the run where none of the global batch is
+            usable(pairs)  # raises if no pair of the global batch is usable
             if not args.train_vision:
-                embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than the decoding
+                embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than decoding
 
-            # rollout: its random numbers are a function of (seed, step, pair, side, g), whatever the number of
-            # processes; so are its tokens, up to the rounding of a pass's size, which can turn a close choice
+            # rollout: its random numbers depend on (seed, step, pair, query or target, g), not on the world size. Its
+            # tokens can differ between world sizes if rounding decides a close choice.
             global_index = [j * world + rank for j in range(len(pairs))]  # of the pairs in the global batch
             seeds = [stable_hash(args.seed, step, i, side) for side in (0, 1) for i in global_index]
             with unsharded(embedder):
@@ -493,7 +501,7 @@ def main():
             # reward and advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
             advantages = group_advantages(rewards.flatten(0, 1))  # [2p, G]
-            reward_sum = float(all_sum(rewards.sum()))  # a NaN would give its group the advantage 0, without a word
+            reward_sum = float(all_sum(rewards.sum()))  # group_advantages would turn NaN into 0
             figures = summary(rewards, parts, advantages, rollouts, ok)
             figures["rollout_s"] = loop.seconds()
             tokens = int(all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids))))
@@ -506,7 +514,7 @@ def main():
             checked = {"loss": stats["loss"], "gradient norm": norm, "sum of rewards": reward_sum}
             loop.apply_gradients(step, pairs, lr, checked)
             loop.end_step(step, pairs, {**figures, **stats, "grad_norm": norm, "lr": lr}, tokens)
-        save_model(embedder, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+        save_model(embedder, args.out)  # inside the loop: if this fails, the loop saves a checkpoint
     end_run(args, settings)
 
 

@@ -1,32 +1,32 @@
-"""Stage 1: cold-start supervised fine-tuning: one model learns to reason and to embed.
+"""Stage 1, cold-start supervised fine-tuning: one model learns to reason and to embed.
 
 For a pair (query q, target t) with annotated reasoning and summaries the loss is
 
     L = w_disc * InfoNCE(disc_q, disc_t) + w_gen * InfoNCE(gen_q, gen_t) + w_ce * (CE_q + CE_t)
 
-disc and gen: the two embeddings (model.py); InfoNCE: symmetric, temperature tau = 0.02; CE: next-token loss, the mean
-over the assistant's tokens of all queries (targets) of the global batch. --w_gen 0 --w_ce 0 is the paper's
-discriminative baseline DUME.
+disc and gen are the two embeddings (model.py). InfoNCE is symmetric, with temperature tau = 0.02. CE is the next-token
+loss, the mean over the assistant's tokens of all queries (or targets) of the global batch. --w_gen 0 --w_ce 0 gives the
+paper's discriminative baseline DUME.
 
-Shapes: b pairs of this process, B of the global batch, n rows of a micro-batch, M tokens of their answers, L tokens of
-the longest of them, D dimensions.
+Shapes: b pairs of this rank, B pairs of the global batch, n rows of a micro-batch, M tokens of their answers, L tokens
+of the longest row, D dimensions.
 
-Where this departs from the paper or the official code
- 1. Negatives: the whole global batch of an optimiser step (GradCache), where the official code has the 256 pairs of one
-    of its 4 accumulation steps. The number of processes and --micro_batch change memory and time, not the result (but
-    for rounding).
- 2. Pairs with the same target (equal text and media) are not each other's negatives; --mask_same_target false is the
-    paper.
- 3. Batches hold one dataset each, in shuffled order (data.py, 1.); bad rows are masked out and listed (data.py, 2.).
- 4. fp32 master weights with bf16 autocast; the official run is bf16 with fp32 optimiser states under ZeRO-3.
- 5. CE is the mean over the global batch's tokens (official: over a micro-batch's); the newline after <|im_end|> is no
-    label.
- 6. Toy preset only: the temperature falls from tau_start = 0.2 to tau over tau_steps. At tau = 0.02 the noise in the
-    cosines of an untrained contrast costs more than a wrong ranking, and the first thing that a small model learns is
-    to make all its embeddings equal (loss ln B for hundreds of steps; CLIP starts at 0.07 for the same reason).
-    Also w_disc = w_gen = 0.3, which keeps more of what the tiny base model can, AdamW's second beta is 0.98, and
-    warm-up, weight decay and the cosine's floor are those of small models (0.05, 0.01, 0.05).
- 7. --cross_weight (default 0: the paper) adds InfoNCE between gen and disc, one space for both kinds of embedding.
+Departures from the paper or the official code
+ 1. The negatives are the complete global batch of an optimiser step (GradCache). The official code uses the 256 pairs
+    of one of its 4 accumulation steps. The world size and --micro_batch change memory and time, and the result only by
+    rounding.
+ 2. Pairs with the same target (equal text and media) are not each other's negatives. The paper corresponds to
+    --mask_same_target false.
+ 3. Each batch holds one dataset, in shuffled order (data.py, 1.). Bad rows are masked out and listed (data.py, 2.).
+ 4. The master weights are fp32, with bf16 autocast. The official run is bf16 with fp32 optimiser states under ZeRO-3.
+ 5. CE is the mean over the tokens of the global batch (official: of a micro-batch). The newline after <|im_end|> is not
+    a label.
+ 6. Toy preset only: the temperature falls from tau_start = 0.2 to tau over tau_steps. At tau = 0.02, cosine noise
+    dominates the loss of an untrained model, and small models collapse to one constant embedding. The loss then stays
+    at ln B for hundreds of steps. CLIP starts at 0.07 for the same reason.
+    Also, w_disc = w_gen = 0.3, which preserves more of the tiny base model's abilities. AdamW's second beta is 0.98.
+    Warm-up, weight decay and the floor of the cosine have values for small models (0.05, 0.01, 0.05).
+ 7. --cross_weight (default 0, as in the paper) adds InfoNCE between gen and disc: one space for both embeddings.
 
 Commands
     python sft.py                                                     # CPU: the toy world, written on the first run
@@ -64,7 +64,7 @@ from support.toy import write_toy
 from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The defaults are those of 2b.
+# Settings. The class holds the defaults of 2b; --preset, which is toy by default, replaces some of them.
 
 
 @dataclass
@@ -74,10 +74,10 @@ class Settings:
     data: list[str] = field(default_factory=list, metadata={"help": "SFT files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")
     out: str = setting("runs/2b/sft", "output folder")
-    # the paper's, where nothing else is said
+    # values of the paper, unless the comment says otherwise
     steps: int = setting(5000, "optimiser steps")
-    batch_size: int = setting(1024, "pairs per optimiser step over all processes, each other's negatives")
-    micro_batch: int = setting(8, "pairs per forward pass; changes memory and time only")
+    batch_size: int = setting(1024, "pairs per optimiser step over all ranks; they are each other's negatives")
+    micro_batch: int = setting(8, "pairs per forward pass; changes only memory and time")
     lr: float = setting(5e-5, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
     lr_floor: float = setting(0.0, "final learning rate as a share of the peak (cosine)")
@@ -89,29 +89,29 @@ class Settings:
     w_gen: float = setting(1.0, "weight of the generative InfoNCE")
     w_ce: float = setting(1.0, "weight of the next-token loss of each side")
     cross_weight: float = setting(0.0, "weight of the InfoNCE between gen and disc embeddings; not in the paper")
-    # ours: 0, equal and true leave the paper's method, or nearly so (see the departures above)
+    # not in the paper; see the departures above
     tau_start: float = setting(0.02, "temperature at the first step; not in the paper")
-    tau_steps: int = setting(0, "steps over which it falls from there to tau, geometrically")
-    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; false is the paper")
+    tau_steps: int = setting(0, "steps of the geometric fall from tau_start to tau")
+    mask_same_target: bool = setting(True, "equal targets are not each other's negatives; the paper: false")
     train_vision: bool = setting(False, "train the ViT blocks too (the paper trains its merger and the language model)")
-    max_length: int = setting(12_288, "longer rows are skipped and counted, never cut")
-    # the machine's and the run's: not the method
-    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true where there is CUDA")
-    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true where there is CUDA")
-    fsdp: bool = setting(False, "spread parameters and optimiser over the processes (FSDP2), for what does not fit")
-    workers: int = setting(8, "background processes per process that read and resize pictures")
+    max_length: int = setting(12_288, "most tokens of a row; longer rows are skipped and counted, never cut")
+    # settings of the machine and the run, which are no part of the method
+    bf16: bool = setting(torch.cuda.is_available(), "bf16 autocast over fp32 master weights; true if CUDA is available")
+    checkpointing: bool = setting(torch.cuda.is_available(), "gradient checkpointing; true if CUDA is available")
+    fsdp: bool = setting(False, "shard parameters and optimiser over the ranks (FSDP2), if one GPU cannot hold them")
+    workers: int = setting(8, "loader workers per rank that read and resize images")
     seed: int = setting(0, "order of the batches")
     save_every: int = setting(200, "steps between checkpoints")
-    keep: int = setting(2, "checkpoints that are kept")
+    keep: int = setting(2, "number of checkpoints to retain")
     max_skipped: float = setting(0.2, "share of unusable rows above which the run stops")
-    skip_nonfinite: int = setting(0, "steps with a loss or gradient that is not finite that are left out, not an end")
+    skip_nonfinite: int = setting(0, "non-finite steps that are left out before the run stops")
     cache: str = setting("runs/cache", "folder for the indexes of the --data files")
-    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start anew; or a checkpoint folder")
+    resume: str = setting("auto", "auto: newest checkpoint of --out; none: start from scratch; or a checkpoint folder")
 
 
 PRESETS = {
     "2b": {},
-    # the paper gives no values for 7B: these are the 2B ones
+    # the paper gives no values for 7B, so these are the values of 2B
     "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2, "fsdp": True},
     "toy": {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
@@ -127,9 +127,9 @@ PRESETS = {
 
 
 def info_nce(query, target, temperature=0.02, same_target=None):
-    """Symmetric InfoNCE: 1/2 [CE(Q T^t / tau) + CE(T Q^t / tau)], the pairs on the diagonal.
+    """Return the symmetric InfoNCE loss 1/2 [CE(Q T^t / tau) + CE(T Q^t / tau)], with the pairs on the diagonal.
 
-    query, target [B, D], L2-normalised; same_target bool [B, B]: pairs that are not each other's negatives.
+    query, target [B, D], L2-normalised; same_target bool [B, B], true for pairs that are not each other's negatives.
     """
     logits = query @ target.T / temperature  # [B, B]
     if same_target is not None:
@@ -140,12 +140,12 @@ def info_nce(query, target, temperature=0.02, same_target=None):
 
 
 def tau_at(step, *, start, tau, steps):
-    """Temperature of a step: from start to tau over the first steps, geometrically; tau at once where steps is 0."""
+    """Return the temperature of a step. It falls geometrically from start to tau; if steps is 0, it is always tau."""
     return start * (tau / start) ** min(1.0, step / steps) if steps else tau
 
 
 def lr_at(step, *, steps, lr, warmup, floor=0.0):
-    """Linear warm-up over the share `warmup` of the steps, then a cosine down to floor * lr."""
+    """Return the learning rate: linear warm-up over the share `warmup` of the steps, then a cosine to floor * lr."""
     n = max(1, round(warmup * steps))
     if step < n:
         return lr * (step + 1) / n
@@ -154,14 +154,14 @@ def lr_at(step, *, steps, lr, warmup, floor=0.0):
 
 
 def uses_embeddings(args):
-    """Whether any contrastive term has a weight."""
+    """Return whether any contrastive term has a weight."""
     return bool(args.w_disc or args.w_gen or args.cross_weight)
 
 
 def contrastive_loss(x, args, same_target=None):
-    """The InfoNCE terms of B pairs and their weighted sum -> (loss, {name: term}).
+    """Return (weighted sum, {name: term}) of the InfoNCE terms of B pairs.
 
-    x [B, 4, D]: query disc, query gen, target disc, target gen; same_target bool [B, B] as for info_nce.
+    x [B, 4, D]: query disc, query gen, target disc, target gen; same_target bool [B, B] as in info_nce.
     """
     query_disc, query_gen, target_disc, target_gen = x.unbind(1)
     terms = {
@@ -169,7 +169,7 @@ def contrastive_loss(x, args, same_target=None):
         "gen": info_nce(query_gen, target_gen, args.tau, same_target),
     }
     loss = args.w_disc * terms["disc"] + args.w_gen * terms["gen"]
-    if args.cross_weight:  # one space for both: gen queries find disc targets and the reverse
+    if args.cross_weight:  # gen queries find disc targets, and disc queries find gen targets
         gen_to_disc = info_nce(query_gen, target_disc, args.tau, same_target)
         disc_to_gen = info_nce(query_disc, target_gen, args.tau, same_target)
         terms["cross"] = (gen_to_disc + disc_to_gen) / 2
@@ -182,23 +182,23 @@ def contrastive_loss(x, args, same_target=None):
 
 
 def sft_step(model, pairs, args):
-    """Losses and gradients of one step over the global batch, in three passes (GradCache, Gao et al. 2021): the
-    contrastive loss needs all embeddings of the global batch at once, the memory holds the graph of a micro-batch.
+    """Add the gradients of one step to .grad; return the loss parts and the number of tokens of all ranks.
 
-    pairs: this process's b pairs. Gradients are left in .grad. Returns the loss parts and the number of tokens read.
+    Three passes (GradCache, Gao et al. 2021): the contrastive loss needs all embeddings of the global batch at once,
+    but the memory holds the graph of only one micro-batch. pairs: the b pairs of this rank.
     """
     embedder = without_ddp(model)
     local = local_rows(pairs, args.micro_batch, embedder.device)
     if not args.train_vision:
         embedder.share_vision(local.rows, 2 * args.micro_batch)
 
-    # 1. embeddings of all micro-batches, without a graph but for the first: its one pass serves here and in 3
+    # 1. embed all micro-batches; only the first has a graph, which pass 3 uses again
     embeddings, first_pass = embed_all(model, local, args)  # [2b, 2, D]
 
-    # 2. the contrastive loss of the global batch, and its gradient for this process's embeddings
+    # 2. contrastive loss of the global batch, and its gradient for the embeddings of this rank
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
-    # 3. the other micro-batches again with their graphs: that gradient and the next-token loss go backward
+    # 3. run the other micro-batches again with graphs; backpropagate that gradient and the next-token loss
     ce = all_sum(backward_all(model, local, gradient, args, first_pass))  # [2]
 
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
@@ -209,29 +209,29 @@ def sft_step(model, pairs, args):
 
 @dataclass
 class LocalRows:
-    """This process's rows of a step."""
+    """The rows of one step on this rank."""
 
-    rows: list  # 2b Rows: the queries, then their targets
+    rows: list  # 2b Rows: b queries, then b targets
     side: torch.Tensor  # int [2b]: 0 query, 1 target
-    ce_weight: torch.Tensor  # [2b], of each answer token of a row; 0 for a skipped pair
-    micro_batches: list  # lists of row numbers
-    row_indices: list  # the same as tensors on the device
+    ce_weight: torch.Tensor  # [2b], weight of each answer token of a row; 0 for a skipped pair
+    micro_batches: list  # lists of row indices
+    row_indices: list  # the same lists as tensors on the device
 
 
 def local_rows(pairs, micro_batch, device):
-    """This process's b pairs -> LocalRows; micro_batch: pairs, so twice as many rows."""
+    """Return the LocalRows of b pairs. micro_batch counts pairs, so a micro-batch has twice as many rows."""
     b = len(pairs)
     rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
     side = torch.arange(2 * b) // b
     row_ok = torch.tensor([pair.ok for pair in pairs]).repeat(2)
 
-    # CE of a side is the mean over all its answer tokens of the global batch
+    # the CE of queries (or targets) is the mean over all their answer tokens in the global batch
     answer_length = torch.tensor([len(row.ids) - row.n_prompt for row in rows]) * row_ok
     side_tokens = torch.stack([answer_length[side == s].sum() for s in (0, 1)])
     ce_weight = row_ok / all_sum(side_tokens).clamp(min=1)[side]
 
-    # similar lengths together: little padding. The longest are first, where the gradients do not take memory yet, and
-    # what does not fit shows at once. The order changes sums by their rounding only.
+    # Rows of similar length share a micro-batch, which saves padding. The longest come first: no gradients use memory
+    # yet, and an out-of-memory error shows at once. The order changes sums only by rounding.
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids), reverse=True)
     micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
     row_indices = int_tensors(device, *micro_batches)
@@ -239,10 +239,11 @@ def local_rows(pairs, micro_batch, device):
 
 
 def embed_micro_batch(net, local, numbers, next_token):
-    """One micro-batch -> its embeddings [n, 2, D] (disc, gen) and the CE of each side [2], None without next_token.
+    """Return the embeddings [n, 2, D] (disc, gen) of one micro-batch and the CE [2] of queries and of targets.
 
-    net: the model, with DDP around it for a pass with a graph, else without. numbers: of the n rows. A row without one
-    of the tokens has some other state in its place, which no loss reads. Flat indices are those of [n, L] flattened.
+    Without next_token the CE is None. net: the model, inside DDP only for a pass with a graph. numbers: indices of the
+    n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state that no loss reads. Flat
+    indices refer to [n, L] flattened.
     """
     device = local.side.device
     rows = [local.rows[n] for n in numbers]
@@ -261,8 +262,8 @@ def embed_micro_batch(net, local, numbers, next_token):
 
 
 def embed_all(model, local, args):
-    """Pass 1 -> embeddings [2b, 2, D], and what embed_micro_batch gave for the first micro-batch, with its graph. This
-    one, the largest, goes last here: its graph is alone in the memory, as those of pass 3 are."""
+    """Run pass 1; return the embeddings [2b, 2, D] and the result of the first micro-batch with its graph.
+    The first micro-batch is the largest. It runs last, so only its graph is in memory."""
     embedder = without_ddp(model)
     embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
     first, *others = zip(local.micro_batches, local.row_indices)
@@ -280,14 +281,17 @@ def embed_all(model, local, args):
 
 
 def contrast(embeddings, pairs, args):
-    """Pass 2, for embeddings [2b, 2, D] -> loss, {name: term}, gradient [2b, 2, D]"""
+    """Run pass 2 on embeddings [2b, 2, D]; return loss, {name: term} and gradient [2b, 2, D]."""
     rank, world = processes()
     device, b = embeddings.device, len(pairs)
-    ok = usable(pairs).nonzero()[:, 0].to(device)  # numbers of the usable pairs of the global batch
+    ok = usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    global_index = torch.arange(b, device=device) * world + rank  # [b] of our pairs
-    gathered = gather(own)  # [B, 4, D], without gradient: ours go back in
+    global_index = torch.arange(b, device=device) * world + rank  # [b] of this rank's pairs
+    # gather() passes no gradient. Each rank puts its own rows back with gradient, so it gets the derivative of the
+    # global loss with respect to its own embeddings. DDP and FSDP then average over the ranks, which divides by world;
+    # `loss * world` in backward_all undoes that, so the gradient is the sum over ranks, as on one device.
+    gathered = gather(own)  # [B, 4, D]
     gathered = gathered.index_put((global_index,), own)
     same_target = None
     if args.mask_same_target:
@@ -299,7 +303,7 @@ def contrast(embeddings, pairs, args):
 
 
 def backward_all(model, local, gradient, args, first_pass):
-    """Pass 3 -> this process's CE of each side, [2]"""
+    """Run pass 3; return this rank's part of the CE [2] of queries and of targets."""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
     for numbers, indices in zip(local.micro_batches, local.row_indices):
@@ -309,11 +313,11 @@ def backward_all(model, local, gradient, args, first_pass):
                 embeddings, ce = first_pass
             else:
                 embeddings, ce = embed_micro_batch(model, local, numbers, bool(args.w_ce))
-            loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw: the chain rule
+            loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw (chain rule)
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
                 total_ce += ce.detach()
-            (loss * world).backward()  # DDP and FSDP average over the processes
+            (loss * world).backward()  # undo the average over ranks, see contrast()
     return total_ce
 
 
@@ -325,15 +329,15 @@ SHOWN = ("loss", "disc", "gen", "cross", "ce_query", "ce_target", "lr", "grad_no
 
 def check_settings(args):
     if not args.data:
-        raise SystemExit("--data: name the SFT file or files")
+        raise SystemExit("--data is empty. Give one or more SFT files.")
     if not uses_embeddings(args) and not args.w_ce:
-        raise SystemExit("all weights of the loss are 0: there is nothing to train")
+        raise SystemExit("all weights of the loss are 0: there is nothing to train. Give --w_disc, --w_gen or --w_ce.")
     if uses_embeddings(args) and args.batch_size == 1:
-        raise SystemExit("--batch_size 1: a pair needs other pairs as its negatives; give 2 at least")
+        raise SystemExit("--batch_size 1: a pair needs other pairs as negatives. Give at least 2.")
 
 
 def needs_of(args):
-    """What the weights ask of every row."""
+    """Return the fields that the loss weights require of every row."""
     needs = [token for token, weight in ((DISC, args.w_disc), (GEN, args.w_gen)) if weight or args.cross_weight]
     return (*needs, "answer") if args.w_ce else tuple(needs)
 
@@ -342,17 +346,17 @@ def main():
     args = parse_args(Settings, PRESETS)
     check_settings(args)
     rank, world, device = start_processes(args.fsdp)
-    check_model(args.model)  # not before: the ranks of other nodes would wait for this one
+    check_model(args.model)  # after the ranks have met: otherwise other nodes would wait for a failed rank
     if rank == 0 and args.data == PRESETS["toy"]["data"] and not Path(args.data[0]).exists():
         write_toy(Path(args.data[0]).parent, seed=0)
-    barrier()  # rank 0 has written the toy world
+    barrier()  # rank 0 writes the toy world before the other ranks read it
     row_check = RowCheck("sft", needs_of(args))
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)  # these backbones, without dropout, draw nothing from it
+    torch.manual_seed(args.seed)  # has no effect: these backbones have no dropout
 
-    # model: ViT blocks frozen, merger and language model trained
+    # model: the ViT blocks are frozen; merger and language model are trained
     embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
     tower = embedder.backbone.model.visual
     tower.requires_grad_(args.train_vision)
@@ -379,7 +383,7 @@ def main():
             norm = clip_gradients(optimizer, args.clip)
             loop.apply_gradients(step, pairs, lr, {"loss": parts["loss"], "gradient norm": norm})
             loop.end_step(step, pairs, parts | {"lr": lr, "grad_norm": norm}, tokens)
-        save_model(embedder, args.out)  # in the loop's care: what cannot be saved so becomes a checkpoint
+        save_model(embedder, args.out)  # inside the loop: if this fails, the loop saves a checkpoint
     end_run(args, settings)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written complete or not at all, read by any number of ranks."""
+"""Checkpoints: a write is complete or leaves nothing, and any number of ranks can read the result."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from support.settings import refuse_changed
 
 
 def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=False):
-    """checkpoints/step-N: written beside, fsynced, renamed; a kill at any moment leaves the old ones or the new one.
+    """Write checkpoints/step-N to a temporary folder, fsync and rename it; return whether the checkpoint exists.
 
-    All processes call it. Under FSDP each writes its own rows, else rank 0 writes everything; meta.json comes last.
-    Learning rate, batches and the random numbers of the rollouts are functions of (seed, step), and nothing draws from
-    the global random state, so it is not stored. A resumed run equals an unbroken one bit for bit on the CPU, except
-    with DDP on more than two ranks: DDP adds up in another order in the first step after a start. On a GPU it is equal
-    up to rounding, because attention's backward pass adds up in no fixed order.
-    alone: rank 0 calls it without the others. Returns whether the checkpoint is there.
+    A kill at any moment leaves the old checkpoints or the new one. All ranks call this function. Under FSDP each rank
+    writes its own rows, otherwise rank 0 writes everything; meta.json comes last. The learning rate, the batches and
+    the random numbers of the rollouts depend only on (seed, step), so no global random state is stored. On a CPU, a
+    resumed run equals an unbroken run bit for bit, except with DDP on more than two ranks: in the first step after a
+    start, DDP sums in another order. On a GPU it is equal up to rounding, because the backward pass of attention sums
+    in no fixed order. alone: rank 0 calls this function without the other ranks.
     """
     rank, world = processes()
     sharded = is_sharded(model)
@@ -35,12 +35,12 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
     meet = (lambda: None) if alone else barrier
     final = Path(folder) / "checkpoints" / f"step-{step}"
     temporary = final.with_suffix(".tmp")
-    if is_complete(final):  # stopped right after a regular save
+    if is_complete(final):  # the run stopped right after a regular save
         return True
     if rank == 0:
         for path in final.parent.glob("step-*"):
             if re.fullmatch(r"step-\d+(\.tmp)?", path.name) and not is_complete(path):
-                shutil.rmtree(path)  # what killed runs have left; anything else is the user's
+                shutil.rmtree(path)  # the rest of a killed run; other files belong to the user
         temporary.mkdir(parents=True)
     meet()
     try:
@@ -62,7 +62,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
             sync(final.parent)
             for _, old in list_checkpoints(folder)[:-keep]:
                 remove_checkpoint(old)
-    except (OSError, SafetensorError):  # a full disk: what is half written must not keep it full
+    except (OSError, SafetensorError):  # a full disk: free the space of the partial checkpoint
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     meet()
@@ -70,19 +70,19 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
 
 
 def refuse_not_finite(model, optimizer=None):
-    """Raises BadInput where weights or moments are NaN or infinite: saved, they would take the place of good ones, and
-    every later start would fail."""
+    """Raise BadInput if weights or moments are NaN or infinite. Once saved, they would replace good ones, and every
+    later start would fail."""
     tensors = {name: p for name, p in model.named_parameters()}
     tensors |= {f"a moment of {name}": x for name, p in tensors.items() if optimizer
                 for x in optimizer.state.get(p, {}).values()}  # fmt: skip
     broken = [name for name, x in tensors.items() if not torch.isfinite(local(x)).all()]
     if broken:
-        raise BadInput(f"{len(broken)} tensors are not finite ({', '.join(broken[:3])}) and are not saved; the "
-                       "checkpoint before stands, and the same command goes on from it")  # fmt: skip
+        raise BadInput(f"{len(broken)} tensors are not finite ({', '.join(broken[:3])}) and are not saved. The "
+                       "previous checkpoint is intact. Start the same command again to resume from it.")  # fmt: skip
 
 
 def list_checkpoints(folder):
-    """Complete checkpoints, oldest first, as (step, path)."""
+    """Return the complete checkpoints as (step, path), oldest first."""
     found = [path for path in Path(folder).glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted((int(path.name.split("-")[1]), path) for path in found if is_complete(path))
 
@@ -103,14 +103,14 @@ def sync(path):
 
 
 def open_checkpoint(path):
-    """-> content of meta.json, the open parts. BadInput where a file of it is torn or lacking."""
+    """Return the content of meta.json and the open parts. Raise BadInput if a file is truncated or missing."""
     path = Path(path)
     if (path / "config.json").exists():
         raise BadInput(f"{path} is a model folder, not a checkpoint. Give it as --model; it needs no export.")
     if not is_complete(path):
         found = [str(p) for folder in (path, path.parent, path.parent.parent) for _, p in list_checkpoints(folder)]
         why = "meta.json is missing" if path.exists() else "no such folder"
-        raise MissingFile(f"{path}: no complete checkpoint there ({why}); complete ones near it: "
+        raise MissingFile(f"{path}: no complete checkpoint ({why}). Complete checkpoints near it: "
                           f"{', '.join(found) or 'none'}")  # fmt: skip
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -119,25 +119,25 @@ def open_checkpoint(path):
         return meta, [safe_open(path / f"part-{i}.safetensors", "pt") for i in range(meta["parts"])]
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         older = [str(p) for _, p in list_checkpoints(path.parent.parent) if p.resolve() != path.resolve()]
-        cure = f"--resume {older[-1]} takes the one before" if older else "--resume none starts anew"
-        raise BadInput(f"{path}: this checkpoint is broken ({error}); {cure}") from error
+        cure = f"Give --resume {older[-1]} for the one before" if older else "Give --resume none to start again"
+        raise BadInput(f"{path}: this checkpoint is broken ({error}). {cure}.") from error
 
 
 def restore(path, model, optimizer=None):
-    """Fills model and optimizer from a checkpoint -> its meta. Any number of processes, sharded or not, can read what
-    any other has written. BadInput where a tensor is lacking or has another shape."""
+    """Fill model and optimizer from a checkpoint; return its meta. The world size and sharding may differ from those
+    of the run that wrote it. Raise BadInput if a tensor is missing or has another shape."""
     rank, world = processes()
     meta, parts = open_checkpoint(path)
     stored = set(parts[0].keys())
 
     def fill(name, x):
-        """Fills this process's rows of x; the parts hold the rows of a tensor one after the other."""
+        """Fill this rank's rows of x; the parts hold consecutive rows of a tensor."""
         slices = [part.get_slice(name) for part in parts] if name in stored else []
         shapes = [s.get_shape() for s in slices]
         shape = [sum(s[0] for s in shapes), *shapes[0][1:]] if shapes else None
         if shape != list(x.shape) or any(s[1:] != shape[1:] for s in shapes):
-            raise BadInput(f"{path}: {name} has shape {shape}, the model {list(x.shape)}: it is of another model")
-        size = -(-len(x) // world)  # rows a process, as FSDP cuts them
+            raise BadInput(f"{path}: {name} has shape {shape}, the model {list(x.shape)}. Give one of this model.")
+        size = -(-len(x) // world)  # rows per rank, as FSDP splits them
         low, high = (rank * size, rank * size + size) if isinstance(x, DTensor) else (0, len(x))
         first, own = 0, local(x)
         for rows, (n, *_) in zip(slices, shapes):
@@ -152,7 +152,7 @@ def restore(path, model, optimizer=None):
             fill(f"model/{name}", p)
             if optimizer and f"step/{name}" in stored:
                 moments = {key: fill(f"{key}/{name}", torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq")}
-                # AdamW counts its steps on the CPU, where fused beside the moments
+                # AdamW stores its step count on the CPU, fused AdamW next to the moments
                 counted_on = p.device if optimizer.defaults["fused"] else "cpu"
                 step = parts[0].get_tensor(f"step/{name}").to(counted_on)
                 optimizer.state[p] = {"step": step, **moments}
@@ -160,9 +160,10 @@ def restore(path, model, optimizer=None):
 
 
 def load_checkpoint(resume, folder, model, optimizer, settings):
-    """Restores model and optimizer in place -> the step to go on with (0: a fresh start).
+    """Restore model and optimizer in place; return the step to continue with (0: a fresh start).
 
-    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts anew, a path takes that one.
+    resume: "auto" takes the newest complete checkpoint of the folder, "none" starts from scratch, a path takes that
+    checkpoint.
     """
     rank, _ = processes()
     known = [path for _, path in list_checkpoints(folder)]
@@ -170,26 +171,26 @@ def load_checkpoint(resume, folder, model, optimizer, settings):
     meta = open_checkpoint(path)[0] if path else {"step": 0}
     steps = gather(torch.tensor([meta["step"]]))
     if (steps != meta["step"]).any():
-        raise BadInput(f"the processes found different steps {steps.tolist()}: all need the same --out folder")
+        raise BadInput(f"the ranks found different steps {steps.tolist()}. Give all ranks the same --out folder.")
     if not path:
         return 0
     refuse_changed(meta["settings"], settings, path, meta["step"])
     restore(path, model, optimizer)
-    barrier()  # nobody reads any more
+    barrier()  # all ranks have read
     if rank == 0:
         print(f"resuming after step {meta['step']} from {path}", flush=True)
     return meta["step"]
 
 
 def check_space(out, model, optimizer, keep):
-    """Before the first step: stops where the disk cannot hold the checkpoints and the final model."""
+    """Raise BadInput if the disk cannot hold the checkpoints and the final model."""
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     weights = sum(4 * p.numel() for p in model.parameters())
     checkpoint = weights + sum(8 * p.numel() for p in trained)  # AdamW's two moments
-    there = min(keep, len(list_checkpoints(out)))  # they make room for the next ones
-    need = (keep + 1 - there) * checkpoint + weights  # one is written before the oldest goes
+    there = min(keep, len(list_checkpoints(out)))  # old checkpoints that the next ones replace
+    need = (keep + 1 - there) * checkpoint + weights  # a new checkpoint is complete before the oldest is removed
     free = shutil.disk_usage(out).free
     if free < need:
         raise BadInput(f"{out} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB: up to {keep + 1} "
-                       f"checkpoints of {checkpoint / 1e9:.1f} GB and the final model; make room, choose another --out "
-                       "or a smaller --keep")  # fmt: skip
+                       f"checkpoints of {checkpoint / 1e9:.1f} GB and the final model. Free space, or give another "
+                       "--out or a smaller --keep.")  # fmt: skip

@@ -1,12 +1,12 @@
-"""The decode step: one new token of each live completion through the language model, on their keys and values.
+"""The decode step: run one new token of each live completion through the language model, with cached keys and values.
 
-Why not transformers' own: under autocast it is 1,400 small operations at 28 layers, and where few rows are decoded the
-time goes into starting them. The same arithmetic on the same weights is half of that, takes no decision on the host,
-and so can be recorded once and replayed by a GPU as one CUDA graph (a 2B on an H100: 33 ms and 5; docs/results.md). The
-passes over whole prompts, and all passes with gradients, stay transformers'.
+The step of transformers has 1,400 small operations at 28 layers under autocast. If few rows are decoded, launching them
+takes most of the time. This step does the same arithmetic on the same weights with half of the operations and without
+decisions on the host, so a GPU can replay it as one CUDA graph (a 2B on an H100: from 33 to 5 ms; docs/results.md). The
+prefill passes and all passes with gradients use transformers.
 
-Shapes: S slots, A of them decoded, R rows of a step (A, on a GPU rounded up), K keys that a step looks at, D hidden
-size, H query heads, H_kv heads of keys and values, N numbers of a head, P prompts, G completions of each, L tokens, V
+Shapes: S slots, A of them decoded, R rows of a step (A, on a GPU rounded up), K keys that a step reads, D hidden size,
+H query heads, H_kv heads of keys and values, N values of a head, P prompts, G completions of each, L tokens, V
 vocabulary.
 """
 
@@ -15,23 +15,23 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# numbers in a matrix that may be there twice, where that saves time: on a GPU those of a 2B's layers (1.7 GB in all in
-# bf16), on a CPU those of its attention (0.6 GB in fp32)
+# Largest matrix, in elements, that may be copied to save time: on a GPU the layers of a 2B (1.7 GB in all in bf16), on
+# a CPU its attention (0.6 GB in fp32).
 COPIED = {"cuda": 2**24, "cpu": 2**23}
-PACKED = 2**18  # numbers in an fp32 matrix from which on a CPU is faster with a packed copy (packed_linear)
+PACKED = 2**18  # smallest fp32 matrix, in elements, for which packed_linear is faster on a CPU
 
 
 class SlotCache:
-    """Keys and values of S left-aligned rows of different lengths: for each layer [2, S, H_kv, capacity, N].
+    """Keys and values of S left-aligned rows of different lengths, for each layer [2, S, H_kv, capacity, N].
 
-    Slots start as zeros, not as empty memory: what the mask hides is multiplied by 0, and 0 * NaN is NaN.
+    Slots start as zeros, because masked values are multiplied by 0, and 0 * NaN is NaN.
     """
 
     def __init__(self, config, slots, device, dtype):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, slots, config.num_key_value_heads, 0, head_dim)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.key_step = 256 if device.type == "cuda" else 64  # on a GPU each multiple of it has graphs of its own
+        self.key_step = 256 if device.type == "cuda" else 64  # on a GPU, each multiple has its own graphs
 
     @property
     def capacity(self):
@@ -42,8 +42,8 @@ class SlotCache:
         return self.kv[0].shape[1]
 
     def grow(self, length, slots):
-        """Room for `slots` rows of `length` tokens, these in steps: a copy as rare as that costs nothing. Layer by
-        layer, so that only one layer is there twice."""
+        """Make room for `slots` rows of `length` tokens. The length grows in large steps, so copies are rare. Layers
+        are copied one at a time, to save memory."""
         more_tokens = max(0, self.rounded(length) - self.capacity)
         more_slots = max(0, slots - self.slots)
         for i, layer in enumerate(self.kv):
@@ -58,17 +58,18 @@ class SlotCache:
 
 
 class PromptCache:
-    """For a pass of transformers over P prompts: puts their keys and values into G slots each, from `first` on.
+    """A cache for one pass of transformers over P prompts. It copies their keys and values into G slots each, from
+    `first` on.
 
-    Has the methods that transformers calls: update in every layer, the others for the mask. It gives back what it gets:
-    the prompts are new, their tokens see nothing that was there before.
+    transformers calls update in every layer, and the other methods for the mask. update returns its arguments, because
+    the prompts are new and their tokens attend to no earlier tokens.
     """
 
     def __init__(self, slot_cache, first, G):
         self.slot_cache, self.first, self.G = slot_cache, first, G
 
     def update(self, k, v, layer, *_args, **_kwargs):
-        """k, v [P, H_kv, L, N] -> the same"""
+        """Store k, v [P, H_kv, L, N] and return them."""
         P, _, L, _ = k.shape
         slots = slice(self.first, self.first + P * self.G)
         part = self.slot_cache.kv[layer][:, slots, :, :L].unflatten(1, (P, self.G))  # [2, P, G, H_kv, L, N]
@@ -84,10 +85,10 @@ class PromptCache:
 
 
 class Decoder:
-    """The weights of the language model as the decode step wants them, and the step.
+    """The decode step, and the weights of the language model in the layout that it needs.
 
-    dtype: of the matrix products. The residual stream keeps the dtype of the token embeddings, as under autocast. Made
-    anew for every generate(): the weights change between two of them.
+    dtype: of the matrix products. The residual stream has the dtype of the token embeddings, as under autocast. Each
+    generate() makes a new Decoder, because the weights change between calls.
     """
 
     def __init__(self, backbone, slots, dtype):
@@ -100,7 +101,7 @@ class Decoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.layers = [LayerWeights(layer, self.heads, self.kv_heads, dtype) for layer in model.layers]
         self.norm, self.eps = model.norm.weight, config.rms_norm_eps
-        # the rotation of (a, b) is (a cos - b sin, b cos + a sin): the first half's angles are negative, cos is even
+        # the rotation of (a, b) is (a cos - b sin, b cos + a sin): negative angles in the first half; cos is even
         self.frequencies = torch.cat([-model.rotary_emb.inv_freq, model.rotary_emb.inv_freq]).float()  # [N]
         self.rotary_scale = model.rotary_emb.attention_scaling
         self.slots = slots
@@ -109,17 +110,17 @@ class Decoder:
         if self.can_record and dtype in (torch.bfloat16, torch.float16):
             self.attention = attention_of_few_rows
         if self.can_record:
-            torch.cuda.empty_cache()  # the memory of the graphs of the Decoder before: torch gives it back only so
+            torch.cuda.empty_cache()  # frees the graph memory of the previous Decoder
         self.forget_graphs()
 
     def make_room(self, length, slots=0):
         if length > self.cache.capacity or slots > self.cache.slots:
             self.cache.grow(length, slots)
-            self.forget_graphs()  # they write to the old memory
+            self.forget_graphs()  # the graphs write to the old memory
 
     def forget_graphs(self):
         self.graphs = {}  # (R, K) -> StepGraph
-        self.pool = None  # the memory that they share: a new one each time, torch takes it down with its last graph
+        self.pool = None  # memory of all graphs; new each time, as torch frees a pool with its last graph
         if self.can_record:
             self.pool = torch.cuda.graph_pool_handle()
 
@@ -128,28 +129,28 @@ class Decoder:
         return PromptCache(self.cache, first_slot, G)
 
     def step(self, tokens, index, positions):
-        """Reads one token of each of the A rows in slots 0..A-1 -> their states after the final norm, [A, D], which the
-        next step overwrites.
+        """Read one token of each of the A rows in slots 0..A-1; return their states after the final norm, [A, D]. The
+        next step overwrites the states.
 
-        tokens, index, positions: lists of A: the token's id, its index in its row, its rotary position (that of text:
-        the same on all axes).
+        tokens, index, positions: lists of A token ids, indices in the row, and rotary positions (equal on all axes, as
+        for text).
         """
         A, K = len(tokens), max(index) + 1
         self.make_room(K)
         inputs = torch.tensor([tokens, index, positions])  # [3, A]
         if not self.can_record:
             return self.read(inputs.to(self.device), K)
-        # rows and keys in few sizes, so that few graphs serve; the added rows write token 0 into free slots
+        # round rows and keys up, so that there are few graphs; the added rows write token 0 into free slots
         R = min(self.slots, 1 << (A - 1).bit_length())
         K = self.cache.rounded(K)
         inputs = F.pad(inputs, (0, R - A))
-        with torch.cuda.device(self.device):  # it may be another than the current one
+        with torch.cuda.device(self.device):  # it may differ from the current device
             if (R, K) not in self.graphs:
                 self.graphs[R, K] = StepGraph(self, inputs, K)
             return self.graphs[R, K].replay(inputs)[:A]
 
     def read(self, inputs, K):
-        """The step itself. inputs int [3, R] as above; K: keys, those after a row's own last one masked -> [R, D]"""
+        """Return the states [R, D]. inputs int [3, R] as in step(). K: number of keys; keys beyond a row are masked."""
         tokens, index, positions = inputs
         rows = torch.arange(len(tokens), device=self.device)
         angles = positions[:, None, None] * self.frequencies  # [R, 1, N]
@@ -160,18 +161,18 @@ class Decoder:
         mask = mask.masked_fill_(beyond, float("-inf"))[:, None, None]  # [R, 1, 1, K]
         x = F.embedding(tokens, self.embeddings)  # [R, D]
         for w, kv in zip(self.layers, self.cache.kv):
-            # attention: the heads of queries and keys are rotated together
+            # attention; the heads of queries and keys are rotated together
             h = self.rms_norm(x, w.attention_norm).to(self.dtype)
             qkv = w.qkv(h).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))  # [R, H + 2 H_kv, N]
             qk = qkv[:, : self.heads + self.kv_heads]
             normed = qk
             if w.qk_norm is not None:
                 normed = F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * w.qk_norm
-            # in place, rounded to the dtype: k stays beside v, so that one write puts both into the cache
+            # in place, rounded to the dtype: k stays next to v, so one write puts both into the cache
             qk.copy_(torch.addcmul(normed * cos, normed.roll(qk.shape[-1] // 2, -1), sin))
             kv[:, rows, :, index] = qkv[:, self.heads :].unflatten(1, (2, -1))  # [R, 2, H_kv, N]
             keys, values = kv[:, : len(rows), :, :K]  # [R, H_kv, K, N] each
-            q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: those that share keys
+            q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # [R, H_kv, H / H_kv, N]: grouped by shared keys
             x = x + w.o(self.attention(q, keys, values, mask).flatten(1))
             # feed-forward
             h = self.rms_norm(x, w.mlp_norm).to(self.dtype)
@@ -183,13 +184,13 @@ class Decoder:
         """[R, D] -> [R, D]"""
         if x.is_cuda or x.dtype != torch.float32:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        # the same in fewer operations than torch's on a CPU, which take a quarter of a step of one toy row
+        # on a CPU, torch uses more operations, a quarter of the step of one toy row
         mean_square = torch.linalg.vecdot(x, x) / x.shape[-1]  # [R]
         return x * torch.rsqrt(mean_square + self.eps)[:, None] * weight
 
 
 class LayerWeights:
-    """What the step needs of one of transformers' decoder layers."""
+    """The weights of one decoder layer of transformers, as the step needs them."""
 
     def __init__(self, layer, heads, kv_heads, dtype):
         attention, mlp = layer.self_attn, layer.mlp
@@ -200,16 +201,16 @@ class LayerWeights:
         self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = Projection([mlp.down_proj], dtype)
         self.qk_norm = None
-        if hasattr(attention, "q_norm"):  # Qwen3 normalises every head of queries and keys
+        if hasattr(attention, "q_norm"):  # Qwen3 normalises each head of queries and keys
             q, k = attention.q_norm.weight, attention.k_norm.weight  # [N] each
             self.qk_norm = torch.cat([q.expand(heads, -1), k.expand(kv_heads, -1)])  # [H + H_kv, N]
 
 
 class Projection:
-    """Linear layers that read the same input, their outputs side by side: h [R, n] -> [R, m].
+    """Linear layers with the same input and concatenated outputs: h [R, n] -> [R, m].
 
-    They are one matrix where a copy is made anyway (they are rounded) or is small. Large ones of this dtype are used as
-    they are: a GPU that holds a 7B may not hold two.
+    They become one matrix if a copy is needed anyway (to round) or is small. Large matrices of this dtype are used
+    without a copy, because a GPU that holds a 7B may not hold two.
     """
 
     def __init__(self, linears, dtype):
@@ -229,7 +230,7 @@ class Projection:
                 self.weights = [torch.ops.mkldnn._reorder_linear_weight(weight)]
                 self.product = packed_linear
             else:
-                self.weights = [weight.T.contiguous().T]  # column by column: faster still where it is small
+                self.weights = [weight.T.contiguous().T]  # column-major is faster for small matrices
 
     def __call__(self, h):
         parts = [self.product(h, weight, bias) for weight, bias in zip(self.weights, self.biases)]
@@ -237,19 +238,19 @@ class Projection:
 
 
 def packed_linear(h, weight, bias):
-    """F.linear with a weight that oneDNN has put into the order in which it reads it. Where h has few rows, MKL takes
-    up to twice as long with a plain one. torch.compile makes the same of linear layers that are frozen."""
+    """Return F.linear for a weight in the layout of oneDNN. If h has few rows, MKL takes up to twice as long with a
+    plain weight. torch.compile uses the same function for frozen linear layers."""
     return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
 
 
 def attention_of_few_rows(q, keys, values, mask):
-    """scaled_dot_product_attention as two products, for bf16 on a GPU. q [R, H_kv, M, N], keys and values
-    [R, H_kv, K, N], mask [R, 1, 1, K], 0 or -inf -> [R, H_kv, M, N]
+    """Return scaled_dot_product_attention, computed as two products, for bf16 on a GPU. q [R, H_kv, M, N], keys and
+    values [R, H_kv, K, N], mask [R, 1, 1, K], 0 or -inf -> [R, H_kv, M, N]
 
-    With a mask its kernel works through all keys of a head in one block of the GPU: a whole step of the 2B took 5.4 ms
-    for 1 row and 6.0 for 64 so, 3.2 and 5.3 with the products (H100). Scores and softmax are in fp32.
+    With a mask, torch's kernel reads all keys of a head in one block of the GPU. A complete step of the 2B then took
+    5.4 ms for 1 row and 6.0 for 64, with the products 3.2 and 5.3 (H100). Scores and softmax are in fp32.
     """
-    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)  # not rounded
+    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)  # fp32
     scores = torch.add(mask, scores.unflatten(0, q.shape[:2]), alpha=q.shape[-1] ** -0.5)  # [R, H_kv, M, K]
     p = scores.softmax(-1).to(values.dtype)
     return torch.bmm(p.flatten(0, 1), values.flatten(0, 1)).unflatten(0, q.shape[:2])
@@ -257,16 +258,16 @@ def attention_of_few_rows(q, keys, values, mask):
 
 @cache
 def recording_stream(device):
-    """One for all graphs: cuBLAS keeps 32 MiB for every stream that it has seen."""
+    """Return one stream for all graphs, because cuBLAS reserves 32 MiB for each stream."""
     return torch.cuda.Stream(device)
 
 
 class StepGraph:
-    """Decoder.read for R rows and K keys as one CUDA graph: 800 kernels for the price of one launch."""
+    """Decoder.read for R rows and K keys as one CUDA graph: 800 kernels in one launch."""
 
     def __init__(self, decoder, inputs, K):
-        """inputs [3, R] of the first step. A graph wants a run beforehand; it writes the keys and values that the
-        replay writes again, so nothing has to be undone."""
+        """Record the graph; inputs [3, R] of the first step. A graph needs a warm-up run, which writes the same keys
+        and values as the replay."""
         self.inputs = inputs.to(decoder.device)
         self.graph = torch.cuda.CUDAGraph()
         side = recording_stream(decoder.device)
@@ -274,11 +275,11 @@ class StepGraph:
         with torch.cuda.stream(side):
             decoder.read(self.inputs, K)
             try:
-                # Not torch.cuda.graph(), which empties the allocator's cache each time. thread_local: nccl's watchdog
-                # thread asks the GPU things that a global recording would forbid.
+                # torch.cuda.graph() would empty the allocator's cache each time. thread_local: a global recording would
+                # forbid the GPU queries of nccl's watchdog thread.
                 self.graph.capture_begin(pool=decoder.pool, capture_error_mode="thread_local")
                 self.states = decoder.read(self.inputs, K)  # [R, D]
-            finally:  # a signal may break it off at any place, and then there is a checkpoint to write
+            finally:  # a signal may interrupt the recording, and then a checkpoint must be saved
                 if torch.cuda.is_current_stream_capturing():
                     self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)

@@ -1,4 +1,4 @@
-"""The frame of a training run: begin, resume, signals, the log, saving, end."""
+"""The frame of a training run: begin, resume, signals, log, checkpoints, end."""
 
 import json
 import math
@@ -21,49 +21,49 @@ from support.settings import check_batch_size, hold, refuse_changed, same_on_all
 
 
 def begin_run(args, digest_of):
-    """Locks --out -> what a resumed run must share, or None if the run in --out is finished. Nothing else changes there
-    before the first step is complete (Loop.take_over): the command may still turn out to be unusable.
+    """Lock --out; return the settings that a resumed run must share, or None if the run in --out is finished. Nothing
+    else in --out changes before the first step is complete (Loop.take_over), because the command may still fail.
 
-    digest_of: a --data file -> digest of its content; a run never goes on with other data under the same name.
+    digest_of: a --data file -> digest of its content; a run never continues with changed data under the same name.
     """
     rank, world = processes()
     check_batch_size(args.batch_size, world)
     digests = first_on_node(lambda: [digest_of(file) for file in args.data])
-    # what does not decide the weights: memory, time, upkeep, and when a run gives up
+    # settings that do not affect the weights: memory, time, housekeeping, and when a run stops
     free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "prefill_tokens", "out", "cache",
             "fsdp", "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
     if Path(args.model).resolve() == out.resolve():
-        raise BadInput(f"--out {out} is --model too, which would be overwritten; give another --out")
+        raise BadInput(f"--out {out} is the same folder as --model, which would be overwritten. Give another --out.")
     settings["content of --data"] = digests
     settings["content of --model"] = first_on_node(lambda: weights_digest(args.model))
-    of_node = ("data", "media_root", "model", "out", "cache", "workers")  # paths may have other names on another node
+    of_node = ("data", "media_root", "model", "out", "cache", "workers")  # paths may differ between nodes
     same_on_all_ranks({key: value for key, value in (asdict(args) | settings).items() if key not in of_node})
     hold(out)
     path = out / "args.json"
     before = read_json(path) if args.resume == "auto" and path.exists() else {}
-    if before.get("finished") and any(out.glob("*.safetensors")):  # else somebody has taken the model away
+    if before.get("finished") and any(out.glob("*.safetensors")):  # otherwise the model was removed
         before = before.get("resume", before["settings"])
         can_go_on = bool(list_checkpoints(out))
-        if args.steps <= before["steps"] or not can_go_on:  # else it is extended, from its last checkpoint
-            why = "" if can_go_on else ", and it has no checkpoint to go on from"
+        if args.steps <= before["steps"] or not can_go_on:  # otherwise extend it from its last checkpoint
+            why = "" if can_go_on else ", and it has no checkpoint to resume from"
             refuse_changed(before, settings, out, may_change=(), why=why)
             if rank == 0:
-                print(f"{out} is finished ({args.steps} steps); --resume none trains it anew")
+                print(f"{out} is finished ({args.steps} steps). Give --resume none to train it again.")
             end_processes()
             return None
     return settings
 
 
 def resume(args, settings, embedder, optimizer):
-    """Fills both from the checkpoint that --resume says -> the step to go on with."""
+    """Fill model and optimizer from the checkpoint that --resume names; return the step to continue with."""
     if processes()[0] == 0:
         check_space(args.out, embedder, optimizer, args.keep)
     return load_checkpoint(args.resume, args.out, embedder, optimizer, settings)
 
 
 def end_run(args, settings):
-    """The last thing of a stage, after its model is saved."""
+    """End a stage after its model is saved."""
     if processes()[0] == 0:
         write_args(args.out, args, finished=True, resume=settings)
         print(f"saved {args.out}")
@@ -76,25 +76,26 @@ def trained(module):
 
 
 def make_optimizer(embedder, args, weight_decay=0.0):
-    """AdamW on what is trained. On a GPU fused: foreach, torch's default there, holds a copy as large as the second
-    moments, 5.8 GiB for the 2B by arithmetic."""
+    """Return AdamW for the trained parameters. On a GPU it is fused, because torch's default there, foreach, needs a
+    copy as large as the second moments (computed: 5.8 GiB for the 2B)."""
     parameters = trained(embedder)
     fused = all(p.device.type == "cuda" for p in parameters)
     return torch.optim.AdamW(parameters, args.lr, betas=(0.9, args.beta2), weight_decay=weight_decay, fused=fused)
 
-RUNNING = []  # the Loop that runs
+
+RUNNING = []  # the running Loop
 
 
 def stop_if_asked():
-    """To be called often in a long step, at points that all processes reach: where any of them has been signalled, all
-    raise Stopped. Schedulers, torchrun among them, kill what has not ended after 30 seconds."""
+    """Raise Stopped on all ranks if any rank has received a signal. Call it often in a long step, at points that all
+    ranks reach: schedulers, torchrun among them, kill a process that has not ended after 30 seconds."""
     if RUNNING:
         RUNNING[-1].stop_if_asked()
 
 
 def usable(pairs):
-    """Which pairs of the global batch can be used, bool [B], on all processes. Ends the run where none can: there is
-    nothing to learn from, and AdamW's momentum would move the weights all the same."""
+    """Return which pairs of the global batch are usable, bool [B], on all ranks. Raise Stopped if no pair is usable: a
+    step without data would still move the weights by AdamW's momentum."""
     ok = gather(torch.tensor([pair.ok for pair in pairs]))
     if not ok.any():
         raise Stopped(f"no pair of this batch can be used; the first one: {pairs[0].reason}")
@@ -102,22 +103,22 @@ def usable(pairs):
 
 
 class Loop:
-    """What surrounds the steps: the next pairs, stopping, the update, the log's line, checkpoints, a good end.
+    """The frame of the steps: fetch pairs, stop, update, log, write checkpoints, end cleanly.
 
         with Loop(...) as loop:
             for step, pairs in loop.steps(loader):
                 figures = ...                                     # losses and gradients
-                loop.apply_gradients(step, pairs, lr, figures)    # where all figures are finite
+                loop.apply_gradients(step, pairs, lr, figures)    # if all figures are finite
                 loop.end_step(step, pairs, figures, tokens)
 
-    It ends a run in good order: on a signal, on figures that are not finite, on too many unusable rows, on any error.
-    The weights change only between steps, so at any moment of a step they are the state of the last complete one: a
-    step that is broken off is simply forgotten. `completed` is the number of complete steps, None where the weights are
-    between two of them and there is nothing to save.
+    It saves and ends a run on a signal, on non-finite metrics, on too many unusable rows and on any error. The weights
+    change only at the end of a step, so during a step they are those of the last complete step, and an interrupted
+    step leaves no trace. `completed` is the number of complete steps. It is None while the weights change, because
+    then nothing can be saved.
     """
 
     def __init__(self, args, settings, embedder, optimizer, start, num_rows, shown=()):
-        """settings: from begin_run(); start: the step to go on with; shown: names of the figures beside the bar."""
+        """settings: from begin_run(); start: the step to continue with; shown: metrics next to the bar."""
         self.args, self.settings, self.embedder, self.optimizer = args, settings, embedder, optimizer
         self.out, self.start, self.num_rows, self.shown = Path(args.out), start, num_rows, shown
         self.signal, self.may_break_off, self.completed = 0, False, None
@@ -126,7 +127,7 @@ class Loop:
     # ---- signals and errors
 
     def __enter__(self):
-        # a signal that is ignored from the start stays so: that is what nohup is for
+        # a signal that is ignored at the start stays ignored: nohup relies on it
         heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heard}
         RUNNING.append(self)
@@ -139,8 +140,8 @@ class Loop:
             raise Stopped(signal.Signals(number).name, 128 + number)
 
     def stop_if_asked(self):
-        """At points that every process reaches: if any of them has been signalled, all stop. Once the weights have
-        moved, the step is finished first."""
+        """Raise Stopped on all ranks if any rank has received a signal. Call it at points that all ranks reach. If
+        the weights have changed, the step is finished first."""
         if self.completed is None:
             return
         number = torch.tensor(self.signal)
@@ -150,8 +151,8 @@ class Loop:
             raise Stopped(signal.Signals(int(number)).name, 128 + int(number))
 
     def breakable(self, work):
-        """work(), which may take long and does not speak to other processes (a disk that does not answer, a rollout):
-        a signal breaks it off at once. Then the processes meet."""
+        """Return work(), which may be slow and has no collectives (a disk that does not answer, a rollout). A signal
+        interrupts it at once. Then the ranks meet."""
         result = None
         try:
             self.may_break_off = True
@@ -168,16 +169,16 @@ class Loop:
         RUNNING.remove(self)
         try:
             if isinstance(why, Stopped):
-                self.say(f"\n{why}")  # first: what follows may fail
+                self.say(f"\n{why}")  # print the reason first: the next lines may fail
                 self.try_to_save()
                 end_processes()
                 raise SystemExit(why.code)
             if isinstance(why, Exception) and processes()[0] == 0:
-                # other processes may not have met this error or not have survived it: process 0 saves its replica,
-                # without them. Of a sharded model it has only a part.
+                # the other ranks may have no error or may have died, so rank 0 saves its replica alone. Of a sharded
+                # model it has only a part.
                 self.say("\nan error ends this run")
-                self.try_to_save(alone=True)  # then the error goes on its way
-        finally:  # only now: a second signal must not end the saving
+                self.try_to_save(alone=True)  # then the error propagates
+        finally:  # restored last: a second signal must not interrupt saving
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
@@ -186,14 +187,14 @@ class Loop:
         return save_checkpoint(self.out, self.embedder, self.optimizer, step, settings, keep, alone)
 
     def try_to_save(self, alone=False):
-        """On the way to the end of the run, whose reason must be heard whatever happens here."""
+        """Save before the run ends; report an error here, so that it does not hide the reason of the end."""
         saved = False
         try:
             saved = bool(self.completed) and self.save(self.completed, alone)
         except Exception as error:  # noqa: BLE001
             self.say(f"saving failed: {sentence_of(error) or repr(error)}")
         if saved:
-            self.say(f"saved after step {self.completed}; the same command goes on from there")
+            self.say(f"saved after step {self.completed}; the same command resumes from there")
         else:
             self.say("nothing new was saved")
 
@@ -204,13 +205,13 @@ class Loop:
     # ---- the steps
 
     def steps(self, loader):
-        """Yields (step, this process's pairs of it)."""
+        """Yield (step, the pairs of this rank)."""
         rank, world = processes()
         first, name = rank == 0, Path(sys.argv[0]).stem
         if first:
             n_trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
             device = self.embedder.device.type
-            print(f"{self.num_rows:,} pairs, {n_trained:,} trained parameters, {world} process(es) on {device}")
+            print(f"{self.num_rows:,} pairs, {n_trained:,} trained parameters, {world} rank(s) on {device}")
         steps = range(self.start, self.args.steps)
         self.bar = Progress(steps, initial=self.start, total=self.args.steps, desc=name, unit="step", disable=not first)
         self.loop_began = time.perf_counter()
@@ -220,26 +221,26 @@ class Loop:
             pairs = self.breakable(lambda: next(loader))
             self.waited = self.seconds()
             yield step, pairs
-        if first and not steps:  # the checkpoint is of the last step already
+        if first and not steps:  # the checkpoint is already that of the last step
             self.take_over()
 
     def seconds(self):
-        """Since the step began."""
+        """Return the seconds since the step began."""
         return time.perf_counter() - self.step_began
 
     def apply_gradients(self, step, pairs, lr, figures):
-        """optimizer.step() and zero_grad(). Returns False, and leaves the weights as they are, where one of the figures
-        (name -> float) is not finite; more than --skip_nonfinite such steps end the run."""
+        """Run optimizer.step() and zero_grad(). If one of the figures {name: float} is not finite, leave the weights
+        unchanged and return False; after more than --skip_nonfinite such steps, raise Stopped."""
         finite = self.finite(step, figures, pairs)
         if figures["gradient norm"] == 0:
             self.zero_gradients += 1
             if self.zero_gradients in (1, 10, 100):
-                self.say(f"step {step + 1}: the gradient is exactly 0 ({self.zero_gradients} such steps by now), so "
-                         "nothing is learned. Are all targets of a batch equal, or all rewards of a group?")
+                self.say(f"step {step + 1}: the gradient is exactly 0 ({self.zero_gradients} such steps so far), so "
+                         "nothing is learned. Check if all targets of a batch, or all rewards of a group, are equal.")
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.completed = None  # an error from here to the log's line leaves nothing that could be saved
+            self.completed = None  # nothing can be saved from here until the log line is written
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
@@ -248,16 +249,16 @@ class Loop:
         if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
             return True
         self.nonfinite += 1
-        told = ", ".join(f"{name} {x}" for name, x in figures.items())
+        values = ", ".join(f"{name} {x}" for name, x in figures.items())
         rows = ", ".join(gather_list([pair.name for pair in pairs]))
-        message = f"step {step + 1}: {told}: not finite, nothing was updated; rows {rows}"
+        message = f"step {step + 1}: {values}: not finite, nothing was updated; rows {rows}"
         if self.nonfinite > self.args.skip_nonfinite:
-            raise Stopped(f"{message}\n--skip_nonfinite N leaves out N such steps instead of stopping")
+            raise Stopped(f"{message}\nGive --skip_nonfinite N to leave out N such steps instead of stopping.")
         self.say(message)
         return False
 
     def end_step(self, step, pairs, figures, tokens):
-        """The step's line in log.jsonl, the bar, and a checkpoint where one is due. tokens: read or written by all."""
+        """Log the step, update the bar, and save a checkpoint if one is due. tokens: count over all ranks."""
         if step == self.start and processes()[0] == 0:
             self.take_over()
         line = {"step": step + 1, **figures, "skipped": self.list_skipped(step, pairs), "nonfinite": self.nonfinite}
@@ -273,16 +274,16 @@ class Loop:
         self.check_share()
 
     def take_over(self):
-        """Make --out the folder of this run: args.json and the log are its own, and the checkpoints after its start,
-        which are another run's and would count as newer, are removed."""
-        for step, later in reversed(list_checkpoints(self.out)):  # the newest first: a kill leaves the older ones whole
+        """Make --out the folder of this run: write args.json, open the log, and remove checkpoints after this run's
+        start. They belong to another run and would count as newer."""
+        for step, later in reversed(list_checkpoints(self.out)):  # newest first: a kill leaves the older ones complete
             if step > self.start:
                 remove_checkpoint(later)
         write_args(self.out, self.args)
         self.log = open_log(self.out, self.start)
 
     def speed_figures(self, step, tokens):
-        """The wall-clock figures of a step's log line."""
+        """Return the speed and memory metrics of a step."""
         seconds, elapsed = self.seconds(), time.perf_counter() - self.loop_began
         done = step + 1 - self.start
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -292,7 +293,7 @@ class Loop:
                 "eta_s": elapsed / done * (self.args.steps - step - 1)}  # fmt: skip
 
     def list_skipped(self, step, pairs):
-        """Lists the unusable rows of all processes in skipped.jsonl -> their number."""
+        """Append the unusable rows of all ranks to skipped.jsonl; return their number."""
         ok = gather(torch.tensor([pair.ok for pair in pairs]))
         self.seen += len(ok)
         self.unusable += int((~ok).sum())
@@ -308,8 +309,8 @@ class Loop:
         return len(bad)
 
     def check_share(self):
-        """Ends the run where too large a share of the rows seen is unusable; a small dataset within the bound never
-        stops, even where its bad rows come first."""
+        """Raise Stopped if the share of unusable rows is too large. A small dataset within the bound never stops, even
+        if its bad rows come first."""
         if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
             raise Stopped(
                 f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
@@ -318,12 +319,12 @@ class Loop:
 
 
 def open_log(out, start):
-    """log.jsonl, one line a step, open for more: what a killed run wrote beyond its last checkpoint goes."""
+    """Open log.jsonl for appending, one line per step; drop the lines after the last checkpoint."""
     for name in ("log.jsonl", "skipped.jsonl"):
         path = Path(out) / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        complete = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-        steps = [re.match(r'{"step": (\d+)[,}]', line) for line in complete]  # None: a crash of the machine left zeros
+        complete = [line for line in lines if line.endswith("\n")]  # a kill may truncate the last line
+        steps = [re.match(r'{"step": (\d+)[,}]', line) for line in complete]  # None: zeros after a crash of the machine
         if None in steps:
             print(f"{path}: {steps.count(None)} lines that are no log lines are left out", file=sys.stderr)
         kept = "".join(line for line, step in zip(complete, steps) if step and int(step[1]) <= start)

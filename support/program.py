@@ -1,4 +1,4 @@
-"""A program and its end: errors that a user can fix, exit codes, progress bars and tables."""
+"""The frame of a program: errors that a user can fix, exit codes, progress bars and tables."""
 
 import atexit
 import contextlib
@@ -15,31 +15,32 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something that the user can mend: a sentence with the file, the place in it and the cure. No traceback."""
+    """An error that the user can fix. Its message names the file, the row and the fix; no traceback is printed."""
 
 
 class MissingFile(BadInput, FileNotFoundError):
-    """A BadInput that is also what Python raises for such a file."""
+    """A BadInput that is also a FileNotFoundError."""
 
 
 class Skip(ValueError):
-    """A row that cannot be used as it is (unreadable picture, too long): masked out of its batch and counted."""
+    """An unusable row (unreadable image, too long); it is masked out of its batch and counted."""
 
 
 class Stopped(BaseException):
-    """The run ends here; all processes raise it together, so that they can save together. No Exception: whoever
-    catches what a decoder or a library raises must not catch this."""
+    """The end of a run. All ranks raise it together, so that they can save together. It is not an Exception: code that
+    catches errors of a decoder or a library must not catch it."""
 
     def __init__(self, reason, code=1):
         super().__init__(reason)
         self.code = code
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what schedulers and terminals send
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # signals of schedulers and terminals
 
 
 class Unbreakable:
-    """stdout or stderr that may go away (`| tee` killed, terminal closed, disk full): what it cannot take is lost, and
-    the run goes on."""
+    """stdout or stderr that may break (`| tee` killed, terminal closed, disk full). Failed writes are dropped, and the
+    run continues."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -58,14 +59,14 @@ class Unbreakable:
 
 
 def run_script(main):
-    """main() as a program that always ends: exit code 0, 1 for an error, 128 + n after signal n.
+    """Run main() and always end, with exit code 0, 1 after an error, or 128 + n after signal n.
 
-    What a user can mend is one sentence, everything else a traceback. A failed process leaves by os._exit: threads of
-    gloo and nccl, or a worker that is still alive, would keep it, and its GPU, for ever.
+    An error that the user can fix prints its message, any other error a traceback. A failed process ends with
+    os._exit, because threads of gloo and nccl, or a live worker, would hold the process and its GPU forever.
     """
-    for name in ("stdout", "stderr"):  # None where the shell has closed it
+    for name in ("stdout", "stderr"):  # None if the shell has closed it
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not lose the lines with a ±
+        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must show lines that contain a ±
         setattr(sys, name, Unbreakable(stream))
     code = 1
     try:
@@ -77,8 +78,8 @@ def run_script(main):
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
-    except BaseException as error:  # noqa: BLE001 (whatever it is, the process must end)
+        print("\ninterrupted; the same command resumes from the last checkpoint, if there is one", file=sys.stderr)
+    except BaseException as error:  # noqa: BLE001 (the process must end after any error)
         print(sentence_of(error) or traceback.format_exc(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -87,35 +88,35 @@ def run_script(main):
 
 
 def sentence_of(error):
-    """What to tell the user in place of a traceback, None where the traceback is what helps."""
+    """Return the message to print instead of a traceback, or None if the traceback is more useful."""
     text = str(error)
     if isinstance(error, BadInput):
-        return text.rpartition("BadInput: ")[2]  # one of a loader worker comes with the worker's traceback before it
+        return text.rpartition("BadInput: ")[2]  # from a loader worker, the worker's traceback precedes it
     if isinstance(error, SafetensorError) and "No space left" in text:
-        return f"the disk is full ({text}); the checkpoint before stands"
+        return f"the disk is full ({text}). The previous checkpoint is intact. Free some space and start again."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError) and re.search(r"DataLoader worker \(pid.*(killed|exited)", text):
-        return (f"a background process that reads the data has died ({text.splitlines()[0]}): most often the system "
-                "ran out of memory; give fewer --workers")  # fmt: skip
+        return (f"a loader worker has died ({text.splitlines()[0]}). Most often the system ran out of memory. Give "
+                "fewer --workers.")  # fmt: skip
     if isinstance(error, RuntimeError) and "peer" in text and dist.is_initialized():
-        return f"rank {dist.get_rank()}: another process of this run has ended, its message says why ({text[:200]})"
+        return f"rank {dist.get_rank()}: another rank of this run has ended. Its message has the reason ({text[:200]})."
     return None
 
 
 def kill_workers(daemons_only=True):
-    """By SIGKILL: the loader's workers ignore SIGTERM, and multiprocessing, which sends it at exit, would wait for them
-    for ever."""
+    """Kill the loader workers with SIGKILL. They ignore SIGTERM, which multiprocessing sends at exit, so it would wait
+    forever."""
     for child in multiprocessing.active_children():
         if child.daemon or not daemons_only:
             child.kill()
 
 
-atexit.register(kill_workers)  # later than multiprocessing's own handler, which is imported above: so it runs first
+atexit.register(kill_workers)  # registered after multiprocessing's: runs first
 
 
 class Progress(tqdm):
-    """A bar on a terminal; in a log file one plain line a minute."""
+    """A progress bar on a terminal, or one plain line a minute in a log file."""
 
     def __init__(self, *given, **more):
         self.on_terminal = sys.stderr.isatty()
@@ -133,7 +134,7 @@ class Progress(tqdm):
 
 
 def text_table(rows):
-    """Rows of strings, the first one the heads, as lines of aligned columns."""
+    """Return rows of strings as lines of aligned columns. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,4 +1,4 @@
-"""Model folders: check, load complete or not at all, and save as transformers reads them."""
+"""Model folders: check them, load them completely or raise, and save them as transformers reads them."""
 
 import contextlib
 import json
@@ -15,30 +15,30 @@ from support.program import BadInput, MissingFile
 
 
 def check_model(name_or_path):
-    """Raises BadInput where a path is no model folder: transformers would look it up as a hub id."""
+    """Raise BadInput if a path is no model folder, because transformers would look it up as a hub id."""
     path = Path(name_or_path)
     if not path.is_dir() and (str(path).count("/") != 1 or path.parent.is_dir()):
-        raise MissingFile(f"no model folder {path}; sft.py writes the one that rl.py reads, both those of eval.py")
+        raise MissingFile(f"{path} is no model folder. sft.py writes the model of rl.py, both those of eval.py.")
     if not path.is_dir():
         return
     if (path / "meta.json").exists():
-        raise BadInput(f"{path} is a checkpoint; to make a model folder of it: python data.py export {path} --out DIR")
+        raise BadInput(f"{path} is a checkpoint. Make a model folder with: python data.py export {path} --out DIR")
     if adapters := sorted(file.name for file in path.glob("adapter_*")):
-        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not read here; write it into the "
-                       "weights first, with peft's merge_and_unload() and save_pretrained()")  # fmt: skip
+        raise BadInput(f"{path} holds an adapter ({', '.join(adapters)}), which is not supported. Merge it into the "
+                       "weights first, with peft's merge_and_unload() and save_pretrained().")  # fmt: skip
     if not (path / "config.json").exists():
-        raise MissingFile(f"{path}: no config.json; is it the output folder of a finished stage?")
+        raise MissingFile(f"{path}: config.json is missing. Give the output folder of a finished stage.")
 
 
 def load_tokenizer(name_or_path):
-    """The tokenizer of a model, complete: without its files transformers makes an empty one, without a word."""
+    """Return the tokenizer of a model. Check it, because transformers silently returns an empty one if files miss."""
     check_model(name_or_path)
     with told_of(name_or_path):
         config, tokenizer = AutoConfig.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise BadInput(f"{name_or_path}: a model of the family {config.model_type}; this code reads {known}, each of "
-                       "which is one record of FAMILIES in support/backbones.py: add another there")  # fmt: skip
+        raise BadInput(f"{name_or_path}: model family {config.model_type} is unknown. This code reads {known}. Each "
+                       "is a record of FAMILIES in support/backbones.py; add another record there.")  # fmt: skip
     check_config(config, name_or_path)
     family = family_of(config)
     vision = config.vision_config
@@ -48,8 +48,8 @@ def load_tokenizer(name_or_path):
                        "its own to support/backbones.py.")  # fmt: skip
     pads = tokenizer.convert_tokens_to_ids([family.image_pad, family.video_pad])
     if pads != [config.image_token_id, config.video_token_id]:
-        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (other picture tokens than in config.json); "
-                       "are tokenizer.json and tokenizer_config.json there, and whole?")  # fmt: skip
+        raise BadInput(f"{name_or_path}: its tokenizer is not the model's (the image tokens differ from config.json). "
+                       "Check that tokenizer.json and tokenizer_config.json are complete.")  # fmt: skip
     if tokenizer(family.image_pad, add_special_tokens=False).input_ids[-1] != config.image_token_id:
         raise BadInput(f"{name_or_path}: its tokenizer splits control tokens such as {family.image_pad} into letters. "
                        'Remove "split_special_tokens" from tokenizer_config.json.')  # fmt: skip
@@ -58,7 +58,7 @@ def load_tokenizer(name_or_path):
 
 @contextlib.contextmanager
 def told_of(name_or_path):
-    """Around transformers' loading, which may raise anything about a broken file: raises BadInput with its words."""
+    """Turn any error of transformers' loading into BadInput with its message."""
     try:
         yield
     except Exception as error:
@@ -97,13 +97,13 @@ def load_family(name_or_path):
 
 
 def load_pretrained(name_or_path, dtype):
-    """-> tokenizer, backbone, complete or not at all: transformers fills a tensor that the files lack, or have in
-    another shape, with random numbers, and leaves out what the model has no place for. Only a head that is tied to the
-    token embeddings may be missing."""
+    """Return (tokenizer, backbone), or raise BadInput if a tensor is missing, extra or of another shape. transformers
+    fills missing tensors with random numbers and ignores extra ones. Only a head that is tied to the token embeddings
+    may be missing."""
     tokenizer = load_tokenizer(name_or_path)
     with told_of(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
-        config.text_config.attention_dropout = 0.0  # the families have no other dropout; saved folders say 0 too
+        config.text_config.attention_dropout = 0.0  # the families have no other dropout; saved folders have 0 too
         config.return_dict = config.text_config.return_dict = True
         backbone, found = getattr(transformers, family_of(config).model_class).from_pretrained(
             name_or_path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
@@ -113,15 +113,15 @@ def load_pretrained(name_or_path, dtype):
     wrong = [*(set(found["missing_keys"]) - tied), *(str(key[0]) for key in found["mismatched_keys"])]
     if wrong:
         raise BadInput(f"{name_or_path}: {len(wrong)} tensors of the model are missing or have another shape: "
-                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}; copy the folder again")  # fmt: skip
+                       f"{', '.join(sorted(wrong)[:5])}{', ..' * (len(wrong) > 5)}. Copy it again.")  # fmt: skip
     if extra := sorted(found["unexpected_keys"]):
-        raise BadInput(f"{name_or_path}: the model of config.json has no room for {len(extra)} tensors of the files: "
-                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}; is it another model's?")  # fmt: skip
+        raise BadInput(f"{name_or_path}: the model of config.json does not have {len(extra)} tensors of the files: "
+                       f"{', '.join(extra[:5])}{', ..' * (len(extra) > 5)}. Copy config.json again.")  # fmt: skip
     return tokenizer, backbone
 
 
 def add_embedding_tokens(backbone, tokenizer):
-    """<gen_emb>, then <disc_emb>, as ordinary tokens; their rows start as copies of two unused ones (official SFT)."""
+    """Add <gen_emb>, then <disc_emb>, as ordinary tokens. Their rows start as copies of two unused rows (official)."""
     sources = {GEN: "<|object_ref_end|>", DISC: "<|object_ref_start|>"}
     missing = [token for token in (GEN, DISC) if token not in tokenizer.get_vocab()]
     if not missing:
@@ -137,9 +137,9 @@ def add_embedding_tokens(backbone, tokenizer):
 
 
 def add_keys_of_transformers_4(path):
-    """Some keys of a saved folder also under the names that transformers 4 reads (tested by hand with 4.57.6), for
-    engines that are still on it; transformers 5 takes no notice. Without them 4 falls back to its defaults: another
-    rotary base, untied heads, other sizes of pictures."""
+    """Write some keys of a saved folder also under their names in transformers 4 (tested by hand with 4.57.6), for
+    engines that still use it. Without these keys, transformers 4 uses its defaults: another rotary base, untied heads,
+    other image sizes. transformers 5 ignores these keys."""
     files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
     config, tokenizer, pictures = (read_json(file) for file in files)
     text = config["text_config"]

@@ -419,7 +419,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, work
                 assert pair.name == want.name and pair.target_key == want.target_key
                 assert np.array_equal(pair.query.ids, want.query.ids)
                 assert np.array_equal(pair.query.patches, want.query.patches)
-    with pytest.raises(ValueError, match="batch_size 4.*3 processes"):
+    with pytest.raises(ValueError, match="batch_size 4.*world size 3"):
         PairData([world / "sft.json"], tokenizer, world=3, **args)
 
 

@@ -263,7 +263,7 @@ def test_the_last_step_is_a_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="is a model folder, not a checkpoint"):
         export_checkpoint(tmp_path / "a", tmp_path / "b")
     for wrong in ("a/checkpoints/step-9", "a/checkpoints"):
-        with pytest.raises(FileNotFoundError, match="complete ones near it: .*a/checkpoints/step-2"):
+        with pytest.raises(FileNotFoundError, match="Complete checkpoints near it: .*a/checkpoints/step-2"):
             export_checkpoint(tmp_path / wrong, tmp_path / "b")
 
 

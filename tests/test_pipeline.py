@@ -76,7 +76,7 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
     shutil.rmtree(sft / "checkpoints")
     refused = start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 4, *common, ok=False)
-    assert "steps 3 -> 4" in refused and "no checkpoint to go on from" in refused
+    assert "steps 3 -> 4" in refused and "no checkpoint to resume from" in refused
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
@@ -89,8 +89,8 @@ def test_help_names_every_flag_with_its_meaning(script):
 def test_unknown_flag_and_preset_are_errors():
     """A misspelt flag must not be ignored."""
     refused = start("sft.py", "--stepz", 3, ok=False)
-    assert "unknown: --stepz 3; --help lists the flags" in refused and "Traceback" not in refused
-    assert "choose one of" in start("rl.py", "--preset", "3b", ok=False)
+    assert "unknown: --stepz 3. See --help for the flags" in refused and "Traceback" not in refused
+    assert "Choose one of" in start("rl.py", "--preset", "3b", ok=False)
 
 
 # Every line of the code blocks of README and docs/ that starts a program, by its first words, and what runs for it:

@@ -110,7 +110,7 @@ def test_shards_need_several_processes(stage, tiny_dir, world, tmp_path, monkeyp
     """Refused at once: when the model was looked at first, --resume none had already deleted the checkpoints."""
     (tmp_path / "checkpoints").mkdir()
     module, given = (sft, flags) if stage == "sft" else (rl, rl_flags)
-    with pytest.raises(SystemExit, match="--fsdp spreads .* torchrun"):
+    with pytest.raises(SystemExit, match="--fsdp shards .* torchrun"):
         run_here(module, given(tiny_dir, world, tmp_path, fsdp=True, resume="none"), monkeypatch)
     assert (tmp_path / "checkpoints").exists()
 
