@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from data import Row, encode_input
 from support.backbones import PatchEmbed, add_states, family_of, fuse_norms, to_device
 from support.checkpoint import refuse_not_finite
-from support.decode import Decoder
+from support.decode import Decoder, remove_ended
 from support.distributed import cudnn_attention_off, is_sharded, processes
 from support.files import apply_umask, stable_hash
 from support.formats import DISC, GEN, check_arguments, check_input, check_text, list_of_inputs, list_of_traces
@@ -631,22 +631,6 @@ class Waiting:
                 break
             taken.append(prompt)
         return taken
-
-
-def remove_ended(live, cache):
-    """Remove the ended completions from the slots and return them. The last live completion moves into each free slot,
-    so the live completions are always the first rows."""
-    ended = []
-    for slot in reversed(range(len(live))):
-        completion = live[slot]
-        if not completion.ended:
-            continue
-        ended.append(completion)
-        last_live = live.pop()
-        if last_live is not completion:
-            cache.move(len(live), slot)
-            live[slot] = last_live
-    return ended
 
 
 def sample(logits, uniforms):

@@ -69,7 +69,7 @@ from support.settings import parse_args, setting
 from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The class holds the defaults of 2b; --preset, which is toy by default, replaces some of them.
+# Settings. The class is the 2b preset. A command line without --preset takes toy, which replaces some defaults.
 
 
 WEIGHTS = {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0}  # of rewards; weight 0: only logged
@@ -77,7 +77,7 @@ WEIGHTS = {"format": 1.0, "embedding": 1.0, "share": 0.0, "gap": 0.0}  # of rewa
 
 @dataclass
 class Settings:
-    preset: str = setting("toy", "toy, 2b or 7b: sets the defaults of the other flags")
+    preset: str = setting("2b", "toy, 2b or 7b: sets the defaults of the other flags; toy if not given")
     model: str = setting("runs/2b/sft", "folder of the SFT model: start and reference")
     data: list[str] = field(default_factory=list, metadata={"help": "RL files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")

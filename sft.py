@@ -64,12 +64,12 @@ from support.toy import write_toy
 from support.weights import check_model
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. The class holds the defaults of 2b; --preset, which is toy by default, replaces some of them.
+# Settings. The class is the 2b preset. A command line without --preset takes toy, which replaces some defaults.
 
 
 @dataclass
 class Settings:
-    preset: str = setting("toy", "toy, 2b or 7b: sets the defaults of the other flags")
+    preset: str = setting("2b", "toy, 2b or 7b: sets the defaults of the other flags; toy if not given")
     model: str = setting("Qwen/Qwen2-VL-2B-Instruct", "folder or hub id of the base model")
     data: list[str] = field(default_factory=list, metadata={"help": "SFT files, .json or .jsonl"})
     media_root: str = setting(".", "folder that the media paths of --data start from")

@@ -288,3 +288,19 @@ class StepGraph:
         self.inputs.copy_(inputs)
         self.graph.replay()
         return self.states
+
+
+def remove_ended(live, cache):
+    """Remove the ended completions from the slots and return them. The last live completion moves into each free slot,
+    so the live completions are always the first rows."""
+    ended = []
+    for slot in reversed(range(len(live))):
+        completion = live[slot]
+        if not completion.ended:
+            continue
+        ended.append(completion)
+        last_live = live.pop()
+        if last_live is not completion:
+            cache.move(len(live), slot)
+            live[slot] = last_live
+    return ended

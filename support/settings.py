@@ -32,6 +32,7 @@ def parse_args(settings, presets, argv=None):
     """Return the flags of a Settings dataclass. --preset is read first and sets the other defaults."""
     argv = sys.argv[1:] if argv is None else argv
     first = transformers.HfArgumentParser(settings, add_help=False)
+    first.set_defaults(preset="toy")
     preset = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset
     if preset not in presets:
         raise SystemExit(f"--preset {preset} is unknown. Choose one of {', '.join(presets)}.")
@@ -39,7 +40,7 @@ def parse_args(settings, presets, argv=None):
     parser = transformers.HfArgumentParser(
         settings, description=what_it_does, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(**presets[preset])
+    parser.set_defaults(preset=preset, **presets[preset])
     for action in parser._actions:  # HfArgumentParser adds --no_x with the same help to each true --x
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = argparse.SUPPRESS
