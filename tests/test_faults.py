@@ -83,14 +83,16 @@ PairData.__getitem__ = lambda self, i: 1 / 0
 EVAL_WORKER = """
 def failing(*given, **more):
     raise RuntimeError("boom")
-s.encode_input = failing
+import support.cache
+support.cache.encode_input = failing
 """
 EVAL_INTERRUPT = """
-real = s.embed_inputs
+import support.cache
+real = support.cache.embed_inputs
 def once(*given):
     yield from real(*given)
     os.kill(os.getpid(), signal.SIGINT)
-s.embed_inputs = once
+support.cache.embed_inputs = once
 """
 
 
