@@ -63,7 +63,7 @@ from support.distributed import (
 from support.files import index_rows, stable_hash
 from support.formats import RowCheck
 from support.head import store_linear_in_bf16
-from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
+from support.loop import Loop, begin_run, end_run, make_optimizer, require_usable, resume, stop_if_asked
 from support.program import BadInput, run_script
 from support.settings import parse_args, setting
 from support.weights import check_model
@@ -487,7 +487,7 @@ def main():
         for step, pairs in loop.steps(loader):
             rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]  # 2p prompts
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
-            usable(pairs)  # raises if no pair of the global batch is usable
+            require_usable(pairs)  # raises if no pair of the global batch is usable
             if not args.train_vision:
                 embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than decoding
 

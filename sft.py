@@ -57,7 +57,7 @@ from support.distributed import (
 )
 from support.files import index_rows
 from support.formats import DISC, GEN, RowCheck
-from support.loop import Loop, begin_run, end_run, make_optimizer, resume, stop_if_asked, usable
+from support.loop import Loop, begin_run, end_run, make_optimizer, require_usable, resume, stop_if_asked
 from support.program import run_script
 from support.settings import parse_args, setting
 from support.toy import write_toy
@@ -284,7 +284,7 @@ def contrast(embeddings, pairs, args):
     """Run pass 2 on embeddings [2b, 2, D]; return loss, {name: term} and gradient [2b, 2, D]."""
     rank, world = processes()
     device, b = embeddings.device, len(pairs)
-    ok = usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
+    ok = require_usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
     own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
     global_index = torch.arange(b, device=device) * world + rank  # [b] of this rank's pairs

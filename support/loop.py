@@ -93,7 +93,7 @@ def stop_if_asked():
         RUNNING[-1].stop_if_asked()
 
 
-def usable(pairs):
+def require_usable(pairs):
     """Return which pairs of the global batch are usable, bool [B], on all ranks. Raise Stopped if no pair is usable: a
     step without data would still move the weights by AdamW's momentum."""
     ok = gather(torch.tensor([pair.ok for pair in pairs]))
