@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import Dataset
 
 from support.backbones import FRAME_RATE, QWEN2_VL
-from support.distributed import forked_loader, one_ahead
+from support.distributed import forked_loader
 from support.files import Rows
 from support.formats import (
     DISC,
@@ -363,25 +363,16 @@ def step_loader(data, steps, workers):
     """Yield this rank's pairs of each given step. Background workers prepare them ahead (0 workers: in this process).
 
     The rows of a step are a pure function of (seed, step) and are divided among the ranks, so the global batch does not
-    depend on the world size. A worker's item is one pair, because a step of 1,024 pairs is gigabytes of patches. The
-    prepared pairs pass through the workers' pipes (56 ms for a page of 14 MB), so a thread gets the next step while the
-    caller computes the current one.
+    depend on the world size. A worker's item is one pair, because a step of 1,024 pairs is gigabytes of patches.
     """
     share = data.order.batch_size // data.world
     ahead = None
     if workers:
         ahead = max(2, math.ceil(share / workers))  # pairs per worker; together the workers prepare one step
-    sampler = local_row_numbers(data, steps)
-    loader = forked_loader(data, workers, batch_size=None, sampler=sampler, prefetch_factor=ahead)
-    pairs = iter(loader)  # forks the workers here, in the main thread
-    pairs_of_steps = ([next(pairs) for _ in range(share)] for _ in steps)
-    yield from one_ahead(pairs_of_steps) if workers else pairs_of_steps
-
-
-def local_row_numbers(data, steps):
-    """Yield the indices of this rank's rows, step after step."""
-    for step in steps:
-        yield from data.order[step][data.rank :: data.world].tolist()
+    own_rows = (int(i) for step in steps for i in data.order[step][data.rank :: data.world])
+    pairs = iter(forked_loader(data, workers, batch_size=None, sampler=own_rows, prefetch_factor=ahead))
+    for _ in steps:
+        yield [next(pairs) for _ in range(share)]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ class Embedder(nn.Module):
     def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
         """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
         embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
-        values (PromptCache in support/decode.py)."""
+        values (SlotCache in support/decode.py)."""
         return self.backbone.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
@@ -408,7 +408,7 @@ class Embedder(nn.Module):
         """Read P prompts in one right-padded pass and copy their keys and values into G slots each.
         Return the states at the last token [P, D] and the discriminative embeddings [P, D]."""
         batch = self.pad_rows(rows)
-        cache = decoder.prompt_cache(first_slot, len(rows), G, length=batch.ids.shape[1])
+        cache = decoder.begin_prefill(first_slot, len(rows), G, length=batch.ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             x, deepstack = self.embed_tokens(batch, self.vision_states_of(batch))  # [P, L, D]
             hidden = self.run_language_model(x, deepstack, batch.positions, cache=cache)  # [P, L, D]

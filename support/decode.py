@@ -24,7 +24,8 @@ PACKED = 2**18  # smallest fp32 matrix, in elements, for which packed_linear is 
 class SlotCache:
     """Keys and values of S left-aligned rows of different lengths, for each layer [2, S, H_kv, capacity, N].
 
-    Slots start as zeros, because masked values are multiplied by 0, and 0 * NaN is NaN.
+    Slots start as zeros, because masked values are multiplied by 0, and 0 * NaN is NaN. In a prefill, the cache takes
+    the place of transformers' own: every layer calls update, and the mask needs the two methods after it.
     """
 
     def __init__(self, config, slots, device, dtype):
@@ -56,23 +57,13 @@ class SlotCache:
         for layer in self.kv:
             layer[:, target] = layer[:, source]
 
-
-class PromptCache:
-    """A cache for one pass of transformers over P prompts. It copies their keys and values into G slots each, from
-    `first` on.
-
-    transformers calls update in every layer, and the other methods for the mask. update returns its arguments, because
-    the prompts are new and their tokens attend to no earlier tokens.
-    """
-
-    def __init__(self, slot_cache, first, G):
-        self.slot_cache, self.first, self.G = slot_cache, first, G
-
     def update(self, k, v, layer, *_args, **_kwargs):
-        """Store k, v [P, H_kv, L, N] and return them."""
+        """Copy the k, v [P, H_kv, L, N] of P prompts into `copies` slots each, from `first_slot` on. Return them as
+        they are: the prompts are new, so their tokens attend to no earlier tokens."""
         P, _, L, _ = k.shape
-        slots = slice(self.first, self.first + P * self.G)
-        part = self.slot_cache.kv[layer][:, slots, :, :L].unflatten(1, (P, self.G))  # [2, P, G, H_kv, L, N]
+        G = self.copies
+        slots = slice(self.first_slot, self.first_slot + P * G)
+        part = self.kv[layer][:, slots, :, :L].unflatten(1, (P, G))  # [2, P, G, H_kv, L, N]
         part[0] = k[:, None]
         part[1] = v[:, None]
         return k, v
@@ -119,14 +110,16 @@ class Decoder:
             self.forget_graphs()  # the graphs write to the old memory
 
     def forget_graphs(self):
-        self.graphs = {}  # (R, K) -> StepGraph
+        self.graphs = {}  # (R, K) -> recorded graph, its inputs [3, R], its states [R, D]
         self.pool = None  # memory of all graphs; new each time, as torch frees a pool with its last graph
         if self.can_record:
             self.pool = torch.cuda.graph_pool_handle()
 
-    def prompt_cache(self, first_slot, P, G, length):
+    def begin_prefill(self, first_slot, P, G, length):
+        """Return the cache for a pass of transformers over P prompts, which go into G slots each."""
         self.make_room(length, first_slot + P * G)
-        return PromptCache(self.cache, first_slot, G)
+        self.cache.first_slot, self.cache.copies = first_slot, G
+        return self.cache
 
     def step(self, tokens, index, positions):
         """Read one token of each of the A rows in slots 0..A-1; return their states after the final norm, [A, D]. The
@@ -139,17 +132,39 @@ class Decoder:
         self.make_room(K)
         inputs = torch.tensor([tokens, index, positions])  # [3, A]
         if not self.can_record:
-            return self.read(inputs.to(self.device), K)
+            return self.run(inputs.to(self.device), K)
         # round rows and keys up, so that there are few graphs; the added rows write token 0 into free slots
         R = min(self.slots, 1 << (A - 1).bit_length())
         K = self.cache.rounded(K)
         inputs = F.pad(inputs, (0, R - A))
         with torch.cuda.device(self.device):  # it may differ from the current device
             if (R, K) not in self.graphs:
-                self.graphs[R, K] = StepGraph(self, inputs, K)
-            return self.graphs[R, K].replay(inputs)[:A]
+                self.graphs[R, K] = self.record(inputs.to(self.device), K)
+            graph, graph_inputs, states = self.graphs[R, K]
+            graph_inputs.copy_(inputs)
+            graph.replay()
+        return states[:A]
 
-    def read(self, inputs, K):
+    def record(self, inputs, K):
+        """Record `run` for R rows and K keys as one CUDA graph, 800 kernels in one launch. A graph needs a warm-up run,
+        which writes the same keys and values as the replay. Return (graph, its inputs, its states)."""
+        graph = torch.cuda.CUDAGraph()
+        side = recording_stream(self.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.run(inputs, K)
+            try:
+                # torch.cuda.graph() would empty the allocator's cache each time. thread_local: a global recording would
+                # forbid the GPU queries of nccl's watchdog thread.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                states = self.run(inputs, K)  # [R, D]
+            finally:  # a signal may interrupt the recording, and then a checkpoint must be saved
+                if torch.cuda.is_current_stream_capturing():
+                    graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        return graph, inputs, states
+
+    def run(self, inputs, K):
         """Return the states [R, D]. inputs int [3, R] as in step(). K: number of keys; keys beyond a row are masked."""
         tokens, index, positions = inputs
         rows = torch.arange(len(tokens), device=self.device)
@@ -260,34 +275,6 @@ def attention_of_few_rows(q, keys, values, mask):
 def recording_stream(device):
     """Return one stream for all graphs, because cuBLAS reserves 32 MiB for each stream."""
     return torch.cuda.Stream(device)
-
-
-class StepGraph:
-    """Decoder.read for R rows and K keys as one CUDA graph: 800 kernels in one launch."""
-
-    def __init__(self, decoder, inputs, K):
-        """Record the graph; inputs [3, R] of the first step. A graph needs a warm-up run, which writes the same keys
-        and values as the replay."""
-        self.inputs = inputs.to(decoder.device)
-        self.graph = torch.cuda.CUDAGraph()
-        side = recording_stream(decoder.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            decoder.read(self.inputs, K)
-            try:
-                # torch.cuda.graph() would empty the allocator's cache each time. thread_local: a global recording would
-                # forbid the GPU queries of nccl's watchdog thread.
-                self.graph.capture_begin(pool=decoder.pool, capture_error_mode="thread_local")
-                self.states = decoder.read(self.inputs, K)  # [R, D]
-            finally:  # a signal may interrupt the recording, and then a checkpoint must be saved
-                if torch.cuda.is_current_stream_capturing():
-                    self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
-
-    def replay(self, inputs):
-        self.inputs.copy_(inputs)
-        self.graph.replay()
-        return self.states
 
 
 def remove_ended(live, cache):

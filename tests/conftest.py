@@ -401,7 +401,7 @@ class StepCache:
 
 
 def transformers_read(backbone, bf16=False):
-    """-> what can stand in the place of support.decode.Decoder.read."""
+    """-> what can stand in the place of support.decode.Decoder.run."""
 
     def read(decoder, inputs, K):
         tokens, index, positions = inputs

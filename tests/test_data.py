@@ -8,7 +8,6 @@ import json
 import os
 import struct
 import threading
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -23,11 +22,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import support.images as images_file
 from data import BatchOrder, PairData, encode, encode_input, patchify, step_loader
 from support import toy
-from support.distributed import one_ahead
 from support.files import Rows, read_rows
 from support.formats import DISC, GEN, INSTRUCTION, as_list, content_key
 from support.images import blank_picture, normalise, open_picture
-from support.program import BadInput, Skip
+from support.program import Skip
 
 # Qwen2-VL-Instruct's published chat template
 TEMPLATE = (
@@ -423,30 +421,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, work
         PairData([world / "sft.json"], tokenizer, world=3, **args)
 
 
-def test_the_next_step_is_fetched_while_this_one_computes():
-    """One step ahead and no more, in order; an error comes in the place of its step, after those before it."""
-    began = [threading.Event() for _ in range(5)]
-
-    def steps():
-        for n, event in enumerate(began):
-            event.set()
-            if n == 3:
-                raise BadInput("the fourth")
-            yield n
-
-    ahead = one_ahead(steps())
-    for n in range(3):
-        assert next(ahead) == n
-        assert began[n + 1].wait(10)  # without being asked for
-        time.sleep(0.05)
-        assert not began[n + 2].is_set()
-    with pytest.raises(BadInput, match="the fourth"):
-        next(ahead)
-    assert list(one_ahead(iter(range(9)))) == [*range(9)]
-
-
 def test_workers_are_forked_by_the_main_thread(world, tokenizer, monkeypatch):
-    """Linux ends a worker with the thread that forked it, and a fetching thread lives for one step only."""
+    """Linux ends a worker with the thread that forked it."""
     data, forks = PairData([world / "sft.json"], tokenizer, kind="sft", batch_size=4, seed=0, root=world), []
     monkeypatch.setattr(os, "fork", lambda fork=os.fork: (forks.append(threading.current_thread()), fork())[1])
     loader = step_loader(data, range(6), 2)

@@ -12,7 +12,7 @@ import model as model_file
 from model import Embedder, Prompt, Waiting
 from support import decode
 from support.backbones import fuse_norms
-from support.decode import Decoder, PromptCache
+from support.decode import Decoder
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -23,12 +23,12 @@ def run_steps(backbone, dtype, read=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(backbone, 4, dtype)
     if read:
-        decoder.read = lambda *given: read(decoder, *given)
+        decoder.run = lambda *given: read(decoder, *given)
     ids = torch.randint(10, 300, (2, 5), generator=generator)
     backbone.model.language_model(
         inputs_embeds=backbone.get_input_embeddings()(ids),
         position_ids=torch.arange(5).expand(3, 2, -1),
-        past_key_values=decoder.prompt_cache(0, 2, 2, length=5),
+        past_key_values=decoder.begin_prefill(0, 2, 2, length=5),
         use_cache=True,
     )
     states, lengths, positions = [], [5, 5, 3, 3], [9, 9, 3, 3]
@@ -101,7 +101,7 @@ def test_rollouts_equal_those_of_transformers_step(writer, monkeypatch):
     rows = encoded(writer, inputs(), answered=False)
     settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=6)
     ours = generate_all(writer, rows, **settings)
-    monkeypatch.setattr(Decoder, "read", transformers_read(writer.backbone))
+    monkeypatch.setattr(Decoder, "run", transformers_read(writer.backbone))
     theirs = generate_all(writer, rows, **settings)
     assert len({tuple(ids) for r in ours.values() for ids in r.ids}) > 6
     for n in ours:
@@ -114,7 +114,7 @@ def test_added_rows_and_keys_change_nothing(writer, monkeypatch):
     rows = encoded(writer, inputs(), answered=False)
     settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=8)
     plain = generate_all(writer, rows, **settings)
-    real, sizes = Decoder.read, set()
+    real, sizes = Decoder.run, set()
 
     def padded(self, given, K):
         A = given.shape[1]
@@ -122,7 +122,7 @@ def test_added_rows_and_keys_change_nothing(writer, monkeypatch):
         sizes.add((A, R))
         return real(self, torch.nn.functional.pad(given, (0, R - A)), self.cache.capacity)[:A]
 
-    monkeypatch.setattr(Decoder, "read", padded)
+    monkeypatch.setattr(Decoder, "run", padded)
     again = generate_all(writer, rows, **settings)
     assert any(R > A for A, R in sizes)
     for n in plain:
@@ -134,13 +134,13 @@ def test_prefill_in_parts_changes_nothing(writer, monkeypatch):
     """--prefill_tokens bounds a pass over prompts; a longer prompt goes alone. The results stay the same."""
     rows = encoded(writer, inputs(), answered=False)
     whole = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10)
-    passes, real = [], PromptCache.__init__
+    passes, real = [], Decoder.begin_prefill
 
-    def counted(self, *given):
-        real(self, *given)
+    def counted(self, *given, **more):
         passes.append(0)
+        return real(self, *given, **more)
 
-    monkeypatch.setattr(PromptCache, "__init__", counted)
+    monkeypatch.setattr(Decoder, "begin_prefill", counted)
     parts = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10, prefill_tokens=60)
     assert len(passes) > 2
     for n in whole:
@@ -154,18 +154,18 @@ def test_reading_ahead_changes_nothing(writer, monkeypatch):
     rows = encoded(writer, inputs(), answered=False) * 4
     lengths = [3 + 5 * n % 11 for n in range(len(rows))]  # different ones, so that the order of the rows changes
     script = [[[7] * n + [writer.gen_id]] for n in lengths]
-    prefill, step = PromptCache.__init__, Decoder.step
+    prefill, step = Decoder.begin_prefill, Decoder.step
     caches, decoded = [], []  # of each prefill its cache, of each step its number of rows
 
-    def counted_prefill(self, cache, *given):
-        caches.append(cache)
-        prefill(self, cache, *given)
+    def counted_prefill(self, *given, **more):
+        caches.append(prefill(self, *given, **more))
+        return caches[-1]
 
     def counted_step(self, tokens, *given):
         decoded.append(len(tokens))
         return step(self, tokens, *given)
 
-    monkeypatch.setattr(PromptCache, "__init__", counted_prefill)
+    monkeypatch.setattr(Decoder, "begin_prefill", counted_prefill)
     monkeypatch.setattr(Decoder, "step", counted_step)
     monkeypatch.setattr(model_file, "AHEAD", 0)
     plain = generate_all(writer, rows, script=script, slots=4)
@@ -209,7 +209,7 @@ def test_step_casts_no_weight(writer_dir, monkeypatch):
     model, largest = Embedder.from_pretrained(writer_dir), []  # largest: numbers of the largest cast of each step
     model.bf16 = True
     rows = encoded(model, inputs()[:2], answered=False)
-    real = Decoder.read
+    real = Decoder.run
 
     def counted(*given):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -218,7 +218,7 @@ def test_step_casts_no_weight(writer_dir, monkeypatch):
         largest.append(max(int(torch.tensor(e.input_shapes[0]).prod()) for e in copies))
         return out
 
-    monkeypatch.setattr(Decoder, "read", counted)
+    monkeypatch.setattr(Decoder, "run", counted)
     for trained in (True, False):
         model.requires_grad_(trained)
         with scripted(model, [[[5] * (n + 2)] for n in range(2)], lambda prompt: prompt.key):

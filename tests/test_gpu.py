@@ -141,7 +141,7 @@ def test_graphs_equal_the_plain_step(writer_dir, monkeypatch):
     replayed = generate_all(model, rows, **settings)
     monkeypatch.setattr(Decoder, "step", plain_step)
     plain = generate_all(model, rows, **settings)
-    monkeypatch.setattr(Decoder, "read", transformers_read(model.backbone))
+    monkeypatch.setattr(Decoder, "run", transformers_read(model.backbone))
     theirs = generate_all(model, rows, **settings)
     for n in plain:
         for other in (plain, theirs):
@@ -193,7 +193,7 @@ def test_attention_kernels(real_2b):
         decoder = Decoder(real_2b.backbone, 4, torch.bfloat16)
         decoder.make_room(300)
         inputs = torch.tensor([[5] * 4, [270] * 4, [200] * 4], device="cuda")
-        assert attention_of(lambda: decoder.read(inputs, 512)) == set()  # two plain products: see attention_of_few_rows
+        assert attention_of(lambda: decoder.run(inputs, 512)) == set()  # two plain products: see attention_of_few_rows
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

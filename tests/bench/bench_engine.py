@@ -337,7 +337,7 @@ def decode(repeats=7, steps=40):
     def milliseconds(rows, read):
         decoder = Decoder(backbone, rows, torch.float32)
         if read:
-            decoder.read = lambda *given: read(decoder, *given)
+            decoder.run = lambda *given: read(decoder, *given)
         decoder.make_room(128)
         for step in range(steps + 5):
             if step == 5:

@@ -143,7 +143,7 @@ def decode_step(table, model, slots, keys, expected):
 
     with torch.autocast("cuda", torch.bfloat16):  # one around all: the weights are cast once
         measured("transformers", lambda: read(decoder, inputs, keys), expected[0])
-    measured("own", lambda: decoder.read(inputs, K), expected[1])
+    measured("own", lambda: decoder.run(inputs, K), expected[1])
     took = measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2], count=False)
     moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
     for layer in decoder.layers:
