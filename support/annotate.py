@@ -44,7 +44,7 @@ from support.formats import (
     sft_side,
     without_marks,
 )
-from support.images import hash_media, open_picture, thinned
+from support.images import hash_media, open_picture, refuse_most_missing, thinned
 from support.program import BadInput, Progress, Skip, text_table
 from support.settings import Command, changes, hold, same_on_all_ranks, weights_digest
 from support.weights import check_model
@@ -76,32 +76,18 @@ def read_pairs(files):
     """
     pairs = []
     for file in files:
-        folder_name = ""
-        if Path(file).suffix == ".parquet":
-            folder_name = Path(file).resolve().parent.name
-        for i, row in enumerate(rows_of_file(file)):
-            pair = bare_pair(row, f"{file}, row {i}")
-            pair["dataset_name"] = pair["dataset_name"] or folder_name
-            pairs.append(pair)
+        is_parquet = Path(file).suffix == ".parquet"
+        folder_name = Path(file).resolve().parent.name if is_parquet else ""
+        rows = read_parquet(file) if is_parquet else (row for _, _, row in scan_rows(file))  # reasoning takes gigabytes
+        for i, row in enumerate(rows):
+            name = f"{file}, row {i}"
+            if isinstance(row.get("qry"), dict):
+                check_keys(row, "a pair", name)
+            elif "qry_image_path" in row:
+                check_keys(row, "a row of MMEB-train", name)
+            sides = {side: bare_side(row, side, f"{name}, {side}") for side in SIDES}
+            pairs.append({"dataset_name": dataset_of(row) or folder_name, **sides})
     return pairs
-
-
-def rows_of_file(file):
-    """Yield the rows one by one, because the unused reasoning takes gigabytes."""
-    if Path(file).suffix == ".parquet":
-        yield from read_parquet(file)
-    else:
-        for _, _, row in scan_rows(file):
-            yield row
-
-
-def bare_pair(row, name):
-    if isinstance(row.get("qry"), dict):
-        check_keys(row, "a pair", name)
-    elif "qry_image_path" in row:
-        check_keys(row, "a row of MMEB-train", name)
-    sides = {side: bare_side(row, side, f"{name}, {side}") for side in SIDES}
-    return {"dataset_name": dataset_of(row), **sides}
 
 
 def bare_side(row, side, name):
@@ -148,18 +134,6 @@ def keys_of_sides(pairs, digests):
         for side in SIDES:
             items[side_key(side, pair[side], digests)] = pair[side]
     return items
-
-
-def digests_of_media(pairs, root, group=None):
-    """Return {path: hash of its content} of all media. Raises BadInput if most of the files do not exist."""
-    paths = {path for pair in pairs for side in SIDES for path in pair[side]["images"] + pair[side]["video"]}
-    digests = hash_media(paths, root, group)
-    absent = [path for path in digests if not digests[path]]
-    if len(absent) > len(digests) / 2:
-        raise BadInput(f"--media_root {root}: {len(absent)} of {len(digests)} media files of --pairs are "
-                       f"missing, e.g. {absent[0]}. The teacher was not asked. Give the folder that the paths "
-                       "start from.")  # fmt: skip
-    return digests
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,10 +320,6 @@ def read_answer(path, start, _is_error):
 # Filters: pure functions of one answer
 
 
-def too_long(answer, bound):
-    return not answer["ended"] or answer["tokens"] > bound  # an answer without an end was cut off at --max_new_tokens
-
-
 def split_answer(text):
     """Return (reasoning, summary), or None if the form is wrong. The opening <think> may be in the teacher's prompt.
     <answer> may be missing or a box (GLM-4.1V and 4.5V). <gen_emb> or </answer> may close it."""
@@ -384,7 +354,7 @@ def judge(answer, max_tokens, max_repeat):
     """Return (reason to reject, None), or ("", (reasoning, summary)). The first reason counts."""
     if "error" in answer:
         return "media", None
-    if too_long(answer, max_tokens):
+    if not answer["ended"] or answer["tokens"] > max_tokens:  # without an end: cut off at --max_new_tokens
         return "too long", None
     parts = split_answer(answer["text"])
     if parts is None:
@@ -401,49 +371,35 @@ def judge(answer, max_tokens, max_repeat):
 REASONS = ("media", "too long", "malformed", "stray token", "empty summary", "repetition")
 
 
-class Filter:
-    """The filters of all pairs. They count the outcomes and yield the pairs that pass as SFT rows."""
+def filter_answers(pairs, folder, digests, args):
+    """Write the pairs whose answers pass the filters to --out, as SFT rows. Next to the raw answers, write
+    rejected.jsonl with the other pairs, and report.txt."""
+    saved = find_answers(folder)
+    counts = {}  # dataset -> Counter of "kept" and REASONS
+    lengths = {side: Counter() for side in SIDES}  # bits of the number of tokens -> number of kept answers
 
-    def __init__(self, answers, digests, max_tokens, max_repeat):
-        self.answers = answers  # key -> (file, offset)
-        self.digests = digests  # of the media, for the keys
-        self.max_tokens = max_tokens
-        self.max_repeat = max_repeat
-        self.counts = {}  # dataset -> Counter of "kept" and REASONS
-        self.lengths = {side: Counter() for side in SIDES}  # bits of the number of tokens -> number of accepted answers
-
-    def kept_rows(self, pairs, rejected):
-        """Yield the SFT rows of the pairs that pass, and write the other pairs as lines of `rejected`, an open file."""
+    def kept_rows(rejected):
         for i, pair in enumerate(Progress(pairs, desc="filter", unit="pair")):
-            parts = {}
-            reasons = {}
-            rejected_answers = {}
-            lengths = {}
+            answers, parts, reasons = {}, {}, {}
             for side in SIDES:
-                answer = read_answer(*self.answers[side_key(side, pair[side], self.digests)])
-                reason, parts[side] = judge(answer, self.max_tokens, self.max_repeat)
-                lengths[side] = answer.get("tokens", 0)
+                answers[side] = read_answer(*saved[side_key(side, pair[side], digests)])
+                reason, parts[side] = judge(answers[side], args.max_tokens, args.max_repeat)
                 if reason:
                     reasons[side] = reason
-                    rejected_answers[side] = answer
-            count = self.counts.setdefault(pair["dataset_name"], Counter())
+            count = counts.setdefault(pair["dataset_name"], Counter())
             count[next(iter(reasons.values()), "kept")] += 1  # a pair counts once; the query's reason comes first
             if reasons:
                 line = {"row": i, "dataset_name": pair["dataset_name"], "reasons": reasons,
-                        "answers": rejected_answers}  # fmt: skip
+                        "answers": {side: answers[side] for side in reasons}}  # fmt: skip
                 rejected.write(json.dumps(line) + "\n")
                 continue
             for side in SIDES:
-                self.lengths[side][lengths[side].bit_length()] += 1
+                lengths[side][answers[side]["tokens"].bit_length()] += 1
             yield sft_row(pair, parts)
 
-
-def filter_answers(pairs, folder, digests, args):
-    """Write --out and, next to the raw answers, rejected.jsonl and report.txt."""
-    passed = Filter(find_answers(folder), digests, args.max_tokens, args.max_repeat)
     with open(folder / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-        write_rows(args.out, passed.kept_rows(pairs, rejected))
-    report = filter_report(passed.counts, passed.lengths)
+        write_rows(args.out, kept_rows(rejected))
+    report = filter_report(counts, lengths)
     (folder / "report.txt").write_text(report + "\n", encoding="utf-8")
     print(f"{report}\nwrote {args.out}; raw answers, rejected.jsonl and report.txt are in {folder}")
 
@@ -459,17 +415,10 @@ def filter_report(counts, lengths):
     lines = [text_table(rows)]
     for side, histogram in lengths.items():
         lines.append(f"\ntokens of the kept answers, {ROLES[side][0]}")
-        lines += histogram_lines(histogram)
+        for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):  # one bar for each power of two
+            share = histogram[bits] / histogram.total()
+            lines.append(f"{f'below {1 << bits:,}':>14}{share:7.1%} {'#' * round(50 * share)}")
     return "\n".join(lines)
-
-
-def histogram_lines(histogram):
-    """Return one bar for every power of two, with its share. histogram: {bits of a number: count}."""
-    lines = []
-    for bits in range(min(histogram, default=0), max(histogram, default=-1) + 1):
-        share = histogram[bits] / histogram.total()
-        lines.append(f"{f'below {1 << bits:,}':>14}{share:7.1%} {'#' * round(50 * share)}")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -497,7 +446,10 @@ def annotate(args):
     asked = question_settings(args, own)
     same_on_all_ranks(asked | {"content of --pairs": stable_hash(*map(pair_content, pairs))}, group)
     refuse_other_answers(folder, asked)
-    digests = digests_of_media(pairs, args.media_root, group)
+    paths = {path for pair in pairs for side in SIDES for path in pair[side]["images"] + pair[side]["video"]}
+    digests = hash_media(paths, args.media_root, group)
+    refuse_most_missing(paths, digests, f"--media_root {args.media_root}", "The teacher was not asked. Give the folder "
+                        "that the paths of --pairs start from")  # fmt: skip
     items = keys_of_sides(pairs, digests)
     barrier(group)  # all ranks have read the settings
     if rank == 0:
@@ -506,7 +458,8 @@ def annotate(args):
     calls = teacher_calls(items, args.batch_size * (OWN_CALL if own else 1))
     found = find_answers(folder)
     again = gather_objects(usable_again(found, items, args.media_root), group)[0]
-    todo = unanswered(calls, found.keys() - again)
+    done = found.keys() - again
+    todo = [call for call in calls if not done.issuperset(call)]
     barrier(group)  # all ranks have read the answers before one rank writes, so they agree on the calls left
 
     if todo[rank::world]:
@@ -544,11 +497,6 @@ def is_own_family(teacher):
         raise BadInput(f"--teacher {teacher}: cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
-def unanswered(calls, found):
-    """Return the calls with a missing answer."""
-    return [call for call in calls if any(key not in found for key in call)]
-
-
 def ask_teacher(ask, todo, items, folder, root):
     """Ask this rank's share of the calls, and write the answers of each call to the disk at once."""
     rank, world = processes()
@@ -579,12 +527,14 @@ def rl_subset(args):
         raise BadInput(f"--visdoc {args.visdoc}: not a valid regular expression ({error}). Fix it") from error
     pairs = read_pairs(args.pairs)
     excluded = {pair_content(pair) for pair in read_pairs(args.sft)}
-    order = np.random.default_rng(args.seed).permutation(len(pairs))
-    unseen = distinct_pairs([pairs[i] for i in order], excluded)
-    pools = {"image": {}, "video": {}, "visdoc": {}}
-    for pair in unseen:
-        pool = pools[modality_of(pair, args.visdoc)]
-        pool.setdefault(pair["dataset_name"], []).append(pair)
+    seen = set(excluded)
+    pools = {"image": {}, "video": {}, "visdoc": {}}  # modality -> {dataset: [pair]}, each content once
+    for i in np.random.default_rng(args.seed).permutation(len(pairs)):
+        pair = pairs[i]
+        content = pair_content(pair)
+        if content not in seen:
+            seen.add(content)
+            pools[modality_of(pair, args.visdoc)].setdefault(pair["dataset_name"], []).append(pair)
     chosen = draw_in_turns(pools, args.size)
     write_rows(args.out, map(rl_row, chosen))
 
@@ -605,18 +555,6 @@ def modality_of(pair, visdoc):
     if pair["qry"]["video"] or pair["pos"]["video"]:
         return "video"
     return "image"
-
-
-def distinct_pairs(pairs, excluded):
-    """Return each pair once by its content, without the excluded contents."""
-    seen = set(excluded)
-    distinct = []
-    for pair in pairs:
-        content = pair_content(pair)
-        if content not in seen:
-            seen.add(content)
-            distinct.append(pair)
-    return distinct
 
 
 def draw_in_turns(pools, size):

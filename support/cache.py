@@ -6,9 +6,6 @@ input is found by a hash of its text and the bytes of its media (input_key). No 
 
 Shapes: N inputs, S samples (1 if greedy), D dimensions.
 """
-
-
-
 import hashlib
 import json
 import os
@@ -28,7 +25,7 @@ from model import Embedder, Prompt
 from support.distributed import barrier, forked_loader, gather_objects, processes
 from support.files import stable_hash, write_file
 from support.formats import check_text
-from support.images import hash_media
+from support.images import hash_media, refuse_most_missing
 from support.program import BadInput, Progress, Skip
 from support.settings import same_on_all_ranks, weights_digest
 
@@ -36,30 +33,6 @@ CACHE_VERSION = 1  # raise it when a change to the code changes embeddings
 
 # --------------------------------------------------------------------------------------------------------------
 # The distinct inputs of all tasks
-
-
-def media_of(item):
-    return item["images"] + item["video"]
-
-
-def media_paths(task):
-    items = [*(query["input"] for query in task.queries), *task.candidates.values()]
-    return {path for item in items for path in media_of(item)}
-
-
-def digests_of_media(tasks, group=None):
-    """Return {path: hash of its content} of all media. Raise SystemExit if most files of a task are missing.
-
-    A few missing files count as misses. Most of them missing means a wrong --root, and hours of wasted work.
-    """
-    paths_of = {task.name: media_paths(task) for task in tasks}
-    digests = hash_media(set().union(*paths_of.values()), group=group)
-    for name, needed in paths_of.items():
-        absent = sorted(path for path in needed if not digests[path])
-        if len(absent) > len(needed) / 2:
-            raise SystemExit(f"{name}: {len(absent)} of {len(needed)} media files do not exist, e.g. {absent[0]}; "
-                             "what is missing and how to get it: python eval.py --check --root ROOT")  # fmt: skip
-    return digests
 
 
 def input_key(item, digests):
@@ -76,7 +49,14 @@ class DistinctInputs:
     def __init__(self, tasks, group=None):
         self.row_of = {}  # key of the content -> row of items
         self.items = []
-        self.digests = digests_of_media(tasks, group)
+        paths_of = {}  # of the media, by task
+        for task in tasks:
+            items = [*(query["input"] for query in task.queries), *task.candidates.values()]
+            paths_of[task.name] = {path for item in items for path in item["images"] + item["video"]}
+        self.digests = hash_media(set().union(*paths_of.values()), group=group)
+        for name, paths in paths_of.items():
+            refuse_most_missing(paths, self.digests, name, "What is missing and how to get it: python eval.py --check "
+                                "--root ROOT")  # fmt: skip
         self.query_rows = [self.add([query["input"] for query in task.queries]) for task in tasks]
         num_queries = len(self.items)  # distinct ones
         self.candidate_rows = [self.add(list(task.candidates.values())) for task in tasks]

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from support.backbones import QWEN2_VL
 from support.distributed import gather_objects, processes
-from support.program import Progress, Skip, Stopped
+from support.program import BadInput, Progress, Skip, Stopped
 
 NUM_FRAMES = 8  # of a video
 
@@ -103,6 +103,14 @@ def hash_media(paths, root=None, group=None):
     for part in gather_objects(digests, group):
         digests |= part
     return digests
+
+
+def refuse_most_missing(paths, digests, where, cure):
+    """Raise BadInput if most of the paths have no digest. A few missing files are skipped rows or misses. Most of them
+    missing means a wrong folder, and hours of wasted work."""
+    absent = sorted(path for path in paths if not digests[path])
+    if len(absent) > len(paths) / 2:
+        raise BadInput(f"{where}: {len(absent)} of {len(paths)} media files do not exist, e.g. {absent[0]}. {cure}.")
 
 
 def digest_of_file(path, root=None):

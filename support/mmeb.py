@@ -54,7 +54,8 @@ def load_mmeb(name, root, vidore_instruction=True):
     """
     about = MMEB[name]
     folder = root / "annotations" / about["repo"]
-    media = media_folder(about, root)
+    folders = [root / media for media in about["media"]]
+    media = next((path for path in folders if path.is_dir()), folders[0])
     if about["modality"] == "visdoc":
         parsed, corpus = visdoc_rows(about, folder, media, vidore_instruction)
     else:
@@ -72,17 +73,14 @@ def load_mmeb(name, root, vidore_instruction=True):
                         "candidates": listed})  # fmt: skip
     add_candidates(pool, corpus)
 
-    check_texts(queries, pool, folder, name)
     if not queries:
         raise BadInput(f"{folder}: no rows for {name}")
+    for i, query in enumerate(queries):  # a text that cannot be encoded raises now, not after hours of embedding
+        check_text(query["input"]["text"], f"{folder}, query {i} of {name}")
+    for key, item in pool.items():
+        check_text(item["text"], f"{folder}, candidate {key!r} of {name}")
     fields = {key: about[key] for key in ("name", "modality", "group", "eval_type", "main_metric")}
     return fields | {"queries": queries, "candidates": pool}
-
-
-def media_folder(about, root):
-    """Return the first existing folder of those that may hold the media."""
-    folders = [root / folder for folder in about["media"]]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def parsed_rows(about, folder, media, root):
@@ -99,14 +97,6 @@ def add_candidates(pool, candidates):
     for i, key in enumerate(candidates.keys):
         if key not in pool:
             pool[key] = candidates.build(i)
-
-
-def check_texts(queries, pool, folder, name):
-    """Raise BadInput for a text that cannot be encoded: now, not after hours of embedding."""
-    for i, query in enumerate(queries):
-        check_text(query["input"]["text"], f"{folder}, query {i} of {name}")
-    for key, item in pool.items():
-        check_text(item["text"], f"{folder}, candidate {key!r} of {name}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -129,23 +119,22 @@ SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(?: \(\d+\))?(\.\w+)")
 
 
 def refuse_missing_shards(files):
-    """Raise MissingFile if a shard of a table is missing: with fewer candidates the scores would be higher."""
+    """Raise BadInput if a shard of a table is missing or there twice: with other candidates the scores would differ."""
     shards = {}  # (folder, NAME, ending) -> [(N, index)] of its NAME-index-of-N
     for path in files:
         if found := SHARD.fullmatch(path.name):
             name, index, total, ending = found.groups()
-            shards.setdefault((path.parent, name, ending), []).append((total, int(index)))
+            shards.setdefault((path.parent, name, ending), []).append((int(total), int(index)))
     for (folder, name, ending), found in shards.items():
-        totals = sorted({total for total, _ in found})
-        too_high = any(index > int(total) for total, index in found)
-        if len(totals) > 1 or len(set(found)) < len(found) or too_high:
-            raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {', '.join(totals)}), and "
-                           "rows would be read twice. Delete the older files")  # fmt: skip
-        n = int(totals[0])
-        first = int((totals[0], n) in found)  # some tools count from 1
-        absent = sorted(set(range(first, first + n)) - {index for _, index in found})
-        if absent:
-            example = f"{name}-{absent[0]:0{len(totals[0])}}-of-{totals[0]}{ending}"
+        n = found[0][0]
+        first = int((n, n) in found)  # some tools count from 1
+        expected = {(n, index) for index in range(first, first + n)}
+        if len(set(found)) < len(found) or set(found) - expected:
+            totals = ", ".join(str(total) for total in sorted({total for total, _ in found}))
+            raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {totals} files), and rows "
+                           "would be read twice. Delete the older files")  # fmt: skip
+        if absent := sorted(expected - set(found)):
+            example = f"{name}-{absent[0][1]:05}-of-{n:05}{ending}"
             raise MissingFile(f"{folder}: {len(absent)} of {n} files {name}-* are missing, e.g. {example}{HOW_TO_GET}")
 
 
@@ -157,14 +146,10 @@ def files_of_card(folder, config, split):
     parts = configs.get(config or "default")
     if not config and len(configs) == 1:  # a single config is the default, under any name
         parts = next(iter(configs.values()))
-    files = []
-    absent = []
-    for part in parts or []:
-        if isinstance(part, dict) and part["split"] == split:
-            for pattern in one_or_more(part["path"]):
-                found = sorted(folder.glob(pattern))
-                files += found
-                absent += [] if found else [pattern]
+    of_split = [part for part in parts or [] if isinstance(part, dict) and part["split"] == split]
+    patterns = [pattern for part in of_split for pattern in one_or_more(part["path"])]
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    absent = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if files and absent:
         raise MissingFile(f"{folder} has no file {absent[0]}, which its README.md names for split {split}{HOW_TO_GET}")
     return list(dict.fromkeys(files))  # two patterns may match one file
@@ -256,8 +241,7 @@ def parse_row(about, row, media, root, name):
 
 def image_row(about, row, media):
     candidates = image_candidates(about["parser"], row, media)
-    right = candidates.keys[0]  # published so
-    return ParsedRow(image_query(about["parser"], row, media), candidates, right)
+    return ParsedRow(image_query(about["parser"], row, media), candidates, candidates.keys[0])  # the first one is right
 
 
 def image_query(kind, row, media):
@@ -269,7 +253,7 @@ def image_query(kind, row, media):
     text = instruction
     if row["qry_text"]:
         text += f" {row['qry_text']}"
-    return mmeb_input(tidy(text), [os.path.join(media, row["qry_img_path"])])
+    return mmeb_input(as_in_v1(text), [os.path.join(media, row["qry_img_path"])])
 
 
 def image_candidates(kind, row, media):
@@ -283,7 +267,7 @@ def image_candidates(kind, row, media):
     def build(i):
         path, caption = pairs[i]
         text = f"{target} {caption}" if has_captions else target
-        return mmeb_input(tidy(text), [media / path])
+        return mmeb_input(as_in_v1(text), [media / path])
 
     if kind == "image_t2i":
         return Candidates([path for path, _ in pairs], build)
@@ -291,42 +275,28 @@ def image_candidates(kind, row, media):
     return Candidates(keys, build)
 
 
-def tidy(text):
-    """Return the text as MMEB-V1 had it."""
+def as_in_v1(text):
     return text.replace(" \n", "\n")
 
 
 def video_row(about, row, media, root):
+    ask = about["query_instruction"]
     if about["parser"] in ("video_classification", "ssv2"):
-        return video_class_row(about, row, media)
+        classes = one_or_more(row[about["columns"][-1]])
+        return ParsedRow(clip_input(media / str(row["video_id"]), ask), texts_as_candidates(classes), row["pos_text"])
     if about["group"] == "V-QA":
-        return video_qa_row(about, row, media)
+        question = video_question(about["parser"], row)
+        query = clip_input(media / str(question.folder), f"{ask} {question.text}")
+        return ParsedRow(query, texts_as_candidates(question.options, question.option_texts), question.right)
     if about["group"] == "V-RET":
-        return video_retrieval_row(about, row, media)
+        name, caption = (row[column] for column in about["columns"])
+        if about["parser"] == "didemo":  # the only task with a file name here
+            name = Path(name).stem
+        clip = Candidates([name], lambda _: clip_input(media / str(name), about["target_instruction"]))
+        return ParsedRow(mmeb_input(f"{ask} {one_or_more(caption)[0]}"), clip, name)
     if about["parser"] == "moment_retrieval":
         return moment_row(about, row, media, root)
     return momentseeker_row(about, row, media, root)
-
-
-def video_class_row(about, row, media):
-    query = clip_input(media / str(row["video_id"]), about["query_instruction"])
-    classes = one_or_more(row[about["columns"][-1]])
-    return ParsedRow(query, texts_as_candidates(classes), row["pos_text"])
-
-
-def video_qa_row(about, row, media):
-    question = video_question(about["parser"], row)
-    query = clip_input(media / str(question.folder), f"{about['query_instruction']} {question.text}")
-    return ParsedRow(query, texts_as_candidates(question.options, question.option_texts), question.right)
-
-
-def video_retrieval_row(about, row, media):
-    name, caption = (row[column] for column in about["columns"])
-    if about["parser"] == "didemo":  # the only task with a file name here
-        name = Path(name).stem
-    query = mmeb_input(f"{about['query_instruction']} {one_or_more(caption)[0]}")
-    clip = Candidates([name], lambda _: clip_input(media / str(name), about["target_instruction"]))
-    return ParsedRow(query, clip, name)
 
 
 def moment_row(about, row, media, root):
@@ -461,25 +431,20 @@ def page_file(about, media, key):
 
 
 def write_absent_pages(files, about, folder):
-    """Write the missing pages to the media folder, as the official loader does. files: {key: path}.
-
-    The corpus table holds their bytes.
-    """
+    """Write the missing pages of {key: path} from the bytes in the corpus table, as the official loader does."""
     absent = {key: path for key, path in files.items() if not path.exists()}
     if not absent:
         return
     for table in annotation_files(folder, "corpus", about["split"]):
         for row in read_parquet(table, ["corpus-id", "image"], batch_size=16):
             path = absent.pop(row["corpus-id"], None)
-            if path:
-                write_page(path, row, table)
-
-
-def write_page(path, row, table):
-    if not row["image"] or not row["image"]["bytes"]:
-        raise BadInput(f"{table}: the page {row['corpus-id']} has no image. Download the file again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda temporary: temporary.write_bytes(row["image"]["bytes"]))
+            if not path:
+                continue
+            page = (row["image"] or {}).get("bytes")
+            if not page:
+                raise BadInput(f"{table}: the page {row['corpus-id']} has no image. Download the file again")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, lambda temporary, page=page: temporary.write_bytes(page))
 
 
 def relevant_pages(qrels):
@@ -516,7 +481,10 @@ def check_files(names, load, root):
             tasks_that_need.setdefault(check.needed, []).append(name)
     for needed, tasks in tasks_that_need.items():
         if needed:  # own tasks need no download; the table has their problem
-            print(f"\nmissing for {', '.join(tasks)}:", *download_commands(needed, root), sep="\n    ")
+            of_annotations = f"hf download --repo-type dataset {needed} --local-dir ROOT/annotations/{needed}"
+            commands = ASSET["archives"].get(needed, [of_annotations])
+            commands = [command.replace("ROOT", root) for command in commands]
+            print(f"\nmissing for {', '.join(tasks)}:", *commands, sep="\n    ")
     return not tasks_that_need
 
 
@@ -559,12 +527,6 @@ def print_checks(checks):
     for line, problem in zip(text_table(rows).splitlines(), problems):
         print(f"{line}  {problem}".rstrip())
     print(f"{complete} of {len(checks)} tasks are complete; {other_number} do not have the known number of queries")
-
-
-def download_commands(needed, root):
-    of_annotations = [f"hf download --repo-type dataset {needed} --local-dir ROOT/annotations/{needed}"]
-    commands = ASSET["archives"].get(needed, of_annotations)
-    return [command.replace("ROOT", root) for command in commands]
 
 
 # --------------------------------------------------------------------------------------------------------------

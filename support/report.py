@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from support.files import read_json, write_file, write_json
 from support.images import open_picture
 from support.mmeb import MMEB, leaderboard, paper_table
-from support.program import text_table
+from support.program import Skip, text_table
 from support.reasoner import is_file_of_answers
 
 PLAIN = ("tokens", "seconds", "inputs/s")  # columns that are not printed in %
@@ -53,25 +54,23 @@ def write_scores(folder, result, backbone):
     if tasks.keys() & MMEB.keys():
         name = result_name(scores["model"], scores["reasoner"])
         modes = modes_of(next(iter(tasks.values())), result.mean)
+        width = backbone.config.text_config.hidden_size
         for mode in modes:
-            about = about_model(name, backbone, mode)
+            about = {
+                "model_name": name,
+                "model_backbone": backbone.config.model_type,
+                "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
+                "embedding_dimension": 2 * width if mode == "fused" else width,
+            }
             write_json(folder / f"leaderboard_{mode}.json", leaderboard(tasks, mode, about))
-        print(published_comparison(name, tasks, result.published, modes), flush=True)
+        published = result.published
+        columns = published["groups"] | published["modalities"] | {"All": published["overall"]}
+        print(paper_table(name, sorted(tasks.keys() & MMEB.keys()), columns, modes), flush=True)
 
 
 def modes_of(entry, columns):
     """Return which columns are modes: those with all metrics in an entry of scores.json."""
     return [column for column in columns if isinstance(entry.get(column), dict)]
-
-
-def about_task(task):
-    return {
-        "modality": task.modality,
-        "group": task.group,
-        "main_metric": task.main_metric,
-        "num_queries": len(task.queries),
-        "num_candidates": len(task.candidates),
-    }
 
 
 def print_what_is_replaced(path, scores):
@@ -97,23 +96,6 @@ def sources(scores):
     return {os.path.abspath(path) for path, name in name_of.items() if name in names}
 
 
-def published_comparison(name, tasks, published, modes):
-    """Return our scores of the 78 tasks, or of some of them, in the paper's main table."""
-    columns = published["groups"] | published["modalities"] | {"All": published["overall"]}
-    return paper_table(name, sorted(tasks.keys() & MMEB.keys()), columns, modes)
-
-
-def about_model(name, backbone, mode):
-    """Return the first metadata of the leaderboard file."""
-    width = backbone.config.text_config.hidden_size
-    return {
-        "model_name": name,
-        "model_backbone": backbone.config.model_type,
-        "model_size": f"{backbone.num_parameters() / 1e9:.2f}B",
-        "embedding_dimension": 2 * width if mode == "fused" else width,
-    }
-
-
 def score_table(scores, rows, mean):
     """Return a table with a row per task, group and modality and their mean, and remarks below it.
 
@@ -130,7 +112,12 @@ def score_table(scores, rows, mean):
             table |= {f"= {name}": row for name, row in scores[kind].items()}
     table["= mean" if scores["overall"] else "= mean of these"] = mean
 
-    lines = [heading(scores)]
+    if scores["reasoner"]:
+        lines = [f"\n{scores['model']} reads the answers of {scores['reasoner']}: main metric and answers without "
+                 "<gen_emb> in %, tokens read per input, seconds that one rank took for reading"]  # fmt: skip
+    else:
+        lines = [f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, seconds "
+                 "of one rank"]  # fmt: skip
     cells = [[name, *(cell(row, column) for column in mean)] for name, row in table.items()]
     lines.append(text_table([["task", *mean], *cells]))
     for name, entry in tasks.items():
@@ -138,14 +125,6 @@ def score_table(scores, rows, mean):
     if "ablate" in next(iter(tasks.values())):
         lines += [ablation_line(kind, tasks, mean["gen"]) for kind in ("removed", "swapped")]
     return "\n".join(lines)
-
-
-def heading(scores):
-    if not scores["reasoner"]:
-        return (f"\n{scores['model']}: main metric and invalid generations in %, tokens generated per input, seconds "
-                "of one rank")  # fmt: skip
-    return (f"\n{scores['model']} reads the answers of {scores['reasoner']}: main metric and answers without <gen_emb> "
-            "in %, tokens read per input, seconds that one rank took for reading")  # fmt: skip
 
 
 def cell(row, column):
@@ -235,21 +214,16 @@ def change_table(names, first, last):
     """
     columns = [column for column in next(iter(first.values())) if column != "texts"]
     rows = [["task", *columns]]
-    for task in first:
-        rows.append([task, *change_cells(first, last, [task], columns)])
-    rows.append(["= mean", *change_cells(first, last, list(first), columns)])
+    for name, tasks in [*((task, [task]) for task in first), ("= mean", list(first))]:
+        cells = []
+        for column in columns:
+            before = {task: first[task][column] for task in tasks}
+            after = {task: last[task][column] for task in tasks}
+            change, error = paired_change(before, after)
+            cells.append(f"{100 * change:+.1f}±{100 * error:.1f}")
+        rows.append([name, *cells])
     return (f"\n{names[0]} -> {names[-1]}: change in points ± standard error of the paired difference "
             f"(noise of the queries only, not of training)\n{text_table(rows)}")  # fmt: skip
-
-
-def change_cells(first, last, tasks, columns):
-    cells = []
-    for column in columns:
-        before = {task: first[task][column] for task in tasks}
-        after = {task: last[task][column] for task in tasks}
-        change, error = paired_change(before, after)
-        cells.append(f"{100 * change:+.1f}±{100 * error:.1f}")
-    return cells
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -277,17 +251,6 @@ def order_decides(labels, keys, listed, scores):
     return len(rightness) == 2 or len(first) == len(listed)
 
 
-def examples_of(result):
-    """Return {task: {query: {"answer", "rankings"}}} of the queries that the report shows."""
-    examples = {}
-    for name, of_modes in result.rankings.items():
-        examples[name] = {}
-        for q in of_modes["disc"]:
-            rankings = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
-            examples[name][q] = {"answer": result.per_query[name]["texts"][q], "rankings": rankings}
-    return examples
-
-
 def write_comparison(settings, tasks, results, folder_of):
     """Print the change from the first to the last model, and write OUT/report.html.
 
@@ -299,14 +262,17 @@ def write_comparison(settings, tasks, results, folder_of):
         last = results[names[-1]].per_query
         print(change_table(names, first, last), flush=True)
     if settings.report_queries:
-        models = {name: to_report(folder_of[name], result) for name, result in results.items()}
-        write_report(Path(settings.out) / "report.html", [vars(task) for task in tasks], models, open_picture)
-
-
-def to_report(folder, result):
-    """Return what report.html needs of a model. folder: of the model."""
-    means = {"mean": result.mean} | result.scores["groups"] | result.scores["modalities"]
-    return {"folder": folder, "rows": result.rows, "means": means, "examples": examples_of(result)}
+        models = {}
+        for name, result in results.items():
+            examples = {}  # task -> {query of the report: the model's answer and rankings}
+            for task, of_modes in result.rankings.items():
+                examples[task] = {}
+                for q in of_modes["disc"]:
+                    rankings = {mode: of_queries[q] for mode, of_queries in of_modes.items()}
+                    examples[task][q] = {"answer": result.per_query[task]["texts"][q], "rankings": rankings}
+            means = {"mean": result.mean} | result.scores["groups"] | result.scores["modalities"]
+            models[name] = {"folder": folder_of[name], "rows": result.rows, "means": means, "examples": examples}
+        write_report(Path(settings.out) / "report.html", [vars(task) for task in tasks], models)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -323,32 +289,25 @@ NO_CURVE = ("step", "eta_s", "pairs_per_s", "tokens_per_s", "data_wait_s", "roll
 
 
 def sampled_queries(num_queries, num_tasks, wanted):
-    """Return the indices of the queries of a task that the report shows.
-
-    There are `wanted` of them, or the task's share of REPORT_QUERIES if that is fewer.
-    """
+    """Return the indices of a task's queries in the report: `wanted` ones, or its share of REPORT_QUERIES if fewer."""
     return spread(num_queries, min(wanted, max(1, REPORT_QUERIES // num_tasks)))
 
 
 def spread(total, most):
-    """Return at most `most` indices of a list, evenly spread.
-
-    The queries of many tasks are sorted by class, and frames are sorted by time.
-    """
+    """Return at most `most` indices of a list, evenly spread, as it may be sorted by class or by time."""
     n = min(total, most)
     return [i * total // n for i in range(n)]
 
 
-def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
+def write_report(path, tasks, models, max_bytes=REPORT_BYTES):
     """Write report.html.
 
-    tasks: dicts with the fields of eval.py's Task. models: {name: what to_report() returns}; all models have the same
-    sampled queries. open_picture: path -> PIL image, raises ValueError with a reason.
+    tasks: dicts with the fields of eval.py's Task. models: {name: {"folder", "rows", "means", "examples"}}, see
+    write_comparison(); all models have the same sampled queries.
 
     A query is shown completely or not at all. The first queries of all tasks are added before the second ones, so
     that the size limit affects all tasks.
     """
-    thumbnails = Thumbnails(open_picture)
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     runs, run_indices = training_runs({name: model["folder"] for name, model in models.items()})
     scores = []
@@ -356,13 +315,12 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
         rows = {task: score_columns(row) for task, row in model["rows"].items()}
         means = {part: score_columns(row) for part, row in model["means"].items()}
         scores.append({"name": name, "rows": rows, "means": means, "runs": run_indices[name]})
-    data = {
-        "models": scores,
-        "runs": runs,
-        "tasks": [describe_task(task) for task in tasks],
-        "examples": [],
-        "images": {},
-    }
+    shown_tasks = []
+    for task in tasks:
+        fields = {key: task[key] for key in ("name", "group", "modality", "main_metric")}
+        sizes = {"queries": len(task["queries"]), "candidates": len(task["candidates"])}
+        shown_tasks.append(fields | sizes | {"left_out": 0})
+    data = {"models": scores, "runs": runs, "tasks": shown_tasks, "examples": [], "images": {}}
     free = max_bytes - len(page.encode()) - len(embeddable_json(data))
     some_model = next(iter(models.values()))
     turns = []
@@ -371,7 +329,7 @@ def write_report(path, tasks, models, open_picture, max_bytes=REPORT_BYTES):
     for _, index, q in sorted(turns):
         task = tasks[index]
         answers = [model["examples"][task["name"]][q] for model in models.values()]
-        example, images = make_example(index, task, q, answers, thumbnails)
+        example, images = make_example(index, task, q, answers)
         new = {digest: jpeg for digest, jpeg in images.items() if digest not in data["images"]}
         size = len(embeddable_json([example, new]))
         if size > free:
@@ -399,12 +357,7 @@ def score_columns(row):
     return {column: round(x, 5) for column, x in row.items() if column not in PLAIN}
 
 
-def describe_task(task):
-    fields = {key: task[key] for key in ("name", "group", "modality", "main_metric")}
-    return fields | {"queries": len(task["queries"]), "candidates": len(task["candidates"]), "left_out": 0}
-
-
-def make_example(index, task, q, answers, thumbnails):
+def make_example(index, task, q, answers):
     """Return a query with its rankings by every model, and {digest: thumbnail} of its images.
 
     index: of the task. answers: per model {"answer", "rankings"}. Candidates are listed once, and the rankings hold
@@ -422,7 +375,7 @@ def make_example(index, task, q, answers, thumbnails):
 
     candidates = []
     for key in index_of:
-        item = shown_input(task["candidates"][key], "candidate", thumbnails, images)
+        item = shown_input(task["candidates"][key], "candidate", images)
         candidates.append({"key": clip(str(key), "candidate")} | item)
     models = []
     for answer in answers:
@@ -434,7 +387,7 @@ def make_example(index, task, q, answers, thumbnails):
     example = {
         "task": index,
         "query": q,
-        "input": shown_input(query["input"], "query", thumbnails, images),
+        "input": shown_input(query["input"], "query", images),
         "right": [index_of[key] for key in known],
         "more_right": len(labels) - len(known),  # not shown, or not among the candidates
         "candidates": candidates,
@@ -468,12 +421,12 @@ def clip(text, kind):
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
-def shown_input(item, kind, thumbnails, images):
+def shown_input(item, kind, images):
     """Return what is shown of a query or candidate, and add its thumbnails to `images`."""
     paths = item["images"] + item["video"]
     shown = []
     for i in spread(len(paths), MOST_IMAGES[kind]):
-        found = thumbnails.get(paths[i])
+        found = thumbnail(paths[i])
         if "problem" in found:
             shown.append(found)
         else:
@@ -487,24 +440,13 @@ def shown_input(item, kind, thumbnails, images):
     }
 
 
-class Thumbnails:
-    """Small JPEGs of image files. Each file is opened once."""
-
-    def __init__(self, open_picture):
-        self.open_picture = open_picture
-        self.found = {}
-
-    def get(self, path):
-        """Return {"digest", "jpeg" in base64}, or {"problem": why the image is unreadable}."""
-        if path not in self.found:
-            try:
-                self.found[path] = thumbnail(self.open_picture(path))
-            except ValueError as error:
-                self.found[path] = {"problem": clip(str(error), "candidate")}
-        return self.found[path]
-
-
-def thumbnail(image):
+@cache
+def thumbnail(path):
+    """Return {"digest", "jpeg" in base64} of an image file, or {"problem": why the image is unreadable}."""
+    try:
+        image = open_picture(path)
+    except Skip as error:
+        return {"problem": clip(str(error), "candidate")}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=72)
@@ -562,10 +504,9 @@ def read_curves(path):
         for name, x in row.items():
             if name not in NO_CURVE and isinstance(x, (int, float)) and math.isfinite(x):
                 points.setdefault(name, []).append((row["step"], x))
-    return {"steps": last, "curves": {name: averaged(of_name) for name, of_name in points.items()}}
-
-
-def averaged(points):
-    """Return at most CURVE_POINTS of the points [(step, x), ...], each the mean of neighbours."""
-    parts = np.array_split(np.array(points), min(len(points), CURVE_POINTS))
-    return [[round(step), float(f"{x:.4g}")] for step, x in (part.mean(0) for part in parts)]
+    curves = {}
+    for name, of_name in points.items():
+        parts = np.array_split(np.array(of_name), min(len(of_name), CURVE_POINTS))
+        means = [part.mean(0) for part in parts]
+        curves[name] = [[round(step), float(f"{x:.4g}")] for step, x in means]
+    return {"steps": last, "curves": curves}
