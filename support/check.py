@@ -62,7 +62,7 @@ class CheckedRows(Dataset):
 
 
 def check(args):
-    """Print the loader's results for all rows. Return whether every row is usable."""
+    """Print the loader's results for all rows. Exit with code 1 if a row is unusable."""
     tokenizer, family = None, QWEN2_VL
     if args.model:
         tokenizer = load_tokenizer(args.model)  # raises if the family is unknown
@@ -78,22 +78,13 @@ def check(args):
         for part in loader:
             found += part
             bar.update(len(part))
-    found = mark_left_out(found, args.batch_size)
-    print(check_report(found, args))
-    return not any(row.problem for row in found)
-
-
-def mark_left_out(found, batch_size):
-    """Mark the good rows of datasets that are smaller than a batch, because BatchOrder leaves these datasets out."""
     sizes = Counter(row.dataset for row in found)
-    marked = []
-    for row in found:
-        size = sizes[row.dataset]
-        if size < batch_size and not row.problem:
-            message = f"{row.dataset} has {size} rows, fewer than --batch_size {batch_size}"
-            row = row._replace(problem="left out", message=message)
-        marked.append(row)
-    return marked
+    for i, row in enumerate(found):
+        if sizes[row.dataset] < args.batch_size and not row.problem:  # BatchOrder leaves such a dataset out
+            message = f"{row.dataset} has {sizes[row.dataset]} rows, fewer than --batch_size {args.batch_size}"
+            found[i] = row._replace(problem="left out", message=message)
+    print(check_report(found, args))
+    sys.exit(any(row.problem for row in found))
 
 
 def check_report(found, args):
@@ -104,48 +95,31 @@ def check_report(found, args):
     heads = ("rows", "share", "tokens", "longest", "images", "most", "same target", *PROBLEMS)
     table = [["dataset", *heads]]
     for name, rows in [*sorted(rows_of.items()), ("all", found)]:
-        table.append([name, *dataset_cells(rows, len(found))])
+        tokens = [row.tokens for row in rows if not row.problem] or [0]
+        images = [row.images for row in rows]
+        shared = sum(n for n in Counter(row.target for row in rows).values() if n > 1)  # rows with another row's target
+        problems = Counter(row.problem for row in rows)
+        shares = (f"{len(rows):,}", f"{len(rows) / len(found):.1%}")
+        sizes = (f"{np.mean(tokens):.0f}", f"{max(tokens):,}", f"{np.mean(images):.2f}", f"{max(images)}")
+        counts = [f"{problems[problem]:,}" for problem in PROBLEMS]
+        table.append([name, *shares, *sizes, f"{shared / len(rows):.1%}", *counts])
     lines = [text_table(table)]
     for problem in PROBLEMS:
         messages = dict.fromkeys(row.message for row in found if row.problem == problem)
         lines += [f"{problem}: {message}" for message in list(messages)[:SHOWN]]
-    lines.append(verdict(found, args))
+    count = Counter(row.problem for row in found)
+    skipped = count["media"] + count["too long"] + count["left out"]
+    stop = f" and does not start before {count['schema']:,} are fixed" if count["schema"] else ""
+    lines.append(f"A run with --max_length {args.max_length} --batch_size {args.batch_size} skips {skipped:,} of "
+                 f"{len(found):,} rows{stop}.")  # fmt: skip
     if not args.model:
         lines.append("Without --model, media are looked up but not opened, and tokens are not counted.")
     return "\n".join(lines)
 
 
-def dataset_cells(rows, total):
-    """Return the table's line for some of the rows. total: number of all rows."""
-    tokens = [row.tokens for row in rows if not row.problem] or [0]
-    images = [row.images for row in rows]
-    targets = Counter(row.target for row in rows)
-    shared = sum(n for n in targets.values() if n > 1)  # rows that share their target with another row
-    problems = Counter(row.problem for row in rows)
-    return [
-        f"{len(rows):,}",
-        f"{len(rows) / total:.1%}",
-        f"{np.mean(tokens):.0f}",
-        f"{max(tokens):,}",
-        f"{np.mean(images):.2f}",
-        f"{max(images)}",
-        f"{shared / len(rows):.1%}",
-        *[f"{problems[problem]:,}" for problem in PROBLEMS],
-    ]
-
-
-def verdict(found, args):
-    count = Counter(row.problem for row in found)
-    skipped = count["media"] + count["too long"] + count["left out"]
-    settings = f"--max_length {args.max_length} --batch_size {args.batch_size}"
-    stop = ""
-    if count["schema"]:
-        stop = f" and does not start before {count['schema']:,} are fixed"
-    return f"A run with {settings} skips {skipped:,} of {len(found):,} rows{stop}."
-
-
-def export_checkpoint(checkpoint, out):
+def export(args):
     """Write a checkpoint of sft.py or rl.py as a model folder, so an intermediate step can be evaluated."""
+    checkpoint, out = args.checkpoint, args.out
     meta, _ = open_checkpoint(checkpoint)
     base = meta["settings"].get("model")
     if Path(out).is_file() or (Path(out) / "config.json").exists():
@@ -178,14 +152,5 @@ def export_flags(p):
     p.add_argument("--out", required=True, help="model folder")
 
 
-def run_check(args):
-    sys.exit(0 if check(args) else 1)
-
-
-def run_export(args):
-    export_checkpoint(args.checkpoint, args.out)
-
-
-CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 if a row is bad", check_flags, run_check)
-EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags,
-                 run_export)  # fmt: skip
+CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 if a row is bad", check_flags, check)
+EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags, export)

@@ -215,7 +215,13 @@ def index_rows(path, check=None, cache=None):
         print(f"{saved}: not readable ({error}). Building it again", file=sys.stderr)
     index = make_index(path, check)
     saved.parent.mkdir(parents=True, exist_ok=True)
-    write_file(saved, lambda temporary: save_arrays(temporary, index))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # given a name, savez would add .npz to it
+            np.savez(file, **index)
+            os.fsync(file.fileno())
+
+    write_file(saved, write)
     return index
 
 
@@ -240,12 +246,6 @@ def make_index(path, check):
         "names": np.array(list(names), dtype=str),
         "digest": np.array(digest),
     }
-
-
-def save_arrays(path, arrays):
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
-        os.fsync(file.fileno())
 
 
 def version_of(file):
@@ -326,21 +326,14 @@ def one_or_more(value):
 def write_rows(path, rows):
     """Write a .json list or .jsonl lines, with one row per line. The write is atomic."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write = write_lines if str(path).endswith(".jsonl") else write_list
-    write_file(path, lambda temporary: write(temporary, rows))
+    is_lines = str(path).endswith(".jsonl")
+    start, separator, end = ("", "\n", "\n") if is_lines else ("[\n", ",\n", "\n]\n")
 
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(start)
+            for i, row in enumerate(rows):
+                file.write(separator * (i > 0) + json.dumps(row))
+            file.write(end)
 
-def write_lines(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-
-
-def write_list(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("[")
-        separator = "\n"
-        for row in rows:
-            file.write(separator + json.dumps(row))
-            separator = ",\n"
-        file.write("\n]\n")
+    write_file(path, write)

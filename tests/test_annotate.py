@@ -29,6 +29,7 @@ from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
 from support.files import write_rows
 from support.formats import DISC, GEN, INSTRUCTION
+from support.images import hash_media
 
 
 def run(*argv):
@@ -219,7 +220,8 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
-    digests = annotate_file.digests_of_media(pairs, world)
+    paths = {path for pair in pairs for s in ("qry", "pos") for kind in ("images", "video") for path in pair[s][kind]}
+    digests = hash_media(paths, world)
     sides = {annotate_file.side_key(s, p[s], digests) for p in pairs for s in ("qry", "pos")}
     assert len(raw_answers(annotated)) == len(sides) == 18
 

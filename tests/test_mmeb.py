@@ -23,10 +23,10 @@ import eval as ev
 import support.cache as cache_file
 import support.reasoner as reasoner_file
 from model import Embedder
-from support.cache import EmbeddingCache, embed_inputs, media_of, shards
+from support.cache import EmbeddingCache, embed_inputs, shards
 from support.images import open_picture
 from support.mmeb import sample_frames
-from support.program import Skip
+from support.program import BadInput, Skip
 from support.reasoner import ablate_trace, embed_answers
 
 DATA = Path(__file__).parent / "data"
@@ -48,13 +48,17 @@ def own(mini, tmp_path):
     return Path(shutil.copytree(mini, tmp_path / "root", symlinks=True))
 
 
+def media(item):
+    return item["images"] + item["video"]
+
+
 def below(root, paths):
     return [os.path.relpath(path, root) for path in paths]
 
 
 def as_read(task, root):
     """Return a task with paths relative to its root, to compare."""
-    plain = lambda item: (item["text"], below(root, media_of(item)))  # noqa: E731
+    plain = lambda item: (item["text"], below(root, media(item)))  # noqa: E731
     queries = [(plain(q["input"]), q["labels"], q["grades"], q["candidates"]) for q in task.queries]
     return queries, [(key, *plain(item)) for key, item in task.candidates.items()]
 
@@ -76,13 +80,13 @@ def test_given_tasks_equal_the_published_parsers(mini):
         assert len(task.queries) == len(want["rows"])
         for got, row in zip(task.queries, want["rows"]):
             assert got["input"]["text"] == text_of(row["query_text"]), name
-            assert below(mini, media_of(got["input"])) == row["query_media"], name
+            assert below(mini, media(got["input"])) == row["query_media"], name
             assert (got["labels"], got["grades"]) == (row["labels"], row["rel_scores"]), name
             if name == "QVHighlight":  # in directory order there
                 assert set(got["candidates"]) == set(row["candidates"])
             elif task.eval_type == "local":
                 assert got["candidates"] == row["candidates"], name
-        pool = [(key, item["text"], below(mini, media_of(item))) for key, item in task.candidates.items()]
+        pool = [(key, item["text"], below(mini, media(item))) for key, item in task.candidates.items()]
         target = [(c["name"], text_of(c["text"]), c["media"]) for c in want["candidates"]]
         by_name = name == "QVHighlight"
         assert (sorted(pool) if by_name else pool) == (sorted(target) if by_name else target), name
@@ -99,7 +103,7 @@ def test_all_tasks_load(mini):
         assert task.main_metric == ("ndcg_linear@5" if task.modality == "visdoc" else "hit@1")
         for item in [*(q["input"] for q in task.queries), *task.candidates.values()]:
             assert "<|" not in item["text"] and item["text"] == item["text"].strip()
-            seen.update(media_of(item))
+            seen.update(media(item))
     assert counts == {"image": 36, "video": 18, "visdoc": 24}
     assert list(groups.values()) == [10, 10, 12, 4, 5, 5, 5, 3, 10, 4, 6, 4]
     assert all(open_picture(path).size for path in seen)
@@ -167,7 +171,7 @@ def test_cards_and_links_are_not_needed(mini, own):
     for name in ev.MMEB:
         task = ev.load_task(name, own)
         paths = [path for item in [*(q["input"] for q in task.queries), *task.candidates.values()]
-                 for path in media_of(item)]  # fmt: skip
+                 for path in media(item)]  # fmt: skip
         assert all(os.path.isfile(path) for path in paths), name
         assert len(task.queries) == len(ev.load_task(name, mini).queries)
 
@@ -357,7 +361,7 @@ def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys):
     assert per_query["disc"][:2] == per_query["oracle"][:2] == [0, 0] and per_query["texts"][0] == ""
     assert "2 inputs (or answers) cannot be read" in capsys.readouterr().out
     shutil.rmtree(own / "image-tasks/VOC2007")
-    with pytest.raises(SystemExit, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
+    with pytest.raises(BadInput, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
         run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
 
 
@@ -665,7 +669,7 @@ def test_reasoner_errors(mini, writer_dir, tmp_path, monkeypatch):
         reason(mini, writer_dir, file, tmp_path / "out", samples=4)
     with pytest.raises(ValueError, match="already exists and may hold answers"):
         ev.main(["--root", str(mini), "--export", str(file)])
-    monkeypatch.setattr(cache_file, "digests_of_media", None)  # before all media are read
+    monkeypatch.setattr(cache_file, "hash_media", None)  # before all media are read
     with pytest.raises(ValueError, match="NAME.jsonl"):
         ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
     wrong = tmp_path / "answers.json"

@@ -18,7 +18,6 @@ from test_eval import arrays, generate_by_text, unit, write_tasks
 
 import eval as ev
 from model import Embedder
-from support.images import open_picture
 from support.report import REPORT_BYTES, parts_of_answer, read_curves, sampled_queries, training_runs, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -99,7 +98,7 @@ def test_similarities_are_the_dot_products(tmp_path):
     _, _, rankings = ev.score_task(ev.Task(**fields), queries, candidates, shown=[0, 2, 3])
     examples = {q: {"answer": "", "rankings": {mode: shown[q] for mode, shown in rankings.items()}} for q in (0, 2, 3)}
     model = {"folder": "", "rows": {"t": {"disc": 0.0}}, "means": {"mean": {"disc": 0.0}}, "examples": {"t": examples}}
-    write_report(tmp_path / "report.html", [fields], {"m": model}, open_picture)
+    write_report(tmp_path / "report.html", [fields], {"m": model})
 
     disc = queries["disc"] @ candidates["disc"].T
     gen = queries["gen"][:, 0] @ candidates["gen"][:, 0].T
@@ -127,7 +126,7 @@ def test_verdicts(tmp_path):
         "a": model_of(tasks, disc=lambda q: q if q in (0, 1) else 5, gen=lambda q: q if q in (0, 2) else 5),
         "b": model_of(tasks),
     }
-    write_report(tmp_path / "report.html", tasks, models, open_picture)
+    write_report(tmp_path / "report.html", tasks, models)
     data = data_of(tmp_path / "report.html")
     assert [x["models"][0]["verdict"] for x in data["examples"]] == [
         "both-right", "disc-right", "gen-right", "both-wrong"]  # fmt: skip
@@ -219,7 +218,7 @@ def hostile_report(folder):
         HOSTILE: model_of(tasks, disc=lambda q: q if q != 1 else 5, answer=HOSTILE, folder=run),
         "b": model_of(tasks, answer=f"<think>{HOSTILE}</think><answer>{HOSTILE}<gen_emb>"),
     }
-    write_report(folder / "report.html", tasks, models, open_picture)
+    write_report(folder / "report.html", tasks, models)
     return folder / "report.html"
 
 
@@ -237,7 +236,7 @@ def test_unreadable_images_are_reported(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     paths = [str(tmp_path / name) for name in ("good.jpg", "missing.jpg", "cut.jpg", "text.png")]
     tasks = [task_of(queries=1, images=paths)]
-    write_report(tmp_path / "report.html", tasks, {"m": model_of(tasks)}, open_picture)
+    write_report(tmp_path / "report.html", tasks, {"m": model_of(tasks)})
     data = data_of(tmp_path / "report.html")
     good, *bad = data["examples"][0]["input"]["images"]
     assert list(data["images"]) == [good["digest"]]
@@ -262,20 +261,21 @@ def large_world(tasks=78):
     return world, {"a": model_of(world, answer=long), "b": model_of(world, disc=lambda q: q + 9, answer=long)}
 
 
-def test_size_is_bounded(tmp_path, capsys):
+def test_size_is_bounded(tmp_path, capsys, monkeypatch):
     """78 tasks and two models fit completely. Each distinct image is stored once.
     With a lower limit the file stays below it and every task still has a query. The page and the command line report
     how many queries are left out."""
     world, models = large_world()
+    monkeypatch.setattr(ev.report, "open_picture", noise)
     path = tmp_path / "report.html"
-    write_report(path, world, models, noise)
+    write_report(path, world, models)
     data = data_of(path)
     assert path.stat().st_size < REPORT_BYTES and len(data["examples"]) == 2 * 78
     assert len(set(data["images"].values())) == len(data["images"])
 
     limit = path.stat().st_size * 8 // 10
     capsys.readouterr()
-    write_report(path, world, models, noise, max_bytes=limit)
+    write_report(path, world, models, max_bytes=limit)
     data = data_of(path)
     left_out = sum(task["left_out"] for task in data["tasks"])
     assert path.stat().st_size < limit and left_out + len(data["examples"]) == 2 * 78 and left_out > 0
