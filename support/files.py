@@ -66,7 +66,7 @@ def read_rows(path):
     return [row for _, _, row in scan_rows(path)]
 
 
-def scan_rows(path, block=1 << 24):
+def scan_rows(path, block=1 << 17):
     """Yield (first byte, last byte + 1, dict) of every row of a .json list or .jsonl lines.
 
     The file is streamed, with one block and one row in memory at a time.
@@ -116,81 +116,69 @@ def parse_line(line, name):
         raise BadInput(f"{name}: {error}") from error
 
 
+OPENING = re.compile(r"\s*\[\s*(\]?)")  # group 1: the end of the list
+BETWEEN = re.compile(r"\s*(?:,\s*|(\]))")
+
+
 def scan_list(file, path, block):
     """Yield (first byte, last byte + 1, row) of every element of a JSON list."""
     text = ListText(file, path, block)
-    closing = text.pass_gap(OPENING)
-    while not closing:
+    gap = OPENING
+    while True:
+        while not text.is_last and len(text.ahead) < 4096:  # keeps a comma and its space together
+            text.read_on()
+        found = gap.match(text.ahead)
+        if not found:
+            raise text.broken("a row must be followed by a comma or the end of the list. Is the file complete?", 0)
+        text.drop(found.end())
+        if found[1]:
+            break
+        gap = BETWEEN
+        row, end = text.parse_row()
         start = text.byte
-        row = text.next_row()
+        text.drop(end)
         yield start, text.byte, row
-        closing = text.pass_gap(BETWEEN)
-    text.refuse_more()
-
-
-OPENING = re.compile(r"\s*\[\s*(\]?)")  # group 1: the end of the list
-BETWEEN = re.compile(r"\s*(?:,\s*|(\]))")
+    while not text.is_last and not text.ahead.strip():
+        text.read_on()
+    if text.ahead.strip():
+        raise text.broken("more text after the list", 0)
 
 
 class ListText:
     """The text of a JSON list, read block by block."""
 
     def __init__(self, file, path, block):
-        self.file = file
-        self.path = path
-        self.block = block  # bytes
+        self.file, self.path, self.block = file, path, block  # block: bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
-        self.json = json.JSONDecoder()
-        self.text = ""  # the text in memory
-        self.index = 0  # of the next character in text
-        self.byte = 0  # offset of this character in the file
-        self.line = 1  # line number of the text's start
+        self.ahead = ""  # the text in memory that is not parsed yet
+        self.byte, self.line = 0, 1  # its offset and line number in the file
         self.is_last = False  # the file has been read to its end
 
-    def refill(self):
-        new = self.file.read(self.block)
+    def read_on(self):
+        new = self.file.read(max(self.block, len(self.ahead)))  # doubles the text of a long row
         self.is_last = not new
-        self.line += self.text.count("\n", 0, self.index)
-        self.text = self.text[self.index :] + self.utf8.decode(new, self.is_last)
-        self.index = 0
+        self.ahead += self.utf8.decode(new, self.is_last)
 
-    def move_to(self, index):
-        self.byte += len(self.text[self.index : index].encode())
-        self.index = index
+    def drop(self, n):
+        self.byte += len(self.ahead[:n].encode())
+        self.line += self.ahead.count("\n", 0, n)
+        self.ahead = self.ahead[n:]
 
-    def broken(self, what, index):
-        line = self.line + self.text.count("\n", 0, index)
+    def broken(self, what, at):
+        line = self.line + self.ahead.count("\n", 0, at)
         return BadInput(f"{self.path}, line {line}: not valid JSON ({what})")
 
-    def pass_gap(self, pattern):
-        """Move to the next row. Return whether the list ends here instead."""
-        while not self.is_last and len(self.text) - self.index < 4096:  # keeps a comma and its space together
-            self.refill()
-        found = pattern.match(self.text, self.index)
-        if not found:
-            message = "a row must be followed by a comma or the end of the list. Is the file complete?"
-            raise self.broken(message, self.index)
-        self.move_to(found.end())
-        return bool(found[1])
-
-    def next_row(self):
+    def parse_row(self):
+        """Return the row at the start of the text, and the index of its end."""
         while True:
             try:
-                row, end = self.json.raw_decode(self.text, self.index)
-                self.move_to(end)
-                return row
+                return json.JSONDecoder().raw_decode(self.ahead)
             except json.JSONDecodeError as error:
                 if self.is_last:
                     raise self.broken(error.msg, error.pos) from error
-                self.refill()  # the row may continue in the next block
+                self.read_on()  # the row may continue in the next block
             except (ValueError, RecursionError) as error:
-                raise self.broken(error, self.index) from error
-
-    def refuse_more(self):
-        while not self.text[self.index :].strip() and not self.is_last:
-            self.refill()
-        if self.text[self.index :].strip():
-            raise self.broken("more text after the list", self.index)
+                raise self.broken(error, 0) from error
 
 
 def index_rows(path, check=None, cache=None):
