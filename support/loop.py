@@ -71,10 +71,14 @@ def end_run(args, settings):
     end_processes()
 
 
+def trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def make_optimizer(embedder, args, weight_decay=0.0):
     """Return AdamW for the trained parameters. On a GPU it is fused, because torch's default there, foreach, needs a
     copy as large as the second moments (computed: 5.8 GiB for the 2B)."""
-    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    parameters = trained(embedder)
     fused = all(p.device.type == "cuda" for p in parameters)
     return torch.optim.AdamW(parameters, args.lr, betas=(0.9, args.beta2), weight_decay=weight_decay, fused=fused)
 
