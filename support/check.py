@@ -117,9 +117,8 @@ def check_report(found, args):
     return "\n".join(lines)
 
 
-def export(args):
+def export_checkpoint(checkpoint, out):
     """Write a checkpoint of sft.py or rl.py as a model folder, so an intermediate step can be evaluated."""
-    checkpoint, out = args.checkpoint, args.out
     meta, _ = open_checkpoint(checkpoint)
     base = meta["settings"].get("model")
     if Path(out).is_file() or (Path(out) / "config.json").exists():
@@ -153,4 +152,5 @@ def export_flags(p):
 
 
 CHECK = Command("check", "check an SFT or RL file before a run; exit code 1 if a row is bad", check_flags, check)
-EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags, export)
+EXPORT = Command("export", "write a checkpoint of sft.py or rl.py as a model folder, for eval.py", export_flags,
+                 lambda args: export_checkpoint(args.checkpoint, args.out))  # fmt: skip

@@ -130,8 +130,8 @@ def refuse_missing_shards(files):
         first = int((n, n) in found)  # some tools count from 1
         expected = {(n, index) for index in range(first, first + n)}
         if len(set(found)) < len(found) or set(found) - expected:
-            totals = ", ".join(str(total) for total in sorted({total for total, _ in found}))
-            raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {totals} files), and rows "
+            totals = ", ".join(f"{total:05}" for total in sorted({total for total, _ in found}))
+            raise BadInput(f"{folder} holds files {name}-*{ending} of several downloads (of {totals}), and rows "
                            "would be read twice. Delete the older files")  # fmt: skip
         if absent := sorted(expected - set(found)):
             example = f"{name}-{absent[0][1]:05}-of-{n:05}{ending}"
