@@ -309,23 +309,23 @@ class Embedder(nn.Module):
             **deepstack,
         ).last_hidden_state
 
-    def forward(self, batch, read=None, predict=None, labels=None, temperature=1.0, ban=False):
-        """Return the embeddings at the flat indices `read` and the log-probabilities of `labels` at `predict`.
+    def forward(self, batch, embed_at=None, predict=None, labels=None, temperature=1.0, ban=False):
+        """Return the embeddings at the flat indices `embed_at` and the log-probabilities of `labels` at `predict`.
 
-        batch: from pad_rows; None is an empty pass that initialises FSDP. read int [N] and predict int [M] index the
-        flattened [B * L]; labels int [M]. Without read and labels, the Output holds only the vision states.
+        batch: from pad_rows; None is an empty pass that initialises FSDP. embed_at int [N] and predict int [M] index
+        the flattened [B * L]; labels int [M]. Without embed_at and labels, the Output holds only the vision states.
         """
         if batch is None:
             return Output()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             states = self.vision_states_of(batch)
-            if read is None and labels is None:
+            if embed_at is None and labels is None:
                 return Output(vision_states=states)
             x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
             hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
             embeddings = logp = entropy = None
-            if read is not None:
-                embeddings = F.normalize(hidden[read].float(), dim=-1)
+            if embed_at is not None:
+                embeddings = F.normalize(hidden[embed_at].float(), dim=-1)
             if labels is not None:
                 logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
         return Output(embeddings, logp, entropy)
@@ -487,7 +487,7 @@ class Embedder(nn.Module):
 
         prompts = self.prompts_of(checked, traces, blank_image, int(seed))  # a numpy int would hash differently
         if mode == "disc" or traces is not None:
-            results = self.read(prompts, batch_size)
+            results = self.read_once(prompts, batch_size)
         else:
             results = self.generate(
                 prompts, G=samples, temperature=temperature, max_new_tokens=max_new_tokens, slots=batch_size
@@ -530,7 +530,7 @@ class Embedder(nn.Module):
                 yield Prompt(n, None, problem=str(error))
 
     @torch.no_grad()
-    def read(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
+    def read_once(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
         """Yield (prompt, Rollouts) like generate(), with one rollout each, from one pass without decoding. The rows of
         the prompts contain their assistant texts already, or need none."""
         waiting = Waiting(prompts, self.device)
@@ -542,9 +542,9 @@ class Embedder(nn.Module):
                 batch = self.pad_rows(rows)
                 starts = batch.ids.shape[1] * torch.arange(len(rows))  # first flat position of each row
                 places = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
-                read = (starts[:, None] + places).flatten().to(self.device)
+                embed_at = (starts[:, None] + places).flatten().to(self.device)
                 with evaluating(self):
-                    states = self(batch, read=read).embeddings.view(len(rows), 2, -1)
+                    states = self(batch, embed_at=embed_at).embeddings.view(len(rows), 2, -1)
                 for prompt, (disc, gen) in zip(readable, states):
                     row = prompt.row
                     valid = torch.tensor([row.gen_at >= 0])

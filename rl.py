@@ -226,13 +226,13 @@ def rewards_of(embedder, rollouts, pairs, args):
     query, query_parts = total_reward(weights, texts[0], gen[0], gen[1], valid, same_target)  # [P, G] each
     target, target_parts = total_reward(weights, texts[1], gen[1], gen[0], valid.flip(0), same_target)
 
-    def local(query, target):
+    def of_this_rank(query, target):
         """Return this rank's rows of queries and targets, [P, G] x2 -> [2, p, G]; 0 for a skipped pair."""
         global_index = torch.arange(p, device=device) * world + rank  # of this rank's pairs in the global batch
         return torch.stack([query, target])[:, global_index].masked_fill(~ok[:, None], 0.0)
 
-    parts = {name: local(query_parts[name], target_parts[name]) for name in weights}
-    return local(query, target), parts
+    parts = {name: of_this_rank(query_parts[name], target_parts[name]) for name in weights}
+    return of_this_rank(query, target), parts
 
 
 @dataclass
@@ -259,7 +259,7 @@ class PackedGroup:
     row: Row
     segments: np.ndarray  # [L] 0 prompt, g + 1 completion g
     predict: list  # for each completion token, the index that predicts it
-    read: list  # for each embedding, its own index: disc, then each valid gen
+    embed_at: list  # for each embedding, its own index: disc, then each valid gen
 
 
 def pack_group(row, rollouts):
@@ -267,18 +267,18 @@ def pack_group(row, rollouts):
     n = row.n_prompt
     segments = [np.zeros(n, int)]
     positions = [row.positions[:, :n]]
-    predict, read = [], [row.disc_at]
+    predict, embed_at = [], [row.disc_at]
     start = n  # index of the next completion
     for g, ids in enumerate(rollouts.ids):
         segments.append(np.full(len(ids), g + 1))
         positions.append(np.broadcast_to(row.next_position + np.arange(len(ids)), (3, len(ids))))
         predict += [n - 1, *range(start, start + len(ids) - 1)]  # n - 1: the prompt's last token
         if rollouts.valid[g]:
-            read.append(start + rollouts.gen_at[g])
+            embed_at.append(start + rollouts.gen_at[g])
         start += len(ids)
     ids = np.concatenate([row.ids[:n], *rollouts.ids])
     packed = replace(row, ids=ids, positions=np.concatenate(positions, axis=1), gen_at=-1)
-    return PackedGroup(packed, np.concatenate(segments), predict, read)
+    return PackedGroup(packed, np.concatenate(segments), predict, embed_at)
 
 
 def tree_mask(segments, device):
@@ -305,8 +305,8 @@ class Packed(NamedTuple):
     """n groups as a batch for Embedder.forward; M completion tokens, T tokens of the longest completion."""
 
     batch: Batch
-    read: torch.Tensor  # flat indices of the embeddings
-    group_of_read: torch.Tensor  # the group of each embedding
+    embed_at: torch.Tensor  # flat indices of the embeddings
+    group_of_embedding: torch.Tensor  # the group of each embedding
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
     mask_at: torch.Tensor  # [M] flat indices of the tokens in `mask`
@@ -322,16 +322,16 @@ def pack_groups(embedder, groups):
     batch = embedder.pad_rows([p.row for p in packed], mask)
     L = batch.ids.shape[1]
     T = max(map(len, completions))
-    read, group_of_read, predict, labels, mask_at = int_tensors(
+    embed_at, group_of_embedding, predict, labels, mask_at = int_tensors(
         device,
-        [b * L + index for b, p in enumerate(packed) for index in p.read],
-        [b for b, p in enumerate(packed) for _ in p.read],
+        [b * L + index for b, p in enumerate(packed) for index in p.embed_at],
+        [b for b, p in enumerate(packed) for _ in p.embed_at],
         [b * L + index for b, p in enumerate(packed) for index in p.predict],
         [token for ids in completions for token in ids],
         [i * T + t for i, ids in enumerate(completions) for t in range(len(ids))],
     )
     mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, mask_at, True)
-    return Packed(batch, read, group_of_read, predict, labels, mask_at, mask.view(-1, T))
+    return Packed(batch, embed_at, group_of_embedding, predict, labels, mask_at, mask.view(-1, T))
 
 
 def padded(flat, packed):
@@ -340,12 +340,12 @@ def padded(flat, packed):
     return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.mask_at, flat).view(mask.shape)
 
 
-def anchor_loss(embeddings, ref_embeddings, group_of_read, ok):
+def anchor_loss(embeddings, ref_embeddings, group_of_embedding, ok):
     """Return the sum over the usable groups of their mean 1 - cosine to the embeddings of the reference, a scalar.
-    embeddings x2 [reads, D], group_of_read [reads], ok [n], 0 or 1"""
-    away = 1 - (embeddings * ref_embeddings).sum(-1)  # [reads]
-    of_group = torch.zeros_like(ok).index_add(0, group_of_read, away)  # [n]
-    of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_read, torch.ones_like(away))
+    embeddings x2 [N, D], group_of_embedding [N], ok [n], 0 or 1"""
+    away = 1 - (embeddings * ref_embeddings).sum(-1)  # [N]
+    of_group = torch.zeros_like(ok).index_add(0, group_of_embedding, away)  # [n]
+    of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_embedding, torch.ones_like(away))
     return (of_group * ok).sum()
 
 
@@ -383,7 +383,7 @@ def update(model, reference, batches, args):
     for groups in batches:
         stop_if_asked()
         packed = pack_groups(embedder, groups)
-        asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels)
+        asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels)
         asked |= dict(temperature=args.temperature, ban=True)  # as in sampling
         ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], 0 for skipped pairs
@@ -400,7 +400,7 @@ def update(model, reference, batches, args):
             )  # fmt: skip
             # grpo_loss is the mean over this batch; weight it to get the mean over the groups of all ranks
             loss = loss * len(groups) / num_groups
-            anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_read, ok) / num_groups
+            anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_embedding, ok) / num_groups
             (world * (loss + args.w_anchor * anchor)).backward()  # undo the average of DDP and FSDP over the ranks
 
         sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]

@@ -188,27 +188,27 @@ def sft_step(model, pairs, args):
     but the memory holds the graph of only one micro-batch. pairs: the b pairs of this rank.
     """
     embedder = without_ddp(model)
-    local = local_rows(pairs, args.micro_batch, embedder.device)
+    step = rows_of_step(pairs, args.micro_batch, embedder.device)
     if not args.train_vision:
-        embedder.share_vision(local.rows, 2 * args.micro_batch)
+        embedder.share_vision(step.rows, 2 * args.micro_batch)
 
     # 1. embed all micro-batches; only the first has a graph, which pass 3 uses again
-    embeddings, first_pass = embed_all(model, local, args)  # [2b, 2, D]
+    embeddings, first_pass = embed_all(model, step, args)  # [2b, 2, D]
 
     # 2. contrastive loss of the global batch, and its gradient for the embeddings of this rank
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
     # 3. run the other micro-batches again with graphs; backpropagate that gradient and the next-token loss
-    ce = all_sum(backward_all(model, local, gradient, args, first_pass))  # [2]
+    ce = all_sum(backward_all(model, step, gradient, args, first_pass))  # [2]
 
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
     values = torch.stack([*parts.values()]).tolist()
-    num_tokens = sum(len(row.ids) for row in local.rows)
+    num_tokens = sum(len(row.ids) for row in step.rows)
     return dict(zip(parts, values)), int(all_sum(torch.tensor(num_tokens)))
 
 
 @dataclass
-class LocalRows:
+class StepRows:
     """The rows of one step on this rank."""
 
     rows: list  # 2b Rows: b queries, then b targets
@@ -218,8 +218,8 @@ class LocalRows:
     row_indices: list  # the same lists as tensors on the device
 
 
-def local_rows(pairs, micro_batch, device):
-    """Return the LocalRows of b pairs. micro_batch counts pairs, so a micro-batch has twice as many rows."""
+def rows_of_step(pairs, micro_batch, device):
+    """Return the StepRows of b pairs. micro_batch counts pairs, so a micro-batch has twice as many rows."""
     b = len(pairs)
     rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
     side = torch.arange(2 * b) // b
@@ -235,47 +235,47 @@ def local_rows(pairs, micro_batch, device):
     order = sorted(range(2 * b), key=lambda n: len(rows[n].ids), reverse=True)
     micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
     row_indices = int_tensors(device, *micro_batches)
-    return LocalRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices)
+    return StepRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices)
 
 
-def embed_micro_batch(net, local, numbers, next_token):
+def embed_micro_batch(net, step, numbers, next_token):
     """Return the embeddings [n, 2, D] (disc, gen) of one micro-batch and the CE [2] of queries and of targets.
 
     Without next_token the CE is None. net: the model, inside DDP only for a pass with a graph. numbers: indices of the
     n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state that no loss reads. Flat
     indices refer to [n, L] flattened.
     """
-    device = local.side.device
-    rows = [local.rows[n] for n in numbers]
+    device = step.side.device
+    rows = [step.rows[n] for n in numbers]
     batch = without_ddp(net).pad_rows(rows)
     L = batch.ids.shape[1]
-    read = [j * L + max(at, 0) for j, row in enumerate(rows) for at in (row.disc_at, row.gen_at)]  # [2n]
+    embed_at = [j * L + max(at, 0) for j, row in enumerate(rows) for at in (row.disc_at, row.gen_at)]  # [2n]
     if not next_token:
-        (read,) = int_tensors(device, read)
-        return net(batch, read=read).embeddings.view(len(rows), 2, -1), None
+        (embed_at,) = int_tensors(device, embed_at)
+        return net(batch, embed_at=embed_at).embeddings.view(len(rows), 2, -1), None
     answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]  # [M]
     row_of = [n for n, row in zip(numbers, rows) for _ in range(row.n_prompt, len(row.ids))]  # [M]
-    read, answers, row_of = int_tensors(device, read, answers, row_of)
-    out = net(batch, read=read, predict=answers - 1, labels=batch.ids.flatten()[answers])
-    ce = torch.zeros(2, device=device).index_add(0, local.side[row_of], -out.logp * local.ce_weight[row_of])
+    embed_at, answers, row_of = int_tensors(device, embed_at, answers, row_of)
+    out = net(batch, embed_at=embed_at, predict=answers - 1, labels=batch.ids.flatten()[answers])
+    ce = torch.zeros(2, device=device).index_add(0, step.side[row_of], -out.logp * step.ce_weight[row_of])
     return out.embeddings.view(len(rows), 2, -1), ce
 
 
-def embed_all(model, local, args):
+def embed_all(model, step, args):
     """Run pass 1; return the embeddings [2b, 2, D] and the result of the first micro-batch with its graph.
     The first micro-batch is the largest. It runs last, so only its graph is in memory."""
     embedder = without_ddp(model)
-    embeddings = torch.zeros(len(local.rows), 2, embedder.width, device=embedder.device)
-    first, *others = zip(local.micro_batches, local.row_indices)
+    embeddings = torch.zeros(len(step.rows), 2, embedder.width, device=embedder.device)
+    first, *others = zip(step.micro_batches, step.row_indices)
     if uses_embeddings(args):
         for numbers, indices in others:
             stop_if_asked()
             with torch.no_grad():
-                embeddings[indices], _ = embed_micro_batch(embedder, local, numbers, next_token=False)
+                embeddings[indices], _ = embed_micro_batch(embedder, step, numbers, next_token=False)
     stop_if_asked()
     numbers, indices = first
     with no_gradient_sync(model, is_last=not others):
-        first_pass = embed_micro_batch(model, local, numbers, bool(args.w_ce))
+        first_pass = embed_micro_batch(model, step, numbers, bool(args.w_ce))
     embeddings[indices] = first_pass[0].detach()
     return embeddings, first_pass
 
@@ -286,33 +286,33 @@ def contrast(embeddings, pairs, args):
     device, b = embeddings.device, len(pairs)
     ok = require_usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
-    own = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
+    own_embeddings = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
     global_index = torch.arange(b, device=device) * world + rank  # [b] of this rank's pairs
     # gather() passes no gradient. Each rank puts its own rows back with gradient, so it gets the derivative of the
     # global loss with respect to its own embeddings. DDP and FSDP then average over the ranks, which divides by world;
     # `loss * world` in backward_all undoes that, so the gradient is the sum over ranks, as on one device.
-    gathered = gather(own)  # [B, 4, D]
-    gathered = gathered.index_put((global_index,), own)
+    gathered = gather(own_embeddings)  # [B, 4, D]
+    gathered = gathered.index_put((global_index,), own_embeddings)
     same_target = None
     if args.mask_same_target:
         same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
     loss, terms = contrastive_loss(gathered[ok], args, same_target)
-    (gradient,) = torch.autograd.grad(loss, own)
+    (gradient,) = torch.autograd.grad(loss, own_embeddings)
     terms = {name: term.detach() for name, term in terms.items()}
     return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
 
 
-def backward_all(model, local, gradient, args, first_pass):
+def backward_all(model, step, gradient, args, first_pass):
     """Run pass 3; return this rank's part of the CE [2] of queries and of targets."""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
-    for numbers, indices in zip(local.micro_batches, local.row_indices):
+    for numbers, indices in zip(step.micro_batches, step.row_indices):
         stop_if_asked()
-        with no_gradient_sync(model, is_last=numbers is local.micro_batches[-1]):
-            if numbers is local.micro_batches[0]:
+        with no_gradient_sync(model, is_last=numbers is step.micro_batches[-1]):
+            if numbers is step.micro_batches[0]:
                 embeddings, ce = first_pass
             else:
-                embeddings, ce = embed_micro_batch(model, local, numbers, bool(args.w_ce))
+                embeddings, ce = embed_micro_batch(model, step, numbers, bool(args.w_ce))
             loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw (chain rule)
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()

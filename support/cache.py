@@ -123,7 +123,7 @@ def embed_inputs(embedder, inputs, keys, settings, samples=0, answers=None):
     S = max(1, samples)
     D = embedder.width
     if answers is not None:
-        results = embedder.read(prompts, settings.batch_size, settings.prefill_tokens)
+        results = embedder.read_once(prompts, settings.batch_size, settings.prefill_tokens)
     else:
         results = embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
                                     max_new_tokens=settings.max_new_tokens, slots=settings.batch_size,
@@ -183,13 +183,13 @@ class EmbeddingCache:
         folder = self.folder(kind, samples)
         rank, world = processes()
         todo = self.missing(folder, keys, inputs)
-        local = todo[rank::world]
-        local_inputs = [inputs[n] for n in local]
-        local_keys = [keys[n] for n in local]
-        local_answers = [answers[n] for n in local] if answers is not None else None
-        results = embed_inputs(self.embedder, local_inputs, local_keys, self.settings, samples, local_answers)
+        own = todo[rank::world]
+        own_inputs = [inputs[n] for n in own]
+        own_keys = [keys[n] for n in own]
+        own_answers = [answers[n] for n in own] if answers is not None else None
+        results = embed_inputs(self.embedder, own_inputs, own_keys, self.settings, samples, own_answers)
         title = f"{self.name} {kind}"
-        bar = Progress(results, total=len(local), desc=title, unit="input", disable=rank > 0 or not local)
+        bar = Progress(results, total=len(own), desc=title, unit="input", disable=rank > 0 or not own)
         write_shards(bar, folder, self.settings)
         barrier(self.group)
         self.encoded[kind] = self.encoded.get(kind, 0) + len(todo)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from support.distributed import barrier, gather, is_sharded, local, processes
+from support.distributed import barrier, gather, is_sharded, own_part, processes
 from support.files import apply_umask
 from support.program import BadInput, MissingFile
 from support.settings import refuse_changed
@@ -49,7 +49,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep=2, alone=Fals
             tensors = {f"model/{n}": p for p, n in names.items()}
             tensors |= {f"{key}/{names[p]}": x for p, state in optimizer.state.items() for key, x in state.items()}
             part = temporary / f"part-{rank}.safetensors"
-            save_file({name: local(x.detach()).contiguous() for name, x in tensors.items()}, part)
+            save_file({name: own_part(x.detach()).contiguous() for name, x in tensors.items()}, part)
             apply_umask(part)
             sync(part)
         meet()
@@ -75,7 +75,7 @@ def refuse_not_finite(model, optimizer=None):
     tensors = {name: p for name, p in model.named_parameters()}
     tensors |= {f"a moment of {name}": x for name, p in tensors.items() if optimizer
                 for x in optimizer.state.get(p, {}).values()}  # fmt: skip
-    broken = [name for name, x in tensors.items() if not torch.isfinite(local(x)).all()]
+    broken = [name for name, x in tensors.items() if not torch.isfinite(own_part(x)).all()]
     if broken:
         raise BadInput(f"{len(broken)} tensors are not finite ({', '.join(broken[:3])}) and are not saved. The "
                        "previous checkpoint is intact. Start the same command again to resume from it.")  # fmt: skip
@@ -139,7 +139,7 @@ def restore(path, model, optimizer=None):
             raise BadInput(f"{path}: {name} has shape {shape}, the model {list(x.shape)}. Give one of this model.")
         size = -(-len(x) // world)  # rows per rank, as FSDP splits them
         low, high = (rank * size, rank * size + size) if isinstance(x, DTensor) else (0, len(x))
-        first, own = 0, local(x)
+        first, own = 0, own_part(x)
         for rows, (n, *_) in zip(slices, shapes):
             a, b = max(first, low), min(first + n, high)
             if a < b:

@@ -170,7 +170,7 @@ def is_sharded(model):
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def local(x):
+def own_part(x):
     """Return this rank's part of a tensor: its rows if FSDP has sharded it, otherwise all of it."""
     return x.to_local() if isinstance(x, DTensor) else x
 

@@ -93,11 +93,11 @@ def hash_media(paths, root=None, group=None):
     The ranks divide the files among them, so every rank must see all files. group: the process group of the ranks."""
     rank, world = processes()
     paths = sorted(paths, key=str)
-    local_paths = paths[rank::world]
-    bar = Progress(total=len(local_paths), desc="read media", unit="file", disable=rank > 0 or len(paths) < 10_000)
+    own_paths = paths[rank::world]
+    bar = Progress(total=len(own_paths), desc="read media", unit="file", disable=rank > 0 or len(paths) < 10_000)
     digests = {}
     with ThreadPoolExecutor(16) as threads, bar:
-        for path, digest in zip(local_paths, threads.map(partial(digest_of_file, root=root), local_paths)):
+        for path, digest in zip(own_paths, threads.map(partial(digest_of_file, root=root), own_paths)):
             digests[path] = digest
             bar.update(1)
     for part in gather_objects(digests, group):

@@ -152,7 +152,7 @@ def test_graphs_equal_the_plain_step(writer_dir, monkeypatch):
 def plain_step(self, tokens, index, positions):
     """Decoder.step without graphs and added rows."""
     self.make_room(max(index) + 1)
-    return self.read(torch.tensor([tokens, index, positions]).to(self.device), max(index) + 1)
+    return self.run(torch.tensor([tokens, index, positions]).to(self.device), max(index) + 1)
 
 
 @pytest.mark.parametrize("R", [1, 8, 64])
@@ -186,10 +186,10 @@ def test_attention_kernels(real_2b):
     with torch.no_grad():
         batch = real_2b.pad_rows(rows)
         read = torch.tensor([5], device="cuda")
-        assert attention_of(lambda: real_2b(batch, read=read)) == {"flash_attention"}
+        assert attention_of(lambda: real_2b(batch, embed_at=read)) == {"flash_attention"}
         L = batch.ids.shape[1]
         tree = batch._replace(mask=torch.ones(2, 1, L, L, dtype=torch.bool, device="cuda").tril())
-        assert attention_of(lambda: real_2b(tree, read=read)) == {"flash_attention", "efficient_attention"}
+        assert attention_of(lambda: real_2b(tree, embed_at=read)) == {"flash_attention", "efficient_attention"}
         decoder = Decoder(real_2b.backbone, 4, torch.bfloat16)
         decoder.make_room(300)
         inputs = torch.tensor([[5] * 4, [270] * 4, [200] * 4], device="cuda")

@@ -564,7 +564,7 @@ def test_a_model_can_read_its_own_answers(mini, writer_dir, tmp_path):
 def test_killed_reading_resumes(mini, writer_dir, reader_dir, tmp_path, monkeypatch):
     """kill -9 while the answers are read: the next start reads only the rest, and the scores are the same."""
     undisturbed = reason(mini, reader_dir, writer_dir, tmp_path / "undisturbed")
-    real = Embedder.read
+    real = Embedder.read_once
 
     def killed(self, prompts, *sizes):
         for n, result in enumerate(real(self, prompts, *sizes)):
@@ -574,7 +574,7 @@ def test_killed_reading_resumes(mini, writer_dir, reader_dir, tmp_path, monkeypa
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(Embedder, "read", killed)
+        monkeypatch.setattr(Embedder, "read_once", killed)
         reason(mini, reader_dir, writer_dir, tmp_path / "killed", "--save_every", 10)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -190,8 +190,9 @@ def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
     of them."""
     rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
     packed = pack_groups(writer, groups_of(rows, rollouts))
-    embeddings, logp, entropy, _ = writer(packed.batch, packed.read, packed.predict, packed.labels, temperature, True)
-    group, mask = packed.group_of_read, packed.mask
+    out = writer(packed.batch, packed.embed_at, packed.predict, packed.labels, temperature, True)
+    embeddings, logp, entropy, _ = out
+    group, mask = packed.group_of_embedding, packed.mask
     plain = [plain_group(writer, row, r, temperature) for row, r in zip(rows, rollouts)]
     want, want_embeddings = torch.cat([x for p in plain for x in p[0]]), torch.cat([p[1] for p in plain])
     torch.testing.assert_close(logp, want, **CLOSE)
@@ -247,7 +248,7 @@ def test_longest_passes_come_first(sampled):
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1 and len(lengths) == len(groups)
     rows = [group.row for group in groups]
     pairs = [SimpleNamespace(query=row, target=rows[0], ok=True) for row in rows]
-    local = sft.local_rows(pairs, 1, "cpu")
+    local = sft.rows_of_step(pairs, 1, "cpu")
     longest = [max(len(local.rows[n].ids) for n in numbers) for numbers in local.micro_batches]
     assert longest == sorted(longest, reverse=True) and len(set(longest)) > 1
 
@@ -264,10 +265,10 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
 
     def everything():
         packed = pack_groups(writer, groups_of(*sampled))
-        asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
+        asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels, ban=True)
         found = [*writer(packed.batch, **asked)[:3]]
         rows = encoded(writer, inputs())
-        local = sft.LocalRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
+        local = sft.StepRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
         emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
         return [*found, emb.disc, emb.gen], packed.batch.ids.shape[1], packed.batch.mask.shape[-1]
@@ -286,7 +287,7 @@ def test_rollout_and_update_see_the_same(writer, sampled):
     rows, rollouts = sampled
     packed = pack_groups(writer, groups_of(rows, rollouts))
     with torch.no_grad():
-        embeddings, logp, *_ = writer(packed.batch, packed.read, packed.predict, packed.labels, 1.0, True)
+        embeddings, logp, *_ = writer(packed.batch, packed.embed_at, packed.predict, packed.labels, 1.0, True)
     kept = [x for r in rollouts for x in (r.disc, *r.gen[r.valid])]
     torch.testing.assert_close(embeddings, torch.stack(kept), **CLOSE)
     torch.testing.assert_close(logp, torch.tensor([x for r in rollouts for lp in r.logp for x in lp]), **CLOSE)
@@ -477,7 +478,7 @@ def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tmp_path, t
     store_linear_in_bf16(halved)
     packed = pack_groups(plain, groups_of(*sampled))
     assert len(packed.batch.patches)
-    asked = dict(read=packed.read, predict=packed.predict, labels=packed.labels, ban=True)
+    asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels, ban=True)
     for a, b in zip(plain(packed.batch, **asked)[:3], halved(packed.batch, **asked)[:3]):
         assert torch.equal(a, b)
     left = {name for name, p in halved.named_parameters() if p.dtype == torch.float32}

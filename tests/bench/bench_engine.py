@@ -210,7 +210,7 @@ def our_reference(reference, rows, rollouts, args):
     with torch.no_grad():
         for group in groups_of(rows, rollouts, torch.zeros(len(rows), G)):
             packed = rl.pack_groups(reference, [group])
-            reference(packed.batch, packed.read, packed.predict, packed.labels, args.temperature, True)
+            reference(packed.batch, packed.embed_at, packed.predict, packed.labels, args.temperature, True)
 
 
 def our_step(embedder, reference, optimizer, rows, script, args):

@@ -170,7 +170,7 @@ def growing(table, model):
         rows = [text_prompt(model, 300 + 7 * n + k) for k in range(4)]
         batch = model.pad_rows(rows)
         read = torch.tensor([5], device="cuda")
-        passes.append(seconds(lambda batch=batch, read=read: model(batch, read=read)))
+        passes.append(seconds(lambda batch=batch, read=read: model(batch, embed_at=read)))
     for what, found in (("decode steps", steps), ("passes over 4 prompts", passes)):
         ratio = max(found[3:]) / statistics.median(found)
         table.row(f"50 {what} of growing lengths, largest / median", f"{ratio:.1f}", "< 3")

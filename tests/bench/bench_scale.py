@@ -104,7 +104,7 @@ def one_pass(embedder, stage):
         vision_states=torch.zeros(2 * prompt, vision_width(embedder.backbone), dtype=torch.bfloat16),
         mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )
-    embeddings, logp, *_ = embedder(batch, read=read, predict=predict, labels=torch.zeros_like(predict))
+    embeddings, logp, *_ = embedder(batch, embed_at=read, predict=predict, labels=torch.zeros_like(predict))
     (embeddings.sum() - logp.mean()).backward()
 
 
