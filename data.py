@@ -54,7 +54,7 @@ from support.formats import (
     side_of,
     without_marks,
 )
-from support.images import blank_picture, normalise, open_picture, patch_bytes, thinned
+from support.images import normalise, open_image, patch_bytes, thinned, white_image
 from support.program import BadInput, Skip, run_script
 from support.settings import check_batch_size, check_bounds
 
@@ -69,7 +69,7 @@ def patchify(frames, *, min_pixels, max_pixels, family=QWEN2_VL):
     14 x 14 pixels, CLIP-normalised; four consecutive patches merge into one token) and grid_thw [3] (t, h, w in
     patches, n = t*h*w). min_pixels, max_pixels: area of one frame after the resize. The first frame sets the size of
     all frames. An odd number of frames repeats the last frame, so an image becomes the two equal frames that the model
-    expects. Raises Skip as open_picture does. The values equal those of transformers' Qwen2VLImageProcessorPil, except
+    expects. Raises Skip as open_image does. The values equal those of transformers' Qwen2VLImageProcessorPil, except
     for 16-bit images, which become black or white in transformers.
     """
     patches, grid = patch_bytes(frames, min_pixels, max_pixels, family)
@@ -215,7 +215,7 @@ def place_media(item, marks, root, family):
             sources = thinned(item["video"])
             bounds = family.video_pixels
             pad = family.video_pad
-        frames = [open_picture(source, root, is_frame) for source in sources]
+        frames = [open_image(source, root, is_frame) for source in sources]
         x, grid = patch_bytes(frames, *bounds, family)
         text = text.replace(mark, media_text(pad, family.in_tokens(grid), len(frames), family), 1)
         patches.append(x)
@@ -237,7 +237,7 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
     item = check_input(item, name)
     text = without_marks(item).strip()
     if blank_image and not item["images"] and not item["video"]:
-        item["images"] = [blank_picture()]
+        item["images"] = [white_image()]
     marks = [IMAGE_MARK] * len(item["images"]) + [VIDEO_MARK] * bool(item["video"])
     item["text"] = f"{''.join(marks)}{text}\n{DISC}\n{INSTRUCTION}"
     return encode(tokenizer, item, answer, marks=marks, root=root, name=name, family=family)

@@ -173,7 +173,7 @@ class Embedder(nn.Module):
         self.tokenizer.save_pretrained(path)
         family = self.family
         low, high = family.image_pixels
-        processor = getattr(transformers, family.picture_processor)(
+        processor = getattr(transformers, family.image_processor)(
             size={"shortest_edge": low, "longest_edge": high},
             patch_size=family.patch,
             temporal_patch_size=family.depth,
@@ -247,7 +247,7 @@ class Embedder(nn.Module):
         for start in range(0, len(rows), n):
             stop_if_asked()
             part = rows[start : start + n]
-            batch = Batch(None, None, None, *pictures_of(part, self.device))  # images only, no tokens
+            batch = Batch(None, None, None, *images_of(part, self.device))  # images only, no tokens
             states = self(batch).vision_states.cpu()
             patches_per_state = self.family.merge**2 if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
@@ -289,7 +289,7 @@ class Embedder(nn.Module):
         media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
         tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
         ids, positions = tokens[0], tokens[1:]
-        patches, grids = pictures_of(rows, self.device)
+        patches, grids = images_of(rows, self.device)
         known = [row.vision_states for row in rows if row.num_patches]
         vision_states = None
         if known and all(states is not None for states in known):
@@ -564,7 +564,7 @@ def padded_length(n, device):
     return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
 
 
-def pictures_of(rows, device):
+def images_of(rows, device):
     """Return patches uint8 [n, patch_values] on the device and grids [m, 3] of all images of the rows, as in Batch."""
     patches = torch.from_numpy(np.concatenate([row.patches for row in rows])).to(device)
     return patches, np.concatenate([row.grids for row in rows])

@@ -44,7 +44,7 @@ from support.formats import (
     sft_side,
     without_marks,
 )
-from support.images import hash_media, open_picture, refuse_most_missing, thinned
+from support.images import hash_media, open_image, refuse_most_missing, thinned
 from support.program import BadInput, Progress, Skip, text_table
 from support.settings import Command, changes, hold, same_on_all_ranks, weights_digest
 from support.weights import check_model
@@ -221,7 +221,7 @@ def conversation(item, key):
     content = [{"type": "image", "image": image} for image in item["images"] + item["video"]]
     text = question(item, key)
     if item["video"]:
-        text = f"The pictures are frames of one video, in order.\n{text}"
+        text = f"The images are frames of one video, in order.\n{text}"
     content.append({"type": "text", "text": text})
     return [{"role": "user", "content": content}]
 
@@ -238,8 +238,8 @@ def opened(item, root):
     mark = re.search(ANY_MARK, item["text"])
     if mark:
         raise Skip(f"the text has a literal {mark[0]}, which an SFT row would read as the mark of an image")
-    images = [open_picture(path, root) for path in item["images"]]
-    video = [open_picture(path, root, is_frame=True) for path in thinned(item["video"])]
+    images = [open_image(path, root) for path in item["images"]]
+    video = [open_image(path, root, is_frame=True) for path in thinned(item["video"])]
     return item | {"images": images, "video": video}
 
 

@@ -31,7 +31,7 @@ class Family:
     """
 
     model_class: str  # the class in transformers
-    picture_processor: str  # the class in transformers; its settings are saved with the weights, for other tools
+    image_processor: str  # the class in transformers; its settings are saved with the weights, for other tools
     patch: int  # pixels
     depth: int  # frames
     merge: int  # patches
@@ -144,7 +144,7 @@ def deepstack_mergers(tower):
 
 QWEN2_VL = Family(
     model_class="Qwen2VLForConditionalGeneration",
-    picture_processor="Qwen2VLImageProcessorPil",
+    image_processor="Qwen2VLImageProcessorPil",
     patch=14,
     depth=2,
     merge=2,

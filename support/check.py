@@ -16,7 +16,7 @@ from support.checkpoint import open_checkpoint, restore
 from support.distributed import forked_loader
 from support.files import Rows, dataset_of
 from support.formats import DISC, GEN, RowCheck, content_key, side_of
-from support.images import find_picture
+from support.images import find_image
 from support.program import BadInput, Progress, Skip, text_table
 from support.settings import Command, hold, weights_digest
 from support.weights import check_model, load_family, load_tokenizer
@@ -43,7 +43,7 @@ class CheckedRows(Dataset):
             found = found._replace(images=len(paths), target=content_key(**target))
             if self.data.tokenizer is None:
                 for path in paths:
-                    find_picture(path, self.data.root)
+                    find_image(path, self.data.root)
                 return found
             return found._replace(tokens=self.longest_side(i))
         except Skip as error:

@@ -23,7 +23,7 @@ BLANK_SIZE = (28, 28)  # pixels of the white image that means "no image": images
 MAX_DECODED = 200_000_000  # pixels; a larger image raises Skip before it is decoded, against decompression bombs
 
 
-def open_picture(source, root=None, is_frame=False):
+def open_image(source, root=None, is_frame=False):
     """Return the decoded RGB image of a path (relative to root) or of a PIL image.
 
     An unreadable image raises Skip with the file and the reason. Decoders raise all kinds of exceptions on a broken
@@ -36,9 +36,9 @@ def open_picture(source, root=None, is_frame=False):
         image = source
         if not isinstance(source, Image.Image):
             name = Path(root or "", source)
-            path = find_picture(source, root)
+            path = find_image(source, root)
             if path is None:
-                return blank_picture()
+                return white_image()
             image = Image.open(path)
         check_size(image, name)
         if is_frame and image.format not in PREVIEWS and getattr(image, "n_frames", 1) > 1:
@@ -57,7 +57,7 @@ def open_picture(source, root=None, is_frame=False):
 PREVIEWS = ("MPO", "PSD")  # in these formats, the other images are previews or layers of the first image
 
 
-def find_picture(source, root=None):
+def find_image(source, root=None):
     """Return the path of an image's file, or None for a missing blank.jpg, which means "no image".
 
     Raises Skip if the path is not a file below root. A link below root may point anywhere. A pipe does not count as a
@@ -115,12 +115,12 @@ def refuse_most_missing(paths, digests, where, cure):
 
 def digest_of_file(path, root=None):
     try:
-        found = find_picture(path, root)
+        found = find_image(path, root)
         if found is None:
-            return hashlib.blake2b(blank_picture().tobytes(), digest_size=16).hexdigest()
+            return hashlib.blake2b(white_image().tobytes(), digest_size=16).hexdigest()
         with open(found, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (Skip, OSError):  # open_picture will report the reason
+    except (Skip, OSError):  # open_image will report the reason
         return ""
 
 
@@ -180,14 +180,14 @@ def thinned(frames, n=NUM_FRAMES):
     return [frames[i] for i in indices]
 
 
-def blank_picture():
+def white_image():
     """Return the white image (one token) that a query or target without media gets."""
     return Image.new("RGB", BLANK_SIZE, "white")
 
 
 def patch_bytes(frames, min_pixels, max_pixels, family=QWEN2_VL):
     """Return the patches before normalisation, numpy uint8 [n, patch_values], and the grid [3]."""
-    frames = [open_picture(frame) for frame in frames]
+    frames = [open_image(frame) for frame in frames]
     width, height = frames[0].size
     H, W = smart_resize(height, width, family.token_side, min_pixels, max_pixels)
     pixels = [np.asarray(frame.resize((W, H), Image.Resampling.BICUBIC)) for frame in frames]

@@ -23,7 +23,7 @@ from huggingface_hub import metadata_load
 
 from support.files import check_columns, one_or_more, read_parquet, read_rows, write_file
 from support.formats import check_text
-from support.images import NUM_FRAMES, open_picture, thinned
+from support.images import NUM_FRAMES, open_image, thinned
 from support.program import BadInput, MissingFile, Progress, Skip, text_table
 
 ASSET = json.loads((Path(__file__).parent.parent / "assets" / "mmeb_v2.json").read_text(encoding="utf-8"))
@@ -506,7 +506,7 @@ def image_problem(path_and_kind):
     """Decode the image as a run would. Return why it is unreadable, or ""."""
     path, is_frame = path_and_kind
     try:
-        open_picture(path, is_frame=is_frame)
+        open_image(path, is_frame=is_frame)
     except Skip as error:
         return str(error)
     return ""

@@ -27,7 +27,7 @@ from support.cache import EmbeddingCache, load_embedder
 from support.distributed import processes
 from support.files import scan_rows, stable_hash, write_rows
 from support.formats import DISC, GEN, INSTRUCTION, check_text, without_marks
-from support.images import blank_picture
+from support.images import white_image
 from support.program import BadInput, MissingFile
 from support.weights import check_model
 
@@ -145,7 +145,7 @@ def export_inputs(path, keys, items, blank_image):
     blank = Path(path).with_suffix(".blank.png")
     if blank_image:
         blank.parent.mkdir(parents=True, exist_ok=True)
-        blank_picture().save(blank)
+        white_image().save(blank)
     rows = []
     for key, item in zip(keys, items):
         prompt = f"{without_marks(item).strip()}\n{DISC}\n{INSTRUCTION}"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.files import read_json, write_file, write_json
-from support.images import open_picture
+from support.images import open_image
 from support.mmeb import MMEB, leaderboard, paper_table
 from support.program import Skip, text_table
 from support.reasoner import is_file_of_answers
@@ -444,7 +444,7 @@ def shown_input(item, kind, images):
 def thumbnail(path):
     """Return {"digest", "jpeg" in base64} of an image file, or {"problem": why the image is unreadable}."""
     try:
-        image = open_picture(path)
+        image = open_image(path)
     except Skip as error:
         return {"problem": clip(str(error), "candidate")}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

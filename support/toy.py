@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from support.backbones import QWEN2_VL
 from support.files import write_rows
 from support.formats import rl_row, sft_row
-from support.images import blank_picture
+from support.images import white_image
 from support.settings import Command
 
 CELL = QWEN2_VL.token_side  # pixels: one cell is one visual token
@@ -415,7 +415,7 @@ def every_object():
 def in_parallel(out, jobs):
     """Call function(out, *arguments) for all jobs (function, *arguments) on all cores. Return results in order."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    blank_picture().save(out / "images/blank.jpg")
+    white_image().save(out / "images/blank.jpg")
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         waiting = [pool.submit(function, out, *arguments) for function, *arguments in jobs]
         try:

@@ -141,13 +141,13 @@ def add_keys_of_transformers_4(path):
     engines that still use it. Without these keys, transformers 4 uses its defaults: another rotary base, untied heads,
     other image sizes. transformers 5 ignores these keys."""
     files = [Path(path, f"{name}.json") for name in ("config", "tokenizer_config", "preprocessor_config")]
-    config, tokenizer, pictures = (read_json(file) for file in files)
+    config, tokenizer, images = (read_json(file) for file in files)
     text = config["text_config"]
     rope = dict(text["rope_parameters"])
     text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     text["tie_word_embeddings"] = config["tie_word_embeddings"]
     if "extra_special_tokens" in tokenizer:
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-    pictures |= {"min_pixels": pictures["size"]["shortest_edge"], "max_pixels": pictures["size"]["longest_edge"]}
-    for file, content in zip(files, (config, tokenizer, pictures)):
+    images |= {"min_pixels": images["size"]["shortest_edge"], "max_pixels": images["size"]["longest_edge"]}
+    for file, content in zip(files, (config, tokenizer, images)):
         file.write_text(json.dumps(content, indent=2) + "\n")

@@ -24,7 +24,7 @@ from data import BatchOrder, PairData, encode, encode_input, patchify, step_load
 from support import toy
 from support.files import Rows, read_rows
 from support.formats import DISC, GEN, INSTRUCTION, as_list, content_key
-from support.images import blank_picture, normalise, open_picture
+from support.images import normalise, open_image, white_image
 from support.program import Skip
 
 # Qwen2-VL-Instruct's published chat template
@@ -126,7 +126,7 @@ def test_extreme_aspect_is_a_skip():
 
 def test_blank_picture_is_one_token(tokenizer):
     """The stand-in for a missing picture is white and costs one token."""
-    x, grid = patchify([blank_picture()], min_pixels=784, max_pixels=2_359_296)
+    x, grid = patchify([white_image()], min_pixels=784, max_pixels=2_359_296)
     assert grid.tolist() == [1, 2, 2] and len(x.unique()) == 3
     row = encode_input(tokenizer, {"text": "a"})
     assert (row.ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == 1
@@ -490,7 +490,7 @@ def test_broken_files_never_end_the_run(tmp_path):
         path = tmp_path / "broken.img"
         path.write_bytes(bytes(content[: rng.integers(1, len(content) + 1)] if k % 2 else content))
         try:
-            patchify([open_picture(path)], min_pixels=784, max_pixels=10_000)
+            patchify([open_image(path)], min_pixels=784, max_pixels=10_000)
         except Skip:
             skipped += 1
     assert 50 < skipped < 500

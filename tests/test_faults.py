@@ -39,7 +39,7 @@ from support.check import export_checkpoint
 from support.checkpoint import list_checkpoints
 from support.files import index_rows, read_rows
 from support.formats import DISC, INSTRUCTION, RowCheck
-from support.images import open_picture
+from support.images import open_image
 from support.program import BadInput, Skip
 
 # ---- 1. a process that has failed ends ---------------------------------------------------------------------------
@@ -357,11 +357,11 @@ def test_whatever_a_decoder_raises_is_a_skip(error):
     broken = Failing()
     broken._mode, broken._size, broken.error, broken.filename = "RGB", (30, 30), error, "x.avif"
     with pytest.raises(Skip, match="x.avif: cannot be read as an image"):
-        open_picture(broken)
+        open_image(broken)
     for passes in (MemoryError, KeyboardInterrupt, SystemExit):
         broken.error = passes()
         with pytest.raises(passes):
-            open_picture(broken)
+            open_image(broken)
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "WEBP", "TIFF", "ICO", "PPM", "SGI", "TGA", "PCX", "DDS"])
@@ -378,7 +378,7 @@ def test_changed_bytes_in_many_formats(tmp_path, kind):
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         path.write_bytes(content)
         try:
-            patchify([open_picture(path)], min_pixels=784, max_pixels=10_000)
+            patchify([open_image(path)], min_pixels=784, max_pixels=10_000)
         except Skip as skip:
             assert "x.img" in str(skip)
 
@@ -390,8 +390,8 @@ def test_odd_pictures(tmp_path, what):
         alpha = picture(1, 40, 40, "L")
         straight = picture(0, 40, 40, "L" if what == "La" else "RGB")
         straight.putalpha(alpha)
-        got = np.asarray(open_picture(straight.convert(what))).astype(int)
-        assert np.abs(got - np.asarray(open_picture(straight))).max() <= 1  # premultiplied values are rounded
+        got = np.asarray(open_image(straight.convert(what))).astype(int)
+        assert np.abs(got - np.asarray(open_image(straight))).max() <= 1  # premultiplied values are rounded
         return
     path = tmp_path / "odd.png"
     if what == "pipe":
@@ -400,7 +400,7 @@ def test_odd_pictures(tmp_path, what):
         Image.new("RGB", (2010, 10)).save(path)
     source = Image.new("RGB", (0, 5)) if what == "empty" else path
     with pytest.raises(Skip, match="empty" if what == "empty" else f"{path}"):
-        open_picture(source)
+        open_image(source)
 
 
 @pytest.mark.parametrize("mode, ending", [("I;16", "png"), ("I;16", "tiff"), ("I;16B", "tiff"), ("I", "pgm"),
@@ -425,10 +425,10 @@ def test_sixteen_bits_keep_their_content(tmp_path, mode, ending):
             image.save(path)
         if ending == "tiff" and mode in "IF":
             with pytest.raises(Skip, match="ramp.tiff.*no known range"):
-                open_picture(path)
+                open_image(path)
             continue
         assert Image.open(path).mode.startswith("I")
-        got = np.asarray(open_picture(path)).astype(int)
+        got = np.asarray(open_image(path)).astype(int)
         assert np.abs(got - want[None, :, None]).max() <= 1
 
 
@@ -441,7 +441,7 @@ def test_odd_tiffs_keep_their_content(bits, white_is_zero):
     image = Image.fromarray(ramp)
     image.tag_v2 = {258: (bits,), 262: 0 if white_is_zero else 1}
     want = np.linspace(0, 255, 64)
-    got = np.asarray(open_picture(image)).astype(int)[0, :, 0]
+    got = np.asarray(open_image(image)).astype(int)[0, :, 0]
     assert np.abs(got - (255 - want if white_is_zero else want)).max() <= 1
 
 
@@ -451,8 +451,8 @@ def test_orientation_is_left_to_the_user(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(path, exif=exif)
-    assert open_picture(path).size == (60, 30)
-    assert open_picture(ImageOps.exif_transpose(Image.open(path))).size == (30, 60)
+    assert open_image(path).size == (60, 30)
+    assert open_image(ImageOps.exif_transpose(Image.open(path))).size == (30, 60)
 
 
 # ---- 6. own tasks ------------------------------------------------------------------------------------------------
@@ -1165,7 +1165,7 @@ def test_a_signal_is_no_broken_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(program_file.Stopped):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(capsys):

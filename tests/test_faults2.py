@@ -34,7 +34,7 @@ from support.check import export_checkpoint
 from support.checkpoint import list_checkpoints
 from support.files import Rows, write_rows
 from support.formats import RowCheck
-from support.images import blank_picture, open_picture
+from support.images import open_image, white_image
 from support.program import BadInput, Skip
 from support.settings import weights_digest
 
@@ -363,7 +363,7 @@ def test_an_exported_input_is_what_the_model_reads(writer, tmp_path, blank):
         want = encode_input(writer.tokenizer, {"text": row["text"]}, blank_image=blank)
         assert encode(writer.tokenizer, user).content == want.content
     if blank:
-        assert open_picture(rows[0]["images"][0]).tobytes() == blank_picture().tobytes()
+        assert open_image(rows[0]["images"][0]).tobytes() == white_image().tobytes()
 
 
 def test_the_search_snippet_follows_the_images(writer_dir, tmp_path, monkeypatch, capsys):
@@ -424,7 +424,7 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
 
 def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkeypatch):
     """An image that could not be read for a moment was "media" for ever. One that is broken is not asked again."""
-    real, calls = annotate_file.open_picture, []
+    real, calls = annotate_file.open_image, []
 
     def flaky(path, *given, **more):
         calls.append(path)
@@ -433,7 +433,7 @@ def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkey
         return real(path, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(annotate_file, "open_picture", flaky)
+        patch.setattr(annotate_file, "open_image", flaky)
         assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
     errors = [key for key, answer in raw_answers(tmp_path / "sft.json").items() if "error" in answer]
     assert len(errors) == 1

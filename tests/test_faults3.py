@@ -28,7 +28,7 @@ from support.annotate import opened, read_pairs, split_answer
 from support.cache import input_key
 from support.files import read_rows, write_rows
 from support.formats import content_key, is_stand_in
-from support.images import digest_of_file, open_picture
+from support.images import digest_of_file, open_image
 from support.mmeb import annotation_files
 from support.program import MissingFile, Skip
 from support.reasoner import ablate_trace
@@ -205,7 +205,7 @@ def test_the_report_shows_invalid_answers(tmp_path):
     model = model_of(tasks, answer="rambling")
     row = {"disc": 0.5, "gen": 0.0, "oracle": 0.5, "pass@1": 0.0, "pass@2": 0.0, "invalid": 1.0, "tokens": 9.0}
     model |= {"rows": {"t": row}, "means": {"mean": row}}
-    write_report(tmp_path / "report.html", tasks, {"m": model}, open_picture)
+    write_report(tmp_path / "report.html", tasks, {"m": model}, open_image)
     assert data_of(tmp_path / "report.html")["models"][0]["means"]["mean"]["invalid"] == 1.0
     if CHROMIUM is None:
         pytest.skip("no browser: apt-get install chromium")
@@ -255,7 +255,7 @@ def test_a_transparent_colour_of_any_depth_is_white(tmp_path, bits, samples, tra
     """Bug story: grey of 16 bits lost its transparency (4 in place of 255, white), and so did grey of 2 and 4 bits.
     With colours of 16 bits another colour was transparent. By the PNG specification tRNS has the file's depth."""
     path = png(tmp_path / "x.png", bits, 2 if np.ndim(samples[0]) else 0, samples, transparent)
-    got = np.asarray(open_picture(path))[0]
+    got = np.asarray(open_image(path))[0]
     assert got.tolist() == (np.array(want) if np.ndim(want[0]) else np.array(want)[:, None].repeat(3, 1)).tolist()
 
 
@@ -273,7 +273,7 @@ def test_an_animated_file_is_no_frame(embedder, tmp_path, ending):
     with pytest.raises(Skip, match="holds 3 images"):
         opened({"text": "", "images": [], "video": [str(path)]}, None)
     with Image.open(path) as first:
-        assert np.array_equal(np.asarray(open_picture(path)), np.asarray(first.convert("RGB")))
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(first.convert("RGB")))
     copies = [frame.copy() for frame in ImageSequence.Iterator(Image.open(path))]
     assert len(encode_input(embedder.tokenizer, {"video": copies}).grids) == 1
 
@@ -429,9 +429,9 @@ def test_messages_name_no_flag_that_does_not_exist(tmp_path):
     """Bug story: embed and eval.py asked about --media_root, which they do not have, and annotate and check about
     --data."""
     with pytest.raises(Skip, match=r"gone.png: no such file$"):
-        open_picture(tmp_path / "gone.png")
+        open_image(tmp_path / "gone.png")
     with pytest.raises(Skip, match=r"gone.png: no such file \(is --media_root right\?\)"):
-        open_picture("gone.png", tmp_path)
+        open_image("gone.png", tmp_path)
     with pytest.raises(MissingFile, match=f"gone.json: no such file. Relative paths start from {Path.cwd()}$"):
         read_rows("gone.json")
 
@@ -442,4 +442,4 @@ def test_names_in_two_unicode_forms(tmp_path, on_disk, written):
     name = "caf\u00e9.png"
     picture(0).save(tmp_path / unicodedata.normalize(on_disk, name))
     with pytest.raises(Skip, match=f"no such file; a file with the same visible name.* Unicode form {on_disk}. Write"):
-        open_picture(unicodedata.normalize(written, name), tmp_path)
+        open_image(unicodedata.normalize(written, name), tmp_path)

@@ -24,7 +24,7 @@ import support.cache as cache_file
 import support.reasoner as reasoner_file
 from model import Embedder
 from support.cache import EmbeddingCache, embed_inputs, shards
-from support.images import open_picture
+from support.images import open_image
 from support.mmeb import sample_frames
 from support.program import BadInput, Skip
 from support.reasoner import ablate_trace, embed_answers
@@ -106,7 +106,7 @@ def test_all_tasks_load(mini):
             seen.update(media(item))
     assert counts == {"image": 36, "video": 18, "visdoc": 24}
     assert list(groups.values()) == [10, 10, 12, 4, 5, 5, 5, 3, 10, 4, 6, 4]
-    assert all(open_picture(path).size for path in seen)
+    assert all(open_image(path).size for path in seen)
 
 
 def test_rules_beyond_the_given_tasks(mini):
@@ -150,7 +150,7 @@ def test_frames(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(Skip):
-            open_picture(sample_frames(tmp_path / folder)[0])
+            open_image(sample_frames(tmp_path / folder)[0])
 
 
 def test_cards_and_links_are_not_needed(mini, own):

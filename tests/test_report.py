@@ -266,7 +266,7 @@ def test_size_is_bounded(tmp_path, capsys, monkeypatch):
     With a lower limit the file stays below it and every task still has a query. The page and the command line report
     how many queries are left out."""
     world, models = large_world()
-    monkeypatch.setattr(ev.report, "open_picture", noise)
+    monkeypatch.setattr(ev.report, "open_image", noise)
     path = tmp_path / "report.html"
     write_report(path, world, models)
     data = data_of(path)

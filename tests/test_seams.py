@@ -20,7 +20,7 @@ import rl
 from data import encode_input, patchify
 from model import Embedder
 from support.backbones import QWEN2_VL
-from support.images import blank_picture
+from support.images import white_image
 from support.program import BadInput
 
 # ---- families --------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_a_text_only_pass_of_another_family_has_a_vision_gradient(other):
 def test_the_blank_picture_is_one_token_in_any_family(other):
     for family in (QWEN2_VL, other.family):
         low, high = family.image_pixels
-        _, grid = patchify([blank_picture()], min_pixels=low, max_pixels=high, family=family)
+        _, grid = patchify([white_image()], min_pixels=low, max_pixels=high, family=family)
         assert grid.tolist() == [1, family.merge, family.merge]
         row = encode_input(other.tokenizer, {"text": "a"}, family=family)
         assert (row.ids == other.media_ids[0]).sum() == 1
