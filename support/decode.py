@@ -18,7 +18,6 @@ import torch.nn.functional as F
 # Largest matrix, in elements, that may be copied to save time: on a GPU the layers of a 2B (1.7 GB in all in bf16), on
 # a CPU its attention (0.6 GB in fp32).
 COPIED = {"cuda": 2**24, "cpu": 2**23}
-PACKED = 2**18  # smallest fp32 matrix, in elements, for which packed_linear is faster on a CPU
 
 
 class SlotCache:
@@ -231,31 +230,15 @@ class Projection:
     def __init__(self, linears, dtype):
         self.weights = [linear.weight.to(dtype) for linear in linears]
         self.biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
-        self.product = F.linear
         copied_anyway = linears[0].weight.dtype != dtype
         small = max(map(torch.numel, self.weights)) <= COPIED["cuda" if self.weights[0].is_cuda else "cpu"]
-        if not (copied_anyway or small):
-            return
-        if len(linears) > 1:
+        if len(linears) > 1 and (copied_anyway or small):
             self.weights = [torch.cat(self.weights)]
             self.biases = [None if self.biases[0] is None else torch.cat(self.biases)]
-        weight = self.weights[0]
-        if weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            if weight.numel() >= PACKED:
-                self.weights = [torch.ops.mkldnn._reorder_linear_weight(weight)]
-                self.product = packed_linear
-            else:
-                self.weights = [weight.T.contiguous().T]  # column-major is faster for small matrices
 
     def __call__(self, h):
-        parts = [self.product(h, weight, bias) for weight, bias in zip(self.weights, self.biases)]
+        parts = [F.linear(h, weight, bias) for weight, bias in zip(self.weights, self.biases)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def packed_linear(h, weight, bias):
-    """Return F.linear for a weight in the layout of oneDNN. If h has few rows, MKL takes up to twice as long with a
-    plain weight. torch.compile uses the same function for frozen linear layers."""
-    return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
 
 
 def attention_of_few_rows(q, keys, values, mask):

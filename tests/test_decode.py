@@ -57,28 +57,12 @@ def test_large_weights_are_not_copied(monkeypatch):
     want = run_steps(backbone, torch.float32)
     theirs = {p.data_ptr() for p in backbone.parameters()}
     monkeypatch.setitem(decode.COPIED, "cpu", 0)
-    monkeypatch.setattr(decode, "PACKED", 0)
     decoder = Decoder(backbone, 1, torch.float32)
     assert decoder.head.weights[0].data_ptr() in theirs
     for layer in decoder.layers:
         for projection in (layer.qkv, layer.o, layer.gate_up, layer.down):
             assert {weight.data_ptr() for weight in projection.weights} <= theirs
     torch.testing.assert_close(run_steps(backbone, torch.float32), want, **CLOSE)
-
-
-@pytest.mark.parametrize("model_type", MODELS)
-def test_packed_weights_change_nothing(model_type, monkeypatch):
-    """The products with oneDNN's packed weights, which the matrices of the tests' models are too small for, give
-    transformers' states; those of bf16 are not packed."""
-    backbone = random_backbone(model_type)
-    want = run_steps(backbone, torch.float32, transformers_read(backbone))
-    monkeypatch.setattr(decode, "PACKED", 0)
-    decoder = Decoder(backbone, 4, torch.float32)
-    assert decoder.head.product is decode.packed_linear is decoder.layers[0].qkv.product
-    torch.testing.assert_close(run_steps(backbone, torch.float32), want, **CLOSE)
-    x = torch.randn(3, backbone.config.text_config.hidden_size)
-    torch.testing.assert_close(decoder.head(x), x @ backbone.lm_head.weight.T, **CLOSE)
-    assert Decoder(backbone, 4, torch.bfloat16).head.product is torch.nn.functional.linear
 
 
 @pytest.mark.parametrize("model_type", MODELS)
