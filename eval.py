@@ -76,6 +76,7 @@ from support.mmeb import GRADED, MMEB, check_files, load_mmeb, tasks_of_column
 from support.program import BadInput, MissingFile, run_script
 from support.settings import hold, parse_args, setting, write_args
 from support.tasks import choose_tasks, known_tasks, load_on_all_ranks, load_own_task
+from support.weights import check_model
 
 KS = (1, 5, 10)
 NAMES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -513,7 +514,9 @@ def main(argv=None):
     name_of = report.name_models(settings.model, settings.reasoner)
     rank, world, device = start_processes()
     if not settings.export:
-        reasoner.check_models(name_of)
+        for model in name_of:  # all models, before the first one embeds
+            if not reasoner.is_file_of_answers(model):
+                check_model(model)
         hold(settings.out)
     # A rank that is done may wait hours for the slowest one.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None

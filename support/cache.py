@@ -6,7 +6,9 @@ input is found by a hash of its text and the bytes of its media (input_key). No 
 
 Shapes: N inputs, S samples (1 if greedy), D dimensions.
 """
+
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -156,11 +158,10 @@ class EmbeddingCache:
         self.settings = settings
         self.name = name
         self.group = group
-        family = embedder.family
         digest = hash_model(model, embedder.device)
         same_on_all_ranks({f"content of {model}": digest}, group)
-        self.how = [digest, settings.max_new_tokens, settings.blank_image, family.image_pixels,
-                    family.video_pixels]  # fmt: skip
+        pixels = (embedder.family.image_pixels, embedder.family.video_pixels)
+        self.how = [digest, settings.max_new_tokens, settings.blank_image, *pixels]
         self.encoded = {}  # kind -> number of inputs that this run has embedded
 
     def embed(self, kind, keys, inputs, samples=0, answers=None, everywhere=False):
@@ -222,10 +223,7 @@ class EmbeddingCache:
 
 
 def estimated_cost(item):
-    """Return a sort key: frames, bytes of the images, characters.
-
-    Longest first: similar lengths share a batch, and an out-of-memory error shows at once.
-    """
+    """Return a sort key: frames, bytes of the images, characters. The longest first: see Embedder.prompts_of."""
     sizes = [os.path.getsize(path) for path in item["images"] if os.path.exists(path)]
     return len(item["video"]), sum(sizes), len(item["text"])
 
@@ -235,20 +233,14 @@ def estimated_cost(item):
 
 
 def write_shards(results, folder, settings):
-    """Write results to shards of this rank, so that a kill costs at most --save_every inputs.
-
-    Besides the results that wait here, up to --batch_size inputs are being computed, so they count too.
-    """
-    waiting = []
+    """Write results to shards of this rank, so that a kill costs at most --save_every inputs. Up to --batch_size of
+    them are being computed."""
+    size = max(1, settings.save_every - settings.batch_size)
+    results = iter(results)
     last = time.time()
-    for result in results:
-        waiting.append(result)
-        if len(waiting) >= max(1, settings.save_every - settings.batch_size):
-            save_shard(folder, waiting, time.time() - last)
-            waiting = []
-            last = time.time()
-    if waiting:
-        save_shard(folder, waiting, time.time() - last)
+    while part := list(itertools.islice(results, size)):
+        save_shard(folder, part, time.time() - last)
+        last = time.time()
 
 
 def save_shard(folder, results, elapsed):

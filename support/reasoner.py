@@ -18,6 +18,7 @@ Shapes: N inputs, S answers to each, D dimensions.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,6 @@ from support.files import scan_rows, stable_hash, write_rows
 from support.formats import DISC, GEN, INSTRUCTION, check_text, without_marks
 from support.images import white_image
 from support.program import BadInput, MissingFile
-from support.weights import check_model
 
 # --------------------------------------------------------------------------------------------------------------
 # The answers of a reasoner
@@ -50,7 +50,11 @@ def check_reasoner(settings):
     if settings.export:
         if settings.check:
             raise BadInput("--check and --export: give one of them")
-        check_export(settings.export)
+        if Path(settings.export).suffix != ".jsonl":
+            raise BadInput(f"--export {settings.export}: a file of lines is written; give NAME.jsonl")
+        if Path(settings.export).exists():
+            raise BadInput(f"--export {settings.export}: the file already exists and may hold answers; delete it or "
+                           "give another name")  # fmt: skip
     for model in settings.model:
         if settings.reasoner and os.path.abspath(model) == os.path.abspath(settings.reasoner):
             settings.reasoner = model
@@ -61,13 +65,6 @@ def check_reasoner(settings):
             raise BadInput("--samples: a file of answers has one answer per input; give --samples 0")
     elif os.path.isfile(settings.reasoner):
         raise BadInput(f"--reasoner {settings.reasoner}: not a file of lines; give NAME.jsonl or a model's folder")
-
-
-def check_models(names):
-    """Check all models before the first one embeds. names: --model and --reasoner."""
-    for name in names:
-        if not is_file_of_answers(name):
-            check_model(name)
 
 
 def answers_of_reasoner(settings, inputs, name, device, group=None):
@@ -128,20 +125,12 @@ def embed_answers(cache, keys, items, texts, everywhere=False):
 # The file of answers
 
 
-def check_export(path):
-    if Path(path).suffix != ".jsonl":
-        raise BadInput(f"--export {path}: a file of lines is written; give NAME.jsonl")
-    if Path(path).exists():
-        raise BadInput(f"--export {path}: the file already exists and may hold answers; delete it or give another name")
-
-
 def export_inputs(path, keys, items, blank_image):
     """Write the file with empty answers.
 
     blank_image: the model sees a blank image on inputs without media. Write it next to the file and name it in the
     rows of these inputs.
     """
-    check_export(path)
     blank = Path(path).with_suffix(".blank.png")
     if blank_image:
         blank.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +175,8 @@ def read_answers(path, keys, items):
 
 def ablate_trace(texts):
     """Return {"removed": texts without reasoning, "swapped": texts with the next different reasoning of the list}."""
-    parts = [parts_around_reasoning(text) for text in texts]
-    reasonings = [part[1] for part in parts if part]
+    parts = [re.fullmatch("(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
+    reasonings = [part[2] for part in parts if part]
     n = len(reasonings)
     other = list(reasonings)  # the next different reasoning; the same one if all are equal
     for i in reversed(range(2 * n)):  # twice, because the list is a ring
@@ -196,19 +185,10 @@ def ablate_trace(texts):
     others = iter(other)
     ablated = {"removed": [], "swapped": []}
     for text, part in zip(texts, parts):
-        before, _, after = part or (text, "", "")
+        before, _, after = part.groups() if part else (text, "", "")
         ablated["removed"].append(before + after)
         ablated["swapped"].append(before + (next(others) if part else "") + after)
     return ablated
-
-
-def parts_around_reasoning(text):
-    """Return (text up to <think>, reasoning, text from </think>), None if a tag is missing."""
-    start = text.find("<think>") + len("<think>")
-    end = text.find("</think>", start)
-    if "<think>" not in text or end < 0:
-        return None
-    return text[:start], text[start:end], text[end:]
 
 
 def embed_ablated(cache, keys, items, greedy):

@@ -160,11 +160,6 @@ def row_text(cells, r):
     return "".join(f" {PLACES[i]} {cells[i] or 'none'}" for i in indices)
 
 
-def strip_text(cells):
-    """Return a row without the names of its cells: " red star none none"."""
-    return "".join(f" {content or 'none'}" for content in cells)
-
-
 def page_text(cells):
     """Return the lines of a page: " D69 A71"."""
     rows = [cells[i : i + 3] for i in range(0, len(cells), 3)]
@@ -210,7 +205,8 @@ def ground_example(rng, split):
     """Walk two steps and find the row of the last cell. Hard negatives: the scene's other rows."""
     cells, end, ask, path = draw_walk(rng, split, 2)
     strips = [cells[i : i + 3] for i in range(0, 9, 3)]
-    crops = [Side("image", listed(strip), strip_text(strip), (strip,)) for strip in strips]
+    texts = ["".join(f" {content or 'none'}" for content in strip) for strip in strips]  # " red star none none"
+    crops = [Side("image", listed(strip), text, (strip,)) for strip, text in zip(strips, texts)]
     r = end // 3
     target = crops.pop(r)
     think = f"{path} row{row_text(cells, r)}"
@@ -241,16 +237,14 @@ def draw_walk(rng, split, longest):
 def i2t_example(rng, split):
     """Find the caption of an image. Hard negative: two objects have exchanged their colours."""
     cells, near = draw_exchange(rng, split)
-    query = scene_image(cells)._replace(text="describe the image")
-    return query, caption(cells), [caption(near)]
+    return scene_image(cells, "describe the image"), caption(cells), [caption(near)]
 
 
 def t2i_example(rng, split):
     """Find the image of a caption. Hard negative: two objects have exchanged their colours."""
     cells, near = draw_exchange(rng, split)
     text = caption(cells)
-    query = text._replace(text=f"find the {text.text}")
-    return query, scene_image(cells), [scene_image(near)]
+    return text._replace(text=f"find the {text.text}"), scene_image(cells), [scene_image(near)]
 
 
 def draw_exchange(rng, split):
@@ -266,8 +260,8 @@ def draw_exchange(rng, split):
     return cells, near
 
 
-def scene_image(cells):
-    return Side("image", listed(cells), named(cells), (cells,))
+def scene_image(cells, text="image"):
+    return Side(text, listed(cells), named(cells), (cells,))
 
 
 def caption(cells):
@@ -309,14 +303,9 @@ def doc_example(rng, split):
     k = int(rng.choice([1, 2, 4, 5]))  # cells of digits
     near = list(cells)
     near[k] = str((int(cells[k]) + rng.integers(1, 10)) % 10)
-    text = page_text(cells)
+    text, near_text = page_text(cells), page_text(near)
     query = Side(f"find the page with{text}", text, text)
-    return query, page_side(cells), [page_side(near)]
-
-
-def page_side(cells):
-    text = page_text(cells)
-    return Side("page", text, text, (cells,))
+    return query, Side("page", text, text, (cells,)), [Side("page", near_text, near_text, (near,))]
 
 
 EXAMPLES = {
@@ -375,11 +364,11 @@ def task_file(out, seed, task, split, queries, candidates):
     rng = np.random.default_rng([seed, 2, zlib.crc32(f"{split} {task}".encode())])
     name = f"{split}/{task}"
     asked = []
-    if task in CLOSED_TASKS:
-        targets = every_object()
+    targets = {}
+    if task in CLOSED_TASKS:  # all colours and shapes
+        names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        targets = {f" {name}": said(f"object: {name}") for name in names}
         candidates = len(targets)
-    else:
-        targets = {}
     others = {}  # of an open task: hard negatives, and targets of examples without a query
     while len(asked) < queries or len(targets | others) < candidates:
         query, target, negatives = EXAMPLES[task](rng, split)
@@ -404,12 +393,6 @@ def task_file(out, seed, task, split, queries, candidates):
         "queries": asked,
         "candidates": pool,
     }
-
-
-def every_object():
-    """Return {answer: its Side} of all colours and shapes."""
-    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    return {f" {name}": said(f"object: {name}") for name in names}
 
 
 def in_parallel(out, jobs):
@@ -464,8 +447,4 @@ def toy_flags(p):
     p.add_argument("--seed", type=int, default=0, help="random seed of the scenes and their images")
 
 
-def run_toy(args):
-    write_toy(args.out, args.seed)
-
-
-TOY = Command("toy", "write the toy world", toy_flags, run_toy)
+TOY = Command("toy", "write the toy world", toy_flags, lambda args: write_toy(args.out, args.seed))
