@@ -58,15 +58,6 @@ def peak_gib(run):
     return torch.cuda.max_memory_allocated() / GIB
 
 
-def kernels(run):
-    """Count the kernels and copies that the GPU runs for run()."""
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_time_total)
-
-
 class Table:
     def __init__(self):
         print("| | measured | expected |\n|---|---|---|", flush=True)
@@ -122,24 +113,16 @@ def decode_step(table, model, slots, keys, expected):
     decoder.make_room(keys)
     K = decoder.cache.capacity
     read = transformers_read(model.backbone, bf16=True)
-    label = f"decode step, {slots} slots, {keys:,} keys, ms: "
 
-    def measured(what, run, expected, count=True):
-        name = f"{what} ({kernels(run)} kernels)" if count else what
-        took = milliseconds(run)
-        table.row(label + name, f"{took:.2f}", expected)
-        return took
+    def measured(what, run, expected=""):
+        table.row(f"decode step, {slots} slots, {keys:,} keys, ms: {what}", f"{milliseconds(run):.2f}", expected)
 
     with torch.autocast("cuda", torch.bfloat16):  # one autocast around all, so the weights are cast once
         measured("transformers", lambda: read(decoder, inputs, keys), expected[0])
     measured("own", lambda: decoder.read(inputs, K), expected[1])
-    took = measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2], count=False)
-    moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
-    for layer in decoder.layers:
-        moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w in part.weights)
-    table.row(label + "that is, TB/s of weights, keys and values", f"{moved / took / 1e9:.2f}", "3.0")
+    measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2])
     hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
-    measured("the head and the sampling after it", lambda: sample_once(model, hidden, decoder), "")
+    measured("the head and the sampling after it", lambda: sample_once(model, hidden, decoder))
 
 
 def sample_once(model, hidden, decoder):
