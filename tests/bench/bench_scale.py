@@ -1,7 +1,5 @@
 """`bench.py memory`: the memory plan of the real sizes. Other benches use its random models and rows of these sizes."""
 
-import sys
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -172,35 +170,35 @@ def kv_bytes(model):
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
 
 
-def column(values, stage, fsdp):
-    """Return one column of the plan: {row: GiB per GPU}."""
+def gib_of(values, stage, fsdp):
+    """Return a row of the plan: {part: GiB per GPU}."""
     with torch.device("meta"):
         model = random_model(**values)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    whole, visual, merger = count(model), count(model.model.visual), sum(map(count, mergers_of(model)))
+    total, visual, merger = count(model), count(model.model.visual), sum(map(count, mergers_of(model)))
     embedding = model.get_input_embeddings().weight
     n, rl = GPUS if fsdp else 1, stage == "rl"
-    trained = whole - visual + (0 if rl else merger)
+    trained = total - visual + (0 if rl else merger)
     # the reference is only multiplied with: bf16 if its weights are complete; FSDP shards are fp32 and cast by FSDP
-    reference = 4 * whole / n if fsdp else 4 * whole - 2 * linear_weights(model, embedding)
-    lasting = {
-        "parameters (fp32)": 4 * whole / n,
-        "gradients (fp32)": 4 * trained / n,
-        "AdamW's moments": 8 * trained / n,
-        "reference (linear weights bf16; sharded: fp32)": rl * reference,
-    }
-    in_pass = {"a pass": measured(values, stage, fsdp) * GIB}
+    reference = 4 * total / n if fsdp else 4 * total - 2 * linear_weights(model, embedding)
     decoder = 2 * (linear_weights(model.model.language_model, embedding) + embedding.numel())
-    rollouts = {
-        "rollouts: 64 x 3,548 keys and values": rl * 64 * (1500 + 2048) * kv_bytes(model),
-        "rollouts: bf16 weights of the decoder and, in a prefill, of autocast": rl * decoder * (1 if fsdp else 2),
-        "rollouts: the complete model in bf16": rl * fsdp * 2 * whole,
+    parts = {
+        "weights": 4 * total / n,
+        "gradients": 4 * trained / n,
+        "AdamW": 8 * trained / n,
+        "reference": rl * reference,
+        "a pass": measured(values, stage, fsdp) * GIB,
     }
-    rows = lasting | in_pass | rollouts
+    rollouts = {
+        "KV cache": rl * 64 * (1500 + 2048) * kv_bytes(model),
+        "decoder": rl * decoder * (1 if fsdp else 2),  # bf16 weights and, in a prefill, those of autocast
+        "bf16 model": rl * fsdp * 2 * total,
+    }
     # a pass and the rollouts are not at one time, and rollouts have no gradients
-    least = min(sum(in_pass.values()) + lasting["gradients (fp32)"], sum(rollouts.values()))
-    rows["**largest sum at one time**"] = sum(rows.values()) - least
-    return {name: size / GIB for name, size in rows.items()}
+    least = min(parts["a pass"] + parts["gradients"], sum(rollouts.values()))
+    parts |= rollouts
+    parts["largest sum"] = sum(parts.values()) - least
+    return {name: size / GIB for name, size in parts.items()}
 
 
 def memory(family="qwen2_vl", tiny=False):
@@ -209,12 +207,13 @@ def memory(family="qwen2_vl", tiny=False):
     if tiny:
         size, values = next(iter(sizes.items()))
         sizes = {size: values | dict(num_hidden_layers=4, depth=1)}
-    columns = {}
+    head = True
     for size, values in sizes.items():
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
-            columns[f"{size} {stage}{' --fsdp' * fsdp}"] = column(values, stage, fsdp)
-            print(f"{size} {stage} fsdp={fsdp}: done", file=sys.stderr, flush=True)
-    print(f"| GiB a GPU, {GPUS} GPUs | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name in next(iter(columns.values())):
-        print(f"| {name} | {' | '.join(f'{rows[name]:.1f}' for rows in columns.values())} |")
-    print("\nTokens of a pass:", ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items()))
+            parts = gib_of(values, stage, fsdp)
+            if head:
+                print(f"| {family}, GiB per GPU | {' | '.join(parts)} |\n|{'---|' * (len(parts) + 1)}")
+                head = False
+            cells = " | ".join(f"{gib:.1f}" for gib in parts.values())
+            print(f"| {size} {stage}{' --fsdp' * fsdp} | {cells} |", flush=True)
+    print(f"\n{GPUS} GPUs. Tokens of a pass:", ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items()))

@@ -134,18 +134,18 @@ def markdown(head, rows):
 
 
 def overall_table(results, title):
+    """Return a table with one column per model. DUME has no reasoning, so only disc means something."""
     rows = []
-    for name, of_seeds in results.items():
-        cells = [name]
-        for column in COLUMNS if name != "dume" else ["disc"]:
-            values = [100 * result.scores["overall"][column] for result in of_seeds]
-            cells.append(f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})")
-        if name == "dume":
-            cells += [""] * (len(COLUMNS) + 2)
-        else:
-            cells += [f"{np.mean([r.rewards[part] for r in of_seeds]):.3f}" for part in ("reward", "share", "gap")]
+    for column in COLUMNS:
+        cells = [column]
+        for name, of_seeds in results.items():
+            values = [100 * r.scores["overall"][column] for r in of_seeds if name != "dume" or column == "disc"]
+            cells.append(f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})" if values else "")
         rows.append(cells)
-    return markdown([title, *COLUMNS, "reward", "share", "gap"], rows)
+    for part in ("reward", "share", "gap"):
+        means = [np.mean([r.rewards[part] for r in of_seeds if r.rewards] or np.nan) for of_seeds in results.values()]
+        rows.append([part, *("" if np.isnan(mean) else f"{mean:.3f}" for mean in means)])
+    return markdown([title, *results], rows)
 
 
 def findings_table(results, recipes):
