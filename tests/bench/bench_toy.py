@@ -202,16 +202,16 @@ def reasoner_table(run, models, tasks, world, out):
     run: function that starts a script. models: {label: folder}. The last row is a file of empty answers.
     """
     common = ["--root", world, "--tasks", *tasks, "--out", out]
-    nobody = out / "nobody.jsonl"
-    nobody.unlink(missing_ok=True)
-    run("eval.py", *common, "--export", nobody)
-    answers = [json.loads(line) | {"answer": EMPTY} for line in nobody.read_text().splitlines()]
-    nobody.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    empty = out / "empty.jsonl"
+    empty.unlink(missing_ok=True)
+    run("eval.py", *common, "--export", empty)
+    answers = [json.loads(line) | {"answer": EMPTY} for line in empty.read_text().splitlines()]
+    empty.write_text("".join(json.dumps(row) + "\n" for row in answers))
 
     folders = list(models.values())
-    name_of = dict(zip(models, model_names(folders))) | {"nobody": "nobody"}
+    name_of = dict(zip(models, model_names(folders))) | {"empty": "empty"}
     rows = []
-    for reasoner, answers in (models | {"nobody": nobody}).items():
+    for reasoner, answers in (models | {"empty": empty}).items():
         run("eval.py", *common, "--samples", 0, "--model", *folders, "--reasoner", answers)
         cells = [reasoner]
         for embedder in models:
