@@ -117,9 +117,9 @@ def query_figure(example):
         parts.append(text(x + 14, 72 + 20 * i, row, "code"))
     y = 100 + 20 * len(written)
     notes = [
-        "The walk, then what stands in the row where it ends, then the summary.",
-        "The embedding disc is read at <disc_emb>, where the prompt ends, and",
-        "gen at <gen_emb>, where the summary ends.",
+        "The walk, then the cells of the row at its end, then the summary.",
+        "The embedding disc is read at <disc_emb>, at the end of the prompt, and",
+        "gen at <gen_emb>, at the end of the summary.",
     ]
     for i, row in enumerate(notes):
         parts.append(text(x, y + 22 * i, row, "small dim"))

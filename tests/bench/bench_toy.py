@@ -143,8 +143,11 @@ def overall_table(results, title):
             cells.append(f"{np.mean(values):.1f} ({min(values):.0f}..{max(values):.0f})" if values else "")
         rows.append(cells)
     for part in ("reward", "share", "gap"):
-        means = [np.mean([r.rewards[part] for r in of_seeds if r.rewards] or np.nan) for of_seeds in results.values()]
-        rows.append([part, *("" if np.isnan(mean) else f"{mean:.3f}" for mean in means)])
+        cells = [part]
+        for of_seeds in results.values():
+            means = [np.mean(result.rewards[part]) for result in of_seeds if result.rewards]
+            cells.append(f"{np.mean(means):.3f}" if means else "")
+        rows.append(cells)
     return markdown([title, *results], rows)
 
 
