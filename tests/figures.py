@@ -1,16 +1,14 @@
-"""Draw the figures of README and docs from the runs of the toy world into assets/.
+"""Draw two figures of the README from the runs of the toy world into assets/.
 
     python tests/bench/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
-    python tests/figures.py                               # assets/query.svg, rl_step.svg, curves.svg, in seconds
+    python tests/figures.py                                     # assets/query.svg and curves.svg, in seconds
 
-query.svg    one query: what it is, what the RL model of seed 0 writes, and the first candidates of disc, gen and fused
-rl_step.svg  one RL step with its shapes and the names of the functions; drawn by hand, tests check the names
+query.svg    one query: its input, what the RL model of seed 0 writes, and the first candidates of disc, gen and fused
 curves.svg   SFT loss, RL reward and pass@k over the seeds
 
 The same runs give the same bytes. A figure is plain SVG without script and links, so GitHub shows it as <img>. Its
-text stays text and its colours follow the reader's light or dark setting. It has its own background, because the page
-may follow another setting. There is no plotting library: 880 units are the width of a README, and texts are positioned
-by hand with spare room, because fonts differ in width (tests/svg.py).
+text stays text and its colours follow the reader's light or dark setting. Texts are positioned by hand with spare room,
+because fonts differ in width. assets/rl_step.svg has the same style and is edited by hand.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from svg import WIDTH, area, arrow, document, line, picture, rect, text
+from svg import WIDTH, area, document, line, picture, rect, text
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -119,9 +117,9 @@ def query_figure(example):
         parts.append(text(x + 14, 72 + 20 * i, row, "code"))
     y = 100 + 20 * len(written)
     notes = [
-        "The walk, then what stands in the row where it ends, then the summary.",
-        "The embedding disc is read at <disc_emb>, where the prompt ends, and",
-        "gen at <gen_emb>, where the summary ends.",
+        "The walk, then the cells of the row at its end, then the summary.",
+        "The embedding disc is read at <disc_emb>, at the end of the prompt, and",
+        "gen at <gen_emb>, at the end of the summary.",
     ]
     for i, row in enumerate(notes):
         parts.append(text(x, y + 22 * i, row, "small dim"))
@@ -136,8 +134,8 @@ def query_figure(example):
         similarity = f"{ranked[index].similarity:.3f}"
         found.append(f"In {mode} it is number {index + 1} of {len(ranked)}, with similarity {similarity}.")
     description = (
-        f"The query is a picture of coloured shapes and the text: {example.text}. The model writes: {example.written}. "
-        f"The right candidate is a row of the picture. {' '.join(found)}"
+        f"The query is an image of coloured shapes and the text: {example.text}. The model writes: {example.written}. "
+        f"The right candidate is a row of the image. {' '.join(found)}"
     )
     return document("One query of the toy world: without reasoning it is missed, with reasoning it is found",
                     description, top + 278, parts)  # fmt: skip
@@ -166,117 +164,6 @@ def ranking(x, y, mode, colour, meaning, example):
         note = f"the right one is number {index + 1} of {len(ranked)}, {ranked[index].similarity:.3f}"
         parts.append(text(x, y + 234, note, "small"))
     return parts
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One RL step
-
-
-def rl_step_figure():
-    parts = []
-    y = SIDE
-    for number, (name, height, draw) in enumerate(BLOCKS, 1):
-        parts.append(rect(SIDE, y, WIDTH - 2 * SIDE, height))
-        parts.append(text(SIDE + 16, y + 30, f"{number} {name}", "strong"))
-        parts += draw(160, y)
-        y += height
-        if number < len(BLOCKS):
-            parts.append(arrow(WIDTH / 2, y + 3, WIDTH / 2, y + 21))
-            y += SIDE
-    description = (
-        "Rollout: the p pairs of a process are 2p prompts, and the model samples G completions of each: gen embeddings "
-        "[2, p, G, D] and texts. Reward: measured against the rollouts of all P pairs of the global batch, format plus "
-        "share times gap, [2, p, G]. Advantage: each reward against its own group, [2p, G]. Update: a prompt and its G "
-        "completions are one packed row with a tree mask; policy and reference give log-probabilities [n*G, T], and "
-        "these the loss."
-    )
-    return document("One step of reinforcement learning: rollout, reward, advantage, update", description,
-                    y + SIDE, parts)  # fmt: skip
-
-
-def box(x, y, w, *rows, kind="paper"):
-    """Return a box with 22 units per row. The first row is strong, a row in `` is code."""
-    parts = [rect(x, y, w, 14 + 22 * len(rows), kind)]
-    for i, row in enumerate(rows):
-        kind = "code" if row.startswith("`") else "small" if i else "strong"
-        parts.append(text(x + w / 2, y + 22 + 22 * i, row.strip("`"), kind, "middle"))
-    return parts
-
-
-def draw_rollout(x, y):
-    parts = [*box(x, y + 16, 150, "p pairs", "query and target"), arrow(x + 156, y + 45, x + 184, y + 45)]
-    parts += [*box(x + 190, y + 16, 150, "2p prompts", "queries, targets")]
-    for g in range(3):  # the completions of one prompt
-        parts.append(line([(x + 346, y + 45), (x + 384, y + 27 + 18 * g)], "line-dim"))
-        parts.append(rect(x + 390, y + 20 + 18 * g, 112, 13, "b", 3))
-    parts.append(text(x + 514, y + 36, "G completions of each", "small"))
-    parts.append(text(x + 514, y + 58, "<think>..<gen_emb>", "code"))
-    parts.append(text(x, y + 106, "rl.rollout, model.Embedder.generate", "code dim"))
-    parts.append(text(x + 390, y + 106, "gen [2, p, G, D] and their texts", "code"))
-    return parts
-
-
-def draw_reward(x, y):
-    parts = [*box(x, y + 16, 190, "all processes", "`gen [2, P, G, D]", "`texts [2][P][G]")]
-    parts.append(arrow(x + 196, y + 56, x + 224, y + 56))
-    parts += box(x + 230, y + 16, 110, "format", "tags in order:", "0 or 1")
-    parts.append(text(x + 353, y + 61, "+", "strong", "middle"))
-    rows = ["share: its own pair's among the G nearest", "gap: mean cosine, own pair − the others"]
-    parts += box(x + 366, y + 16, 316, "share × gap", *rows)
-    parts.append(text(x, y + 126, "rl.rewards_of", "code dim"))
-    parts.append(text(x + 230, y + 126, "reward.format_reward", "code dim"))
-    parts.append(text(x + 682, y + 126, "reward.embedding_reward", "code dim", "end"))
-    parts.append(text(x, y + 150, "reward.total_reward", "code dim"))
-    parts.append(text(x + 390, y + 150, "rewards of its own pairs [2, p, G]", "code"))
-    return parts
-
-
-def draw_advantage(x, y):
-    return [
-        text(x, y + 30, "A = (R − mean R) / (std R + 0.0001)   over the G rollouts of one prompt"),
-        text(x, y + 58, "reward.group_advantages", "code dim"),
-        text(x + 390, y + 58, "advantages [2p, G]", "code"),
-    ]
-
-
-def draw_update(x, y):
-    """Draw the packed row above its mask, then two models and the loss."""
-    names = ["prompt", "c1", "c2", "cG"]
-    widths = [64, 36, 36, 36]
-    starts = [sum(widths[:i]) for i in range(4)]
-    left, top = x + 34, y + 62
-    parts = [text(x, y + 30, "each of n rows: a prompt with its G completions; coloured: what a token sees")]
-    for name, start, w in zip(names, starts, widths):
-        kind = "a" if name == "prompt" else "b"
-        parts.append(text(left + start + w / 2, top - 8, name, f"small {kind}", "middle"))
-        # a completion sees the prompt and, causally, itself
-        if name != "prompt":
-            parts.append(rect(left, top + start, widths[0], w - 2, "a", 0))
-        x0, y0, end = left + start, top + start, w - 2
-        parts.append(area([(x0, y0), (x0, y0 + end), (x0 + end, y0 + end)], kind))
-    size = sum(widths)
-    parts.append(line([(left, top), (left + size, top), (left + size, top + size), (left, top + size), (left, top)]))
-    parts.append(text(x, top + size + 26, "rl.pack_groups, rl.tree_mask", "code dim"))
-    parts.append(text(x, top + size + 50, "mask [n, 1, L, L]", "code"))
-
-    middle = top + size / 2
-    x += 262
-    parts.append(arrow(x - 40, middle, x - 8, middle))
-    parts += box(x, middle - 84, 176, "reference", "the frozen SFT model", "`ref_logp [n*G, T]")
-    parts += box(x, middle + 4, 176, "policy", "with its gradient", "`logp [n*G, T]")
-    parts.append(text(x, top + size + 26, "model.Embedder.forward", "code dim"))
-    parts.append(text(x, top + size + 50, "rl.padded", "code dim"))
-    parts.append(arrow(x + 184, middle, x + 216, middle))
-    x += 224
-    parts += box(x, middle - 84, 196, "loss", "−(clipped ratio × A)", "+ beta × KL")
-    parts.append(text(x, middle + 26, "sum over the tokens / norm,", "small"))
-    parts.append(text(x, middle + 46, "mean over all completions", "small"))
-    parts.append(text(x, top + size + 26, "rl.grpo_loss, rl.update", "code dim"))
-    return parts
-
-
-BLOCKS = [("rollout", 124, draw_rollout), ("reward", 168, draw_reward), ("advantage", 76, draw_advantage),
-          ("update", 308, draw_update)]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -463,7 +350,6 @@ def main():
     args = parser.parse_args()
     figures = {
         "curves": curves_figure(read_runs(args.runs)),
-        "rl_step": rl_step_figure(),
         "query": query_figure(find_query(args.runs / "seed0" / "rl", args.data)),
     }
     for name, svg in figures.items():

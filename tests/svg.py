@@ -1,4 +1,4 @@
-"""Pieces of hand-written SVG, for tests/figures.py: a picture that follows light and dark, and its texts and lines."""
+"""Pieces of SVG for tests/figures.py: a figure that follows light and dark, and its texts and lines."""
 
 import base64
 import io
@@ -6,9 +6,9 @@ from html import escape
 
 from PIL import Image
 
-WIDTH = 880  # of a picture: what a README shows without making it smaller
+WIDTH = 880  # of a figure: a README shows it without scaling
 
-COLOURS = {  # name: in light, in dark. a, b and c are told apart by colour-blind readers too (after Okabe and Ito)
+COLOURS = {  # name: (light, dark). Colour-blind readers can tell a, b and c apart (after Okabe and Ito)
     "paper": ("#ffffff", "#0d1117"),
     "panel": ("#f3f5f8", "#1b222c"),
     "rule": ("#c4ccd6", "#414b58"),
@@ -38,7 +38,7 @@ def style():
 
 
 def document(title, description, height, parts):
-    """A whole picture. Screen readers read title and description."""
+    """Return a complete figure. Screen readers read title and description."""
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'role="img" aria-labelledby="title desc">',
@@ -52,12 +52,12 @@ def document(title, description, height, parts):
 
 
 def clean(text):
-    """As content of XML, which forbids most control characters even when they are escaped."""
+    """Escape text for XML, which forbids most control characters even if they are escaped."""
     return escape("".join(c for c in text if c.isprintable()))
 
 
 def text(x, y, content, kind="", anchor="start"):
-    """kind: classes of the style. <disc_emb> and <gen_emb> get the colours of their embeddings."""
+    """Return a line of text. kind: style classes. <disc_emb> and <gen_emb> get the colours of their embeddings."""
     content = clean(content)
     content = content.replace("&lt;disc_emb&gt;", '<tspan class="a">&lt;disc_emb&gt;</tspan>')
     content = content.replace("&lt;gen_emb&gt;", '<tspan class="b">&lt;gen_emb&gt;</tspan>')
@@ -69,7 +69,7 @@ def rect(x, y, w, h, kind="panel", radius=6):
 
 
 def line(points, kind="line-rule", dash=""):
-    """Through [(x, y), ..]; dash: lengths of strokes and gaps."""
+    """Return a line through [(x, y), ..]. dash: lengths of strokes and gaps."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return f'<polyline points="{path}" class="{kind}"{dashed}/>'
@@ -80,15 +80,8 @@ def area(points, kind, opacity=1):
     return f'<polygon points="{path}" class="{kind}" fill-opacity="{opacity}"/>'
 
 
-def arrow(x0, y0, x1, y1):
-    """Straight, to the right or down."""
-    back = [(x1 - 7, y1 - 5), (x1 - 7, y1 + 5)] if y0 == y1 else [(x1 - 5, y1 - 7), (x1 + 5, y1 - 7)]
-    head = [back[0], (x1, y1), back[1]]
-    return line([(x0, y0), (x1, y1)], "line-dim") + line(head, "line-dim")
-
-
 def picture(x, y, w, h, file):
-    """The file's pixels, inside of the SVG, and a frame."""
+    """Return the pixels of an image file, embedded in the SVG, and a frame."""
     png = io.BytesIO()
     Image.open(file).convert("RGB").save(png, "PNG", optimize=True)
     data = base64.b64encode(png.getvalue()).decode()

@@ -1,5 +1,5 @@
-"""README and docs/ against the code: every path, function, flag and link that they name exists, every numbered
-departure of a script stands in docs/departures.md, every flag is read, and every test file says what it proves.
+"""README and docs/ against the code: every path, function, flag and link that they name exists. docs/departures.md has
+every numbered departure of a script. The code reads every flag. Every test file states what it proves.
 
     python -m pytest tests/test_docs.py
 """
@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("results", "scale", "data", "mmeb", "departures"))]
 SCRIPTS = ("sft.py", "rl.py", "eval.py")
-SIX = [ROOT / name for name in (*SCRIPTS, "reward.py", "model.py", "data.py")]  # a user's may lie beside them
+SIX = [ROOT / name for name in (*SCRIPTS, "reward.py", "model.py", "data.py")]  # a user may add scripts
 CODE = [*SIX, *ROOT.glob("support/*.py")]
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -25,7 +25,7 @@ def tree_of(path):
 
 @cache
 def names_in(path):
-    """Functions, classes, methods and assigned names of a file; a method also as Class.method."""
+    """Return functions, classes, methods and assigned names of a file; a method also as Class.method."""
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -38,7 +38,7 @@ def names_in(path):
 
 
 def prose(page):
-    """A page without its code blocks."""
+    """Return a page without its code blocks."""
     return "".join(page.read_text(encoding="utf-8").split("```")[::2])
 
 
@@ -48,7 +48,7 @@ def spans(page):
 
 @page_of
 def test_paths_exist(page):
-    """`support/mmeb.py`, `docs/scale.md`, `assets/..`: a path of the repository is there."""
+    """`support/mmeb.py`, `docs/scale.md`, `assets/..`: a path of the repository exists."""
     ours = [span for span in spans(page) if re.fullmatch(r"(docs|tests|support|assets)/[\w./-]+|[\w./-]+\.py", span)]
     folders = [ROOT, ROOT / "support", ROOT / "tests", ROOT / "tests/bench", ROOT / "docs"]
     lacking = [path for path in ours if not any((folder / path).exists() for folder in folders)]
@@ -70,7 +70,7 @@ def test_functions_exist(page):
 
 @page_of
 def test_links_resolve(page):
-    """Relative links and pictures lead to files, anchors to headings."""
+    """Relative links and images lead to files, anchors to headings."""
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http://", "https://")):
@@ -85,14 +85,14 @@ def test_links_resolve(page):
 
 
 def settings_of(script):
-    """The flags of the script: the fields of its Settings."""
+    """Return the flags of the script: the fields of its Settings."""
     (settings,) = [node for node in tree_of(ROOT / script).body if getattr(node, "name", "") == "Settings"]
     return {part.target.id for part in settings.body if isinstance(part, ast.AnnAssign)}
 
 
 @page_of
 def test_flags_exist(page):
-    """--flags in the text are flags of some command of ours (or of a tool that is named beside them)."""
+    """--flags in the text are flags of some command of ours or of a known tool."""
     known = {flag for script in SCRIPTS for flag in settings_of(script)}
     for path in [ROOT / "data.py", *ROOT.glob("support/*.py"), *ROOT.glob("tests/**/*.py")]:
         known |= set(re.findall(r"\"--(\w+)\"", path.read_text(encoding="utf-8")))
@@ -103,11 +103,10 @@ def test_flags_exist(page):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
-    """A flag that nothing reads is a promise that nobody keeps: its name is an attribute in the script or what it
-    calls."""
+    """Each flag is read as an attribute, in the script or in support/."""
     read = {node.attr for path in CODE for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
     assert settings_of(script) - {"preset"} <= read
-    assert "--preset" in (ROOT / "support/settings.py").read_text(encoding="utf-8")  # it is read before the others
+    assert "--preset" in (ROOT / "support/settings.py").read_text(encoding="utf-8")  # read before the other flags
 
 
 def test_departures_are_complete():
@@ -126,10 +125,11 @@ def test_departures_are_complete():
 def test_test_files_say_what_they_prove_and_how_to_run_them():
     for path in (ROOT / "tests").glob("*.py"):
         says = ast.get_docstring(tree_of(path))
-        assert says, f"{path.name} does not say what it is"
+        assert says, f"{path.name} has no docstring"
         assert not path.name.startswith("test_") or f"pytest tests/{path.name}" in says, path.name
 
 
 def test_readme_is_short():
-    """Everything else stands in docs/."""
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    """The README has at most 200 lines of at most 110 characters. docs/ has the rest."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 110

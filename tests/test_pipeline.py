@@ -185,7 +185,7 @@ def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_pa
         if language == "python":
             run(code, [sys.executable, "-c", small(code)])
             continue
-        for line in code.splitlines():
+        for line in re.sub(r" *\\\n *", " ", code).splitlines():  # a command may continue on the next line
             if line in seen or line.startswith(ELSEWHERE) or not re.match(STARTS, line):
                 continue
             seen.add(line)

@@ -1,6 +1,6 @@
-"""`bench.py gpu`: what an H100 makes of the real 2B with random weights, beside what was expected without one.
+"""`bench.py gpu`: speed and memory of the real 2B with random weights on one GPU. Two minutes on a card of 80 GB.
 
-About two minutes on one card of 80 GB. The column `expected` was written before anything had run on a GPU.
+The column `expected` was written before anything had run on a GPU.
 """
 
 import statistics
@@ -28,7 +28,7 @@ PEAK = 989e12  # dense bf16 FLOP/s of an H100 by its datasheet
 
 
 def milliseconds(run, repeats=20):
-    """Median of `repeats` runs, each timed on the GPU after a warm-up."""
+    """Return the median of `repeats` runs, each timed on the GPU after a warm-up."""
     for _ in range(3):
         run()
     found = []
@@ -58,15 +58,6 @@ def peak_gib(run):
     return torch.cuda.max_memory_allocated() / GIB
 
 
-def kernels(run):
-    """Kernels and copies that the GPU runs for run()."""
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_time_total)
-
-
 class Table:
     def __init__(self):
         print("| | measured | expected |\n|---|---|---|", flush=True)
@@ -80,14 +71,14 @@ def make_model(size, dtype=torch.float32):
     with torch.device("cuda"):
         backbone = random_model(**size).to(dtype)
     model = Embedder(backbone, toy_tokenizer()).to("cuda")
-    model.banned = torch.arange(300, 330, device="cuda")  # as many as the real tokenizer has; the toy's is far smaller
+    model.banned = torch.arange(300, 330, device="cuda")  # as many as with the real tokenizer
     backbone.config.image_token_id, backbone.config.video_token_id = model.media_ids
     backbone.model.visual.requires_grad_(False)
     return model
 
 
 def page_prompt(model, side, name):
-    """A prompt with a picture of side x side visual tokens."""
+    """Return a prompt with an image of side x side visual tokens."""
     grid = np.array([[1, 2 * side, 2 * side]])
     pixels = np.random.default_rng(0).integers(0, 256, (4 * side * side, 1176), np.uint8)
     ids = np.concatenate([[11] * 5, [model.media_ids[0]] * side**2, [12] * 60, [model.disc_id], [13] * 40])
@@ -113,67 +104,30 @@ def ceilings(table):
     table.row("8192 x 8192 x 8192 product in bf16, TFLOP/s", f"{2 * 8192**3 / product / 1e9:.0f}", "800")
 
 
-def patch_embedding(table, model, n):
-    proj = model.backbone.model.visual.patch_embed.proj
-    x = torch.randn(n, 1176, device="cuda", dtype=torch.bfloat16)
-    weight = proj.weight.to(torch.bfloat16)
-    shape = (n, *proj.weight.shape[1:])
-    conv = milliseconds(lambda: torch.nn.functional.conv3d(x.view(shape), weight, stride=proj.weight.shape[2:]), 3)
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        ours = milliseconds(lambda: model.backbone.model.visual.patch_embed(x))
-    table.row(f"patch embedding of {n:,} patches, ms: convolution / ours", f"{conv:.2f} / {ours:.2f}", "seconds / < 1")
-
-
 @torch.no_grad()
 def decode_step(table, model, slots, keys, expected):
-    """expected: (of transformers' step, of ours, of ours as a graph)"""
+    """Time a step of transformers, of ours, and of ours as a CUDA graph; expected: a cell of each."""
     decoder = Decoder(model.backbone, slots, torch.bfloat16)
     tokens, index, positions = [7] * slots, [keys - 2] * slots, [keys - 2] * slots
     inputs = torch.tensor([tokens, index, positions], device="cuda")
     decoder.make_room(keys)
     K = decoder.cache.capacity
     read = transformers_read(model.backbone, bf16=True)
-    told = f"decode step, {slots} slots, {keys:,} keys, ms: "
 
-    def measured(what, run, expected, count=True):
-        name = f"{what} ({kernels(run)} kernels)" if count else what
-        took = milliseconds(run)
-        table.row(told + name, f"{took:.2f}", expected)
-        return took
+    def measured(what, run, expected=""):
+        table.row(f"decode step, {slots} slots, {keys:,} keys, ms: {what}", f"{milliseconds(run):.2f}", expected)
 
-    with torch.autocast("cuda", torch.bfloat16):  # one around all: the weights are cast once
+    with torch.autocast("cuda", torch.bfloat16):  # one autocast around all, so the weights are cast once
         measured("transformers", lambda: read(decoder, inputs, keys), expected[0])
     measured("own", lambda: decoder.run(inputs, K), expected[1])
-    took = measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2], count=False)
-    moved = 2 * slots * keys * decoder.kv_heads * decoder.cache.kv[0].shape[-1] * 2 * len(decoder.layers)
-    for layer in decoder.layers:
-        moved += sum(w.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down) for w in part.weights)
-    table.row(told + "that is, TB/s of weights, keys and values", f"{moved / took / 1e9:.2f}", "3.0")
+    measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2])
     hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
-    measured("the head and the sampling beside it", lambda: sample_once(model, hidden, decoder), "")
+    measured("the head and the sampling after it", lambda: sample_once(model, hidden, decoder))
 
 
 def sample_once(model, hidden, decoder):
     logits = sampling_logits(decoder.head(hidden), model.banned, 1.0)
     return sample(logits, [0.5] * len(hidden))
-
-
-@torch.no_grad()
-def growing(table, model):
-    """Every length for the first time: a kernel that plans anew for a shape shows here."""
-    decoder = Decoder(model.backbone, 16, torch.bfloat16)
-    decoder.make_room(600)
-    steps, passes = [], []
-    for n in range(53):
-        at = [520 + n] * 16
-        steps.append(seconds(lambda at=at: decoder.step([7] * 16, at, at)))
-        rows = [text_prompt(model, 300 + 7 * n + k) for k in range(4)]
-        batch = model.pad_rows(rows)
-        read = torch.tensor([5], device="cuda")
-        passes.append(seconds(lambda batch=batch, read=read: model(batch, embed_at=read)))
-    for what, found in (("decode steps", steps), ("passes over 4 prompts", passes)):
-        ratio = max(found[3:]) / statistics.median(found)
-        table.row(f"50 {what} of growing lengths, largest / median", f"{ratio:.1f}", "< 3")
 
 
 def rollouts(table, model, n_prompt, n_tokens):
@@ -203,21 +157,21 @@ def sft_steps(table, model, n, micro_batch):
     model.train()
     pairs = random_pairs(n, model)
     args = sft.Settings(micro_batch=micro_batch)
-    sft.sft_step(model, random_pairs(n, model), args)  # kernels are loaded when they are first used
+    sft.sft_step(model, random_pairs(n, model), args)  # the first use loads the kernels
     took = seconds(lambda: sft.sft_step(model, pairs, args))
     pairs = random_pairs(n, model)
     peak = peak_gib(lambda: sft.sft_step(model, pairs, args))
     tokens = sum(len(row.ids) for pair in pairs for row in (pair.query, pair.target))
     layers = sum(p.numel() for p in backbone.model.language_model.layers.parameters())
     flops = (2 + 2 + 2 + 4) * layers * tokens  # pass 1; pass 3 forward, again for the backward, backward
-    told = f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch {micro_batch}"
+    label = f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch {micro_batch}"
     share = f"{flops / took / PEAK:.0%} of 989 TFLOP/s, layers only"
-    table.row(f"{told}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
-    table.row(f"{told}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
+    table.row(f"{label}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
+    table.row(f"{label}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
 
 
 def update_passes(table, model, prompt, length, n):
-    """n groups in one pass: each a prompt and 8 completions; reference and policy."""
+    """Run n groups in one pass, each a prompt and 8 completions, through reference and policy."""
     row = text_prompt(model, prompt)
     completions = [[7] * (length - 2) + [model.gen_id, model.end_id] for _ in range(8)]
     done = rl.Rollouts(
@@ -236,27 +190,13 @@ def update_passes(table, model, prompt, length, n):
     tokens = n * (prompt + 8 * length)
     layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
     share = (2 + 2 + 2 + 4) * layers * tokens / took / PEAK
-    told = f"RL update of {n} group(s), {prompt:,} + 8 x {length:,} tokens each"
-    table.row(f"{told}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
-    table.row(f"{told}, peak, GiB", f"{peak:.1f}", "< 60")
-
-
-def optimisers(table, model):
-    for fused in (False, True):
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        optimizer = torch.optim.AdamW(parameters, foreach=not fused, fused=fused)
-        optimizer.step()
-        before = torch.cuda.memory_allocated() / GIB
-        peak = peak_gib(optimizer.step) - before
-        took = milliseconds(optimizer.step, 3)
-        name = "fused" if fused else "foreach"
-        table.row(f"AdamW, {name}: ms / temporaries, GiB", f"{took:.0f} / {peak:.1f}", "0" if fused else "6 to 12")
-        del optimizer
-        torch.cuda.empty_cache()
+    label = f"RL update of {n} group(s), {prompt:,} + 8 x {length:,} tokens each"
+    table.row(f"{label}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
+    table.row(f"{label}, peak, GiB", f"{peak:.1f}", "< 60")
 
 
 def evaluation(table, model, inputs, side, tokens, slots):
-    """Generation for evaluation in bf16: pages with `tokens` generated tokens each."""
+    """Generate for evaluation in bf16: pages with `tokens` generated tokens each."""
     pages = [page_prompt(model, side, str(k)) for k in range(inputs)]
 
     def write(n_inputs, n_tokens):
@@ -271,7 +211,7 @@ def evaluation(table, model, inputs, side, tokens, slots):
 
 
 def gpu(tiny=False):
-    start_processes()  # switches cuDNN's attention off
+    start_processes()  # also switches cuDNN's attention off
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"commit {commit or 'unknown'}; random weights in the sizes of Qwen2-VL-2B\n")  # fmt: skip
@@ -280,17 +220,14 @@ def gpu(tiny=False):
     ceilings(table)
     model = make_model(size)
     model.bf16 = True
-    patch_embedding(table, model, 120 if tiny else 12_040)
     for slots, *expected in ((64, "14 to 22", "5 to 8", "3 to 4.5"), (8, "", "", ""), (1, "", "", "")):
         decode_step(table, model, slots, 300 if tiny else 2200, expected)
-    growing(table, model)
     rollouts(table, model, 100 if tiny else 1500, 20 if tiny else 400)
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.merger.requires_grad_(True)
     # 64 pairs: the micro-batches of 16 are up to 46 % padding (docs/results.md)
     for n, micro_batch in ((4, 2),) if tiny else ((64, 4), (64, 8), (64, 16)):
         sft_steps(table, model, n, micro_batch)
-    optimisers(table, model)
     model.backbone.model.visual.requires_grad_(False)
     for case in ((60, 30, 2),) if tiny else ((500, 400, 1), (500, 400, 2), (500, 400, 4), (1500, 2048, 1)):
         update_passes(table, model, *case)

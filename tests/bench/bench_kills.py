@@ -1,8 +1,8 @@
-"""`bench.py kills`: runs that are killed at random moments, again and again, against one that never was.
+"""`bench.py kills`: kill runs at random moments, again and again, and compare them with an unbroken run.
 
-Each start is killed at a random moment by SIGKILL or a scheduler's signal, to one process or to all of them with their
-loader workers; half of the times the next start does not wait for the old processes to end. A finished run must have
-the weights and the log of the run that was left alone, bit by bit; a process that lives 60 s after its signal hangs.
+SIGKILL or a scheduler's signal hits one rank, or all ranks with their loader workers. Half of the times the next start
+does not wait for the old processes to end. A finished run must have the weights and the log of the unbroken run, bit by
+bit. A process that lives 60 s after its signal hangs.
 """
 
 import json
@@ -15,27 +15,32 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+import torch
+from conftest import read_log
+from toy_base import toy_model
+
+import rl
+import sft
+from support.program import run_script
+from support.toy import write_toy
+
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-TIMING = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
 
 
-def start(module, argv, processes, output):
-    """-> pids of the stage's processes, each the head of a process group: forks, so that torch is imported once."""
+def start(module, argv, ranks, output):
+    """Return the pids of the ranks, each the leader of a process group. They are forks, so torch is imported once."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     pids = []
-    for rank in range(processes):
+    for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            from support.program import run_script
-
             os.setpgid(0, 0)
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.dup2(1, 2)
-            if processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             sys.argv = [f"{module.__name__}.py", *map(str, argv)]
             run_script(module.main)
@@ -45,7 +50,7 @@ def start(module, argv, processes, output):
 
 
 def ended(pids, seconds):
-    """Waits for them -> exit codes, None for one that still lives; those are killed."""
+    """Wait for the processes and return their exit codes, None for a process that still lives. Kill these."""
     codes, until = {}, time.time() + seconds
     while len(codes) < len(pids) and time.time() < until:
         for pid in set(pids) - codes.keys():
@@ -60,32 +65,30 @@ def ended(pids, seconds):
 
 
 def result(out):
-    """Weights' bytes and the log without wall-clock figures."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-    return (out / "model.safetensors").read_bytes(), lines
+    """Return the bytes of the weights, and the log without wall-clock values."""
+    return (out / "model.safetensors").read_bytes(), read_log(out)
 
 
-def killed_runs(module, argv, processes, kills, folder, rng):
-    """-> {figure: count} of one stage."""
-    whole = folder / "whole"
+def killed_runs(module, argv, ranks, kills, folder, rng):
+    """Return {column: count} of one stage."""
+    unbroken = folder / "unbroken"
     began = time.time()
-    assert ended(start(module, [*argv, "--out", whole], processes, folder / "whole.txt"), 300) == [0] * processes
-    duration, want = time.time() - began, result(whole)
+    assert ended(start(module, [*argv, "--out", unbroken], ranks, folder / "unbroken.txt"), 300) == [0] * ranks
+    duration, want = time.time() - began, result(unbroken)
     found = dict(kills=0, runs=0, refused=0, hangs=0, wrong_weights=0, wrong_logs=0)
     while found["kills"] < kills:
         out, old = folder / f"cut{found['runs']}", []
         argv_out = [*argv, "--out", out]
         while not (out / "args.json").exists() or not json.loads((out / "args.json").read_text()).get("finished"):
-            pids = start(module, argv_out, processes, folder / "cut.txt")
+            pids = start(module, argv_out, ranks, folder / "cut.txt")
             alone = not old
             time.sleep(rng.uniform(0.2, 0.8) * duration)
-            if alone:  # the others are only there to be refused, or to take over
+            if alone:  # otherwise it is refused, or it takes over
                 number, all_of_them = rng.choice(SIGNALS), rng.random() < 0.5
                 for pid in pids if all_of_them else [rng.choice(pids)]:
                     try:
                         os.killpg(pid, number) if all_of_them else os.kill(pid, number)
-                    except ProcessLookupError:  # it had finished
+                    except ProcessLookupError:  # it has finished
                         continue
                 found["kills"] += 1
             if alone and rng.random() < 0.5:
@@ -105,16 +108,8 @@ def killed_runs(module, argv, processes, kills, folder, rng):
 
 
 def kills(count, seed=0):
-    """Prints the table. count: kills in all, shared out over the four kinds of runs."""
+    """Print the table. count: kills in all, divided among the four kinds of runs."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
-    import torch
-    from toy_base import toy_model
-
-    import rl
-    import sft
-    from support.toy import write_toy
-
     torch.set_num_threads(1)
     folder, rng, total = Path(tempfile.mkdtemp()), random.Random(seed), {}
     toy_model(folder / "tiny", seed=1)
@@ -124,14 +119,14 @@ def kills(count, seed=0):
     sft_argv = [*common, "--data", folder / "toy/sft.json", "--steps", 12, "--micro_batch", 4]
     rl_argv = [*common, "--data", folder / "toy/rl.json", "--steps", 6, "--max_new_tokens", 8, "--G", 2]
     cases = {"sft": (sft, sft_argv), "rl": (rl, rl_argv)}
-    print("| stage, processes | kills | runs | refused starts | hangs | wrong weights | wrong logs |")
+    print("| stage, ranks | kills | runs | refused starts | hangs | wrong weights | wrong logs |")
     print("|---|---|---|---|---|---|---|")
     for stage, (module, argv) in cases.items():
-        for processes in (1, 2):
-            place = folder / f"{stage}{processes}"
-            place.mkdir()
-            found = killed_runs(module, argv, processes, -(-count // 4), place, rng)
+        for ranks in (1, 2):
+            runs = folder / f"{stage}{ranks}"
+            runs.mkdir()
+            found = killed_runs(module, argv, ranks, -(-count // 4), runs, rng)
             total = {key: total.get(key, 0) + n for key, n in found.items()}
-            print(f"| {stage}, {processes} |", " | ".join(str(n) for n in found.values()), "|", flush=True)
+            print(f"| {stage}, {ranks} |", " | ".join(str(n) for n in found.values()), "|", flush=True)
     print("| all |", " | ".join(str(n) for n in total.values()), "|")
     return int(any(total[key] for key in ("hangs", "wrong_weights", "wrong_logs")))
