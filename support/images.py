@@ -73,19 +73,15 @@ def find_image(source, root=None):
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root or path)):
         raise Skip(f"{source}: the path leaves --media_root {root}")
     if not exists:
-        raise Skip(f"{path}: no such file{hint_of_absent(path, root)}")
+        hint = " (is --media_root right?)" if root else ""
+        for form in ("NFC", "NFD"):
+            if os.path.exists(unicodedata.normalize(form, str(path))):
+                hint = (f"; a file with the same visible name exists, but its name is in Unicode form {form}. Write "
+                        f"the path in form {form}, or rename the file")  # fmt: skip
+        raise Skip(f"{path}: no such file{hint}")
     if not path.is_file():
         raise Skip(f"{path}: cannot be read as an image (it is not a file)")
     return path
-
-
-def hint_of_absent(path, root):
-    """Return the likely reason why a path does not exist, as the end of a sentence."""
-    for form in ("NFC", "NFD"):
-        if os.path.exists(unicodedata.normalize(form, str(path))):
-            return (f"; a file with the same visible name exists, but its name is in Unicode form {form}. Write "
-                    f"the path in form {form}, or rename the file")  # fmt: skip
-    return " (is --media_root right?)" if root else ""
 
 
 def hash_media(paths, root=None, group=None):

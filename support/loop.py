@@ -230,32 +230,26 @@ class Loop:
 
     def apply_gradients(self, step, pairs, lr, figures):
         """Run optimizer.step() and zero_grad(). If one of the figures {name: float} is not finite, leave the weights
-        unchanged and return False; after more than --skip_nonfinite such steps, raise Stopped."""
-        finite = self.finite(step, figures, pairs)
+        unchanged; after more than --skip_nonfinite such steps, raise Stopped."""
         if figures["gradient norm"] == 0:
             self.zero_gradients += 1
             if self.zero_gradients in (1, 10, 100):
                 self.say(f"step {step + 1}: the gradient is exactly 0 ({self.zero_gradients} such steps so far), so "
                          "nothing is learned. Check if all targets of a batch, or all rewards of a group, are equal.")
-        if finite:
+        if all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
+            self.nonfinite += 1
+            values = ", ".join(f"{name} {x}" for name, x in figures.items())
+            rows = ", ".join(gather_list([pair.name for pair in pairs]))
+            message = f"step {step + 1}: {values}: not finite, nothing was updated; rows {rows}"
+            if self.nonfinite > self.args.skip_nonfinite:
+                raise Stopped(f"{message}\nGive --skip_nonfinite N to leave out N such steps instead of stopping.")
+            self.say(message)
+        else:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.completed = None  # nothing can be saved from here until the log line is written
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return finite
-
-    def finite(self, step, figures, pairs):
-        if not all_sum(torch.tensor(sum(not math.isfinite(x) for x in figures.values()))):
-            return True
-        self.nonfinite += 1
-        values = ", ".join(f"{name} {x}" for name, x in figures.items())
-        rows = ", ".join(gather_list([pair.name for pair in pairs]))
-        message = f"step {step + 1}: {values}: not finite, nothing was updated; rows {rows}"
-        if self.nonfinite > self.args.skip_nonfinite:
-            raise Stopped(f"{message}\nGive --skip_nonfinite N to leave out N such steps instead of stopping.")
-        self.say(message)
-        return False
 
     def end_step(self, step, pairs, figures, tokens):
         """Log the step, update the bar, and save a checkpoint if one is due. tokens: count over all ranks."""
@@ -271,7 +265,12 @@ class Loop:
             self.bar.set_postfix({key: value for key, value in shown.items() if value != "0"})
         if (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
             self.save(step + 1)
-        self.check_share()
+        # a small dataset within the bound never stops, even if its bad rows come first
+        if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
+            raise Stopped(
+                f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
+                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
+            )
 
     def take_over(self):
         """Make --out the folder of this run: write args.json, open the log, and remove checkpoints after this run's
@@ -307,15 +306,6 @@ class Loop:
                 for name, reason in bad:
                     file.write(json.dumps({"step": step + 1, "row": name, "reason": reason}) + "\n")
         return len(bad)
-
-    def check_share(self):
-        """Raise Stopped if the share of unusable rows is too large. A small dataset within the bound never stops, even
-        if its bad rows come first."""
-        if self.unusable > self.args.max_skipped * max(self.seen, min(self.num_rows, 1000)):
-            raise Stopped(
-                f"{self.unusable} of {self.seen} rows could not be used, above --max_skipped {self.args.max_skipped}; "
-                f"{self.out / 'skipped.jsonl'} lists them; the last one: {self.last_reason}"
-            )
 
 
 def open_log(out, start):
