@@ -1,8 +1,6 @@
 """docs/mteb_model.py in MTEB: a retrieval task with texts and pictures, made here, gets the score of our own dot
 products. Run it where mteb is installed (pip install mteb); it is skipped elsewhere: mteb is no requirement.
-
-    python -m pytest tests/test_mteb.py
-"""
+Run: pytest tests/test_mteb.py"""
 
 import shutil
 import sys

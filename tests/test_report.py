@@ -1,14 +1,12 @@
 """report.html of eval.py: its rankings are right, hostile text stays text, its size is limited, unreadable images are
-reported, and the page works in a browser.
-
-    python -m pytest tests/test_report.py            # the last three tests need Chromium: apt-get install chromium
-"""
+reported, and the page works in a browser. Run: pytest tests/test_report.py"""
 
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,9 +80,6 @@ def model_of(tasks, disc=lambda q: q, gen=lambda q: q, answer="<think>because</t
             examples[task["name"]][q] = {"answer": answer, "rankings": rankings}
     return {"folder": folder, "rows": {task["name"]: row for task in tasks}, "means": {"mean": row},
             "examples": examples}  # fmt: skip
-
-
-# ---- content -----------------------------------------------------------------------------------------------------
 
 
 def test_similarities_are_the_dot_products(tmp_path):
@@ -200,9 +195,6 @@ def test_curves(tmp_path):
     assert indices == {"sft": [0], "rl": [0, 1], "hub": []}
 
 
-# ---- text, images, size ------------------------------------------------------------------------------------------
-
-
 def hostile_report(folder):
     """Write a report with hostile scripts as names, query, candidate, answer, file name and log."""
     run = folder / "run"
@@ -283,9 +275,6 @@ def test_size_is_bounded(tmp_path, capsys):
     assert f"{left_out} more would exceed" in capsys.readouterr().out
 
 
-# ---- in a browser ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def hostile_page(tmp_path_factory):
     if CHROMIUM is None:
@@ -345,3 +334,27 @@ def test_page_is_complete(hostile_page):
     assert levels[0] == 1 and max(b - a for a, b in zip(levels, levels[1:])) == 1
     assert len(re.findall(r"<label>\w[\w ]* <select", body)) == len(re.findall("<select", body)) == 3
     assert all(" alt=" in tag for tag in re.findall(r"<img [^>]*>", body))
+
+
+def test_the_report_shows_invalid_answers(tmp_path):
+    """Bug story: a model with 100 % invalid answers showed zeros and no reason. Their share is a row, and every row is
+    explained."""
+    tasks = [task_of("t")]
+    model = model_of(tasks, answer="rambling")
+    row = {"disc": 0.5, "gen": 0.0, "oracle": 0.5, "pass@1": 0.0, "pass@2": 0.0, "invalid": 1.0, "tokens": 9.0}
+    model |= {"rows": {"t": row}, "means": {"mean": row}}
+    write_report(tmp_path / "report.html", tasks, {"m": model}, open_picture)
+    assert data_of(tmp_path / "report.html")["models"][0]["means"]["mean"]["invalid"] == 1.0
+    if CHROMIUM is None:
+        pytest.skip("no browser: apt-get install chromium")
+    dom = re.sub(r"<script.*?</script>", "", browse(tmp_path / "report.html"), flags=re.DOTALL)
+    assert re.search(r'<th scope="row" class="no">invalid</th>.*?100\.0', dom)
+    assert re.findall(r"<dt>(.*?)</dt><dd>\w", dom)[:5] == ["disc", "gen", "oracle", "pass@k", "invalid"]
+
+
+def test_every_mode_is_explained():
+    """A new mode must not be forgotten in the page."""
+    page = (Path(ev.__file__).parent / "support/report_page.html").read_text()
+    meaning = page.split("const MEANING")[1].split("};")[0]
+    explained = re.findall(r'^  "?([\w@]+)"?: "', meaning, flags=re.MULTILINE)
+    assert explained == [*ev.MODES, "pass@k", "invalid"]
