@@ -585,17 +585,12 @@ def test_the_filters_give_what_they_gave():
 
 @pytest.mark.parametrize("text", ["<think>a</think><answer>b{}c", "<think>a</think>{}c", "{}c", "<think>{}",
                                   "a{}</think>b"])  # fmt: skip
-@pytest.mark.parametrize("repeated", ["\n", "<think>", "<gen_emb>", "</think>", "</think>\n<think>"])
-def test_the_filters_take_linear_time(text, repeated):
-    """Bug story: an answer with 32,000 newlines held the filter for 61 seconds. With quadratic time, this test takes an
-    hour."""
-    text = text.format(repeated * 200_000)
-    for function in (split_answer, parts_of_answer, lambda text: ablate_trace([text])):
-        function(text)
-
-
-def test_swapped_reasonings_take_linear_time():
-    """Bug story: of 200,000 equal answers each looked through all others. Such a search takes hours."""
+def test_the_filters_take_linear_time(text):
+    """Bug stories: an answer with 32,000 newlines held the filter for 61 seconds, and each of 200,000 equal answers
+    looked through all others. With quadratic time, this test takes an hour."""
+    for repeated in ("\n", "<think>", "<gen_emb>", "</think>", "</think>\n<think>"):
+        for function in (split_answer, parts_of_answer, lambda text: ablate_trace([text])):
+            function(text.format(repeated * 200_000))
     got = ablate_trace(["<think>a</think>"] * 200_000 + ["<think>b</think>"])
     assert got["swapped"][:2] == ["<think>b</think>"] * 2 and got["swapped"][-1] == "<think>a</think>"
 

@@ -90,8 +90,8 @@ def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypa
 
 
 def test_thirty_kills_around_the_save(tmp_path):
-    """A child trains and saves without a pause and is killed 30 times, in the middle of writing, of renaming and of
-    deleting. Every resume finds a checkpoint no older than before, with exactly the state of its step."""
+    """A child trains and saves without a pause and is killed 30 times in the middle of writing, renaming and deleting.
+    Every resume finds a checkpoint no older than before, with exactly the state of its step."""
     model, optimizer = small()
     want = {0: [p.clone() for p in model.parameters()]}
     for step in range(1, 500):
@@ -127,8 +127,7 @@ def test_thirty_kills_around_the_save(tmp_path):
 
 
 def test_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
-    """A kill while an old checkpoint is being deleted leaves a folder that resume does not take for good, and the next
-    save clears it away."""
+    """A kill while an old checkpoint is deleted leaves a folder that resume refuses and the next save clears away."""
     model, optimizer = small()
     train(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, 1, {})

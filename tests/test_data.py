@@ -305,7 +305,7 @@ def test_the_next_step_is_fetched_while_this_one_computes():
 
 
 def test_workers_are_forked_by_the_main_thread(world, tokenizer, monkeypatch):
-    """Linux ends a worker with the thread that forked it, and a fetching thread lives for one step only."""
+    """Linux ends a worker with the thread that forked it, and a fetching thread lives for one step."""
     data, forks = PairData([world / "sft.json"], tokenizer, kind="sft", batch_size=4, seed=0, root=world), []
     monkeypatch.setattr(os, "fork", lambda fork=os.fork: (forks.append(threading.current_thread()), fork())[1])
     loader = step_loader(data, range(6), 2)

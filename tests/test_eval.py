@@ -247,7 +247,7 @@ def test_local_task_ranks_its_own_list():
 
 
 def test_paired_change():
-    """Two tasks by hand: mean of the tasks' means, and standard error from the variance of the paired differences."""
+    """By hand: the mean of the tasks' means, and the standard error from the variance of the paired differences."""
     first = {"a": [0, 0, 1, 1], "b": [0, 1]}
     last = {"a": [1, 0, 1, 1], "b": [1, 1]}
     change, error = paired_change(first, last)

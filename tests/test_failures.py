@@ -327,8 +327,8 @@ def test_a_sharded_run_keeps_its_last_step(tiny_dir, world, tmp_path):
 
 
 def test_files_have_the_mode_of_the_umask(tiny_dir, world, tmp_path, monkeypatch):
-    """Bug story: safetensors creates files that only their owner can read, whatever the umask. A colleague got "No such
-    file" for a finished model."""
+    """Bug story: safetensors creates files for their owner only. A colleague got "No such file" for a finished
+    model."""
     before = os.umask(0o027)
     try:
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=1), monkeypatch)
@@ -419,7 +419,7 @@ def test_share_of_skipped_rows(tiny_dir, world, tmp_path, monkeypatch, capsys):
 
 
 def test_errors_of_rows_show_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
-    """Bug story: a row whose marks do not fit its media ended the run when its turn came, after days perhaps."""
+    """Bug story: a row whose marks do not fit its media ended the run when its turn came."""
     rows = json.loads((world / "sft.json").read_text())
     rows[11]["pos"]["image"] = ["images/0.png", "images/1.png"]
     (tmp_path / "data.json").write_text(json.dumps(rows))

@@ -1,7 +1,5 @@
-"""What only a GPU can show: the kernels that run, CUDA graphs, synchronisations, memory, nccl, CPU and GPU alike.
-
-python -m pytest tests/test_gpu.py     # about two minutes on one card of 80 GB; skipped where there is none
-"""
+"""What only a GPU can show: kernels, CUDA graphs, synchronisations, memory, nccl, CPU and GPU alike. Without one it is
+skipped. About two minutes on a card of 80 GB. Run: pytest tests/test_gpu.py"""
 
 import os
 import shutil

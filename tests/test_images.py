@@ -53,8 +53,8 @@ def test_large_and_extreme_images():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 def test_transparency_shows_white(mode):
-    """Bug story: convert("RGB") drops the alpha channel and shows whatever colour lies beneath, mostly black, where
-    transformers puts the picture on white. For alpha channels and for palettes and colours marked as transparent."""
+    """Bug story: convert("RGB") drops the alpha channel and shows the colour beneath, mostly black. transformers shows
+    white."""
     image = picture(0, 60, 60)
     if mode in ("RGBA", "LA"):
         image.putalpha(picture(1, 60, 60, "L"))
@@ -73,8 +73,8 @@ def test_transparency_shows_white(mode):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_video_layout(n):
-    """Frame by frame: patch (t, y, x) holds frames 2t and 2t + 1, each with the numbers of transformers' processor
-    for that frame alone; the first frame sets the size and an odd count repeats the last one."""
+    """Patch (t, y, x) has frames 2t and 2t + 1, each as transformers' processor alone. The first frame sets the size,
+    and an odd count repeats the last one."""
     frames = [picture(k, 84, 56) for k in range(n)]
     frames[-1] = picture(9, 50, 40) if n > 1 else frames[0]
     x, grid = patchify(frames, min_pixels=784, max_pixels=25_088)
