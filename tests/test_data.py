@@ -1,4 +1,4 @@
-"""data.py against transformers' picture processor and chat template, the file formats, and what bad input does.
+"""data.py: prompts and labels against the chat template, rows of files, batches, and unreadable input.
 Run: pytest tests/test_data.py"""
 
 import json

@@ -1,4 +1,4 @@
-"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, complete runs.
+"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, dead models, complete runs.
 Run: pytest tests/test_eval.py"""
 
 import itertools
@@ -182,8 +182,8 @@ def unit(x):
 
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
-    """Query 1 and candidate a have no <gen_emb>, and their gen states are NaN: in fused disc decides, without a miss.
-    Such a candidate has half of its disc cosine. A query without a disc embedding is a miss."""
+    """Query 1 and candidate a have no <gen_emb>: in fused disc decides, without a miss. Such a candidate has half of
+    its disc cosine. A query without a disc embedding is a miss."""
     nan = [math.nan] * 2
     queries = arrays([[X], [nan]], disc=[X, Y], valid=[[True], [False]])
     candidates = arrays([[nan], [Y]], disc=[X, Y], valid=[[False], [True]])
@@ -299,10 +299,8 @@ READ = []  # (samples, text) of every input that was embedded
 
 
 def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
-    """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed.
-
-    A second run embeds nothing and has the same scores.
-    """
+    """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed. A
+    second run embeds nothing and has the same scores."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     for model in ("sft", "rl"):

@@ -1,4 +1,4 @@
-"""model.py against transformers' own forward pass, against itself without a cache, and the promises of embed().
+"""model.py against transformers' own forward pass and against itself without a cache.
 Run: pytest tests/test_model.py"""
 
 import pickle

@@ -58,8 +58,8 @@ def test_mteb_sees_our_dot_products(writer, writer_dir, mode, tmp_path):
 
 
 def test_other_weights_are_not_the_stored_score(writer_dir, tmp_path):
-    """Bug story (mteb#842): mteb stores a score under the model's name and revision. Other weights under the same path
-    got the score of the old ones (0.05 for a model with 0.825); so did another mode or --max_new_tokens."""
+    """Bug story (mteb#842): mteb stores a score under name and revision, so other weights under the same path, or
+    another mode or --max_new_tokens, got the score of the old ones."""
     from mteb.cache import ResultCache
     from mteb_model import UMEModel
 

@@ -37,7 +37,7 @@ def toy_data(tmp_path_factory):
 
 
 def test_readme_runs_the_three_stages():
-    """The first command of the README is what .ci/run executes; it must be the whole pipeline, the second the tests."""
+    """The first command of the README is the complete pipeline, which .ci/run executes. The second is the tests."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert re.findall(r"python (\w+\.py)", blocks[0]) == ["sft.py", "rl.py", "eval.py"]
     assert "-m pytest" in blocks[1]
@@ -160,9 +160,8 @@ OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create
 
 @pytest.mark.slow
 def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_path):
-    """Bug story: the README's command for the miniature of MMEB, typed in as it stands, ended in a KeyError after all
-    its work. Every line that starts a program runs here, one after the other as a reader would, at a small size, and
-    the Python too; a new line fails the test until it runs."""
+    """Every line that starts a program runs here at a small size, one after the other as a reader would, and the Python
+    too. Bug story: the README's command for the miniature of MMEB ended in a KeyError after all its work."""
     (tmp_path / "toy").symlink_to(toy_data)
     (tmp_path / "tiny").symlink_to(tiny_dir)
     shutil.copytree(writer_dir, tmp_path / "writer")

@@ -170,8 +170,7 @@ def test_sft(tiny_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
 
 @pytest.mark.parametrize("ranks, nodes, fsdp", TRAINING)
 def test_rl(writer_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
-    """All tokens of the rollouts are those of one rank. So are rewards, KL, loss, final weights and the list of
-    skipped rows."""
+    """Tokens, rewards, KL, loss, final weights and the list of skipped rows are those of one rank."""
     out, want = tmp_path / "out", alone / "rl"
     run(rl, argv_of(rl, out, fsdp=fsdp), tmp_path, ranks, nodes)
     a, b = recorded_tokens(alone, 1), recorded_tokens(tmp_path, ranks)
@@ -227,12 +226,10 @@ VICTIMS = {
     ("rank", 1, False), ("torchrun", 2, True), ("first node", 2, True), ("second node", 2, False),
 ])  # fmt: skip
 def test_kill(tiny_dir, argv_of, tmp_path, victim, nodes, fsdp):
-    """A rank, one of two torchruns, or all processes of a node get SIGKILL, and the processes of all nodes end. The
-    same command resumes from the last checkpoint and ends with the log and the bits of an unbroken run. The first node
-    has rank 0 and the store of the torchruns, the second one has neither.
-
-    With DDP on four ranks the result is the same up to rounding: the first step after a start has other buckets than
-    the later ones, and the position in a bucket decides in which order four gradients are added up."""
+    """A rank, one of two torchruns, or all processes of a node get SIGKILL, and all nodes end. The same command resumes
+    and ends with the log and the bits of an unbroken run. The first node has rank 0 and the store of the torchruns.
+    With DDP on four ranks the result is the same up to rounding, because the first step after a start adds up the four
+    gradients in another order."""
     cut, unbroken = tmp_path / "cut", tmp_path / "unbroken"
     argv, unbroken_argv = (argv_of(sft, out, steps=10, save_every=2, workers=1, fsdp=fsdp) for out in (cut, unbroken))
     run(sft, unbroken_argv, tmp_path, 2 * nodes)

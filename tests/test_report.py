@@ -147,8 +147,8 @@ def test_sampled_queries(queries, tasks, wanted, want):
 
 
 def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
-    """eval.py writes the report for all models. From the cache alone it is equal byte for byte.
-    A query without <gen_emb> ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
+    """eval.py writes the report for all models, equal byte for byte from the cache alone. A query without <gen_emb>
+    ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     (tmp_path / "images").mkdir()
@@ -179,8 +179,8 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
 
 
 def test_curves(tmp_path):
-    """Points are means over neighbouring steps. NaN and a truncated line are left out.
-    The runs of rl include its sft run. A run that two models share is listed once."""
+    """Points are means over neighbouring steps, without NaN and a truncated line. The runs of rl include its sft run. A
+    run that two models share is listed once."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     for folder, before in ((sft, "base"), (rl, str(sft))):
         folder.mkdir()
@@ -255,9 +255,8 @@ def large_world(tasks=78):
 
 
 def test_size_is_bounded(tmp_path, capsys):
-    """78 tasks and two models fit completely. Each distinct image is stored once.
-    With a lower limit the file stays below it and every task still has a query. The page and the command line report
-    how many queries are left out."""
+    """78 tasks and two models fit, and each distinct image is stored once. With a lower limit every task still has a
+    query. The page and the command line report how many queries are left out."""
     world, models = large_world()
     path = tmp_path / "report.html"
     write_report(path, world, models, noise)
@@ -309,8 +308,7 @@ def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
     ("show=gen-right&model=b", 0), ("show=both-right&model=b", 8), ("task=unknown&show=unknown", 8),
 ])  # fmt: skip
 def test_filters(hostile_page, choice, want):
-    """The address selects task, model and result. An unknown value counts as no choice.
-    No hostile script has run, and the console is empty."""
+    """The address selects task, model and result. An unknown value counts as no choice. No hostile script has run."""
     dom = browse(hostile_page, choice)
     shown = shown_queries(dom)
     assert len(shown) == want
