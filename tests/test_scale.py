@@ -95,7 +95,7 @@ def shards_equal_replicas(module, given, start, world, out, more):
     assert float((away > 1e-5).float().mean()) < 0.01 and float(away.max()) < 7e-4  # Adam: lr * sign of rounding noise
 
 
-@pytest.mark.parametrize("more", [{}, dict(train_vision=True)])
+@pytest.mark.parametrize("more", [{}, pytest.param(dict(train_vision=True), marks=pytest.mark.slow)])
 def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
     """The same for rl.py: the sharded policy is gathered to decode, and the ranks write different numbers of tokens.
     One step only, because afterwards rounding may change a sampled token."""
@@ -136,8 +136,8 @@ def test_six_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("stage, processes, more", [
-    ("sft", 2, {}), ("sft", 2, {"fsdp": True}), ("rl", 1, {}), pytest.param("rl", 2, {}, marks=pytest.mark.slow),
-    ("rl", 2, {"fsdp": True}),
+    ("sft", 2, {}), ("rl", 1, {}), ("rl", 2, {"fsdp": True}),
+    pytest.param("sft", 2, {"fsdp": True}, marks=pytest.mark.slow), pytest.param("rl", 2, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_four_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage, processes, more):
     """Four steps are a kill -9 in the fourth, one step and a SIGTERM to one rank in the middle of the next, and the
