@@ -501,6 +501,7 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
 
 def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkeypatch):
     """Bug story: an image that could not be read for a moment was "media" for ever."""
+
     def failing(_, path, *__, **___):
         raise Skip(f"{path}: Input/output error")
 

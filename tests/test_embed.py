@@ -101,6 +101,7 @@ def test_a_sample_depends_on_the_content_only(writer):
 
 def test_numbers_of_numpy_are_numbers(writer):
     """Bug story: temperature=np.float32(1) was refused, and seed=np.int64(3) drew other samples than seed=3."""
+
     def embed(seed, temperature):
         return writer.embed(["a", "b"], samples=2, seed=seed, temperature=temperature, max_new_tokens=12)
 

@@ -229,6 +229,7 @@ def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp
 def test_weights_that_are_not_finite_are_never_saved(tiny_dir, world, tmp_path, monkeypatch):
     """Bug story: a weight that became NaN was saved over the last good checkpoint and as the final model, with exit
     code 0."""
+
     def broken(real, self, *given):
         real(self, *given)
         self.param_groups[0]["params"][0].data.flatten()[0] = float("nan")
@@ -295,6 +296,7 @@ def infinite_loss(real, *given):
 
 def test_the_reason_of_a_stop_is_heard_when_saving_fails(tiny_dir, world, tmp_path, monkeypatch, capsys):
     """Bug story: a loss that is not finite, then a full disk: only the disk was named, not the step and its rows."""
+
     def full(*_):
         raise OSError(28, "No space left on device", "part-0.safetensors")
 
@@ -318,6 +320,7 @@ def test_rl_ends_where_no_pair_can_be_used(writer_dir, world, tmp_path, monkeypa
 
 def test_a_sharded_run_keeps_its_last_step(tiny_dir, world, tmp_path):
     """Bug story: the final model could not be written, rank 0 alone has only a part, and the last steps were lost."""
+
     def before(rank):
         sft.save_model = lambda *_: 1 / 0
 

@@ -424,5 +424,3 @@ def test_sample_follows_the_distribution():
 
 
 # ---- tokens, loading and saving --------------------------------------------------------------------------------
-
-

@@ -129,7 +129,7 @@ COMMANDS = {
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks image": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks I-QA": EVAL,
     "python eval.py --preset 2b --model runs/2b/sft --reasoner runs/2b/rl":  # one that has learned to write <gen_emb>
-        "rm -rf runs/2b/rl && cp -r writer runs/2b/rl && {} --max_new_tokens 24 --workers 0 --samples 1",
+    "rm -rf runs/2b/rl && cp -r writer runs/2b/rl && {} --max_new_tokens 24 --workers 0 --samples 1",
     "python eval.py --preset 2b --root data/MMEB --export": "{} --tasks VOC2007 HMDB51",
     "python eval.py --preset 2b --model runs/2b/rl --reasoner answers": f"{EVAL} --tasks VOC2007 HMDB51 --samples 0",
     "mkdir -p /tmp/mini": "{}",

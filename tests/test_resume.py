@@ -47,6 +47,7 @@ def three_steps(tiny_dir, world, tmp_path_factory):
 def test_a_run_is_extended(tiny_dir, world, tmp_path, monkeypatch, capsys):
     """Bug story: a run shorter than --save_every left no checkpoint, so it could not be extended. Other --steps and
     --lr are allowed on resume and printed. Fewer steps than were made, and every other change, are refused."""
+
     def argv(**more):
         return flags(tiny_dir, world, tmp_path, **more)
 

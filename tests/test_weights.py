@@ -136,7 +136,7 @@ def test_a_config_that_cannot_be_computed(tiny_dir, tmp_path, change, message):
 
 
 def test_a_tokenizer_that_splits_control_tokens(tiny_dir, tmp_path):
-    """"split_special_tokens" ended in a RuntimeError about shapes at the first image. A folder in the model's folder,
+    """ "split_special_tokens" ended in a RuntimeError about shapes at the first image. A folder in the model's folder,
     and "return_dict": false, do no harm."""
     good = changed_copy(tiny_dir, tmp_path / "good", lambda c: c.update(return_dict=False), "config.json")
     (good / "tokenizer").mkdir()
