@@ -6,8 +6,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,27 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+# ruff: noqa: E402 (the path is set above)
+import data
+import eval as ev
+import support.settings as settings_file
+from data import encode_input
+from model import Embedder, Prompt
+from support.backbones import FAMILIES
+from support.formats import DISC, INSTRUCTION
+from support.head import sampling_logits
+from support.images import normalise
+
+CLOSE = dict(rtol=0, atol=1e-5)
+TAIL = f"\n{DISC}\n{INSTRUCTION}"
+RL_ROW = {f"{s}_{k}": v for s in ("qry", "pos") for k, v in (("text", "t"), ("image", ""), ("video", [""]))}
 
 
 def pytest_configure():
@@ -53,8 +72,6 @@ MODELS = {
 
 def random_backbone(model_type, vocabulary=300, tokens=None, **ids):
     """Norms and biases random too: ones and zeros would hide a pass that leaves them out."""
-    from support.backbones import FAMILIES
-
     text, vision = MODELS[model_type]
     text = dict(text, vocab_size=vocabulary, bos_token_id=None, **(tokens or {}))
     torch.manual_seed(0)
@@ -100,14 +117,12 @@ def tiny_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedder(tiny_dir):
-    from model import Embedder
 
     return Embedder.from_pretrained(tiny_dir)
 
 
 def inputs():
-    """One input of every kind: text, a picture, two pictures, a video with an odd number of frames, picture and
-    video."""
+    """One input of every kind: text, an image, two images, a video with an odd number of frames, image and video."""
     return [
         {"text": "a red star"},
         {"text": "what is it?", "images": [picture(0)]},
@@ -128,10 +143,8 @@ def writer_dir(tiny_dir, tmp_path_factory):
 
 
 def train_writer(path, tiny_dir, steps=12):
-    """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions hold
-    <gen_emb>, in different places, and some do not. A random model hardly ever writes one, so it would test
-    nothing."""
-    from model import Embedder
+    """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions have a
+    <gen_emb>, in different places, and some do not. A random model hardly ever writes one."""
 
     model = Embedder.from_pretrained(tiny_dir)
     items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
@@ -150,13 +163,11 @@ def train_writer(path, tiny_dir, steps=12):
 
 @pytest.fixture(scope="session")
 def writer(writer_dir):
-    from model import Embedder
 
     return Embedder.from_pretrained(writer_dir)
 
 
 def encoded(model, items, answered=True):
-    from data import encode_input
 
     answers = [ANSWERS[n % 2] if answered else None for n in range(len(items))]
     return [encode_input(model.tokenizer, x, answer, blank_image=False, family=model.family)
@@ -170,8 +181,6 @@ def answer_places(rows, L):
 
 def generate_all(model, rows, seeds=None, script=None, **settings):
     """model.generate() for rows -> {n: Rollouts}; the seed of row n is n where none are given."""
-    from model import Prompt
-
     seeds = range(len(rows)) if seeds is None else seeds
     prompts = [Prompt(n, row, seeds[n]) for n, row in enumerate(rows)]
     with scripted(model, script, lambda prompt: prompt.key) if script else contextlib.nullcontext():
@@ -180,10 +189,8 @@ def generate_all(model, rows, seeds=None, script=None, **settings):
 
 @contextlib.contextmanager
 def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1])):
-    """In place of sampling, model.generate() writes script[n], G lists of token ids, for the prompt of this number: of
-    the row that is named n or "input n"."""
-    from support.head import sampling_logits
-
+    """Instead of sampling, model.generate() writes script[n], G lists of token ids, for the prompt of row n (or named
+    "input n")."""
     def append_tokens(completions, hidden, decoder, temperature):
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), model.banned, temperature or 1.0)
         scripts = [script[number(c.prompt)][c.g] for c in completions]
@@ -201,13 +208,8 @@ def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1
         del model.append_tokens  # the method of the class is visible again
 
 
-# ---- the twin: transformers' own forward pass ------------------------------------------------------------------
-
-
 def processor_inputs(model, rows, left=False):
     """What transformers' processor would hand to the model for these rows, and where row b begins."""
-    from support.images import normalise
-
     image_id, video_id = model.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     B, L = len(rows), max(len(row.ids) for row in rows)
     ids, mask = torch.full((B, L), model.tokenizer.pad_token_id), torch.zeros(B, L, dtype=torch.long)
@@ -233,8 +235,7 @@ def processor_inputs(model, rows, left=False):
 
 
 def transformers_forward(model, rows, left=False):
-    """-> per row the last layer's states [L, D] and the logits [L, V], from transformers' own code, with
-    gradients."""
+    """Return per row the last layer's states [L, D] and the logits [L, V] of transformers' own code, with gradients."""
     batch, begin = processor_inputs(model, rows, left)
     model.backbone.model.rope_deltas = None
     out = model.backbone(**batch, output_hidden_states=True, use_cache=False)
@@ -244,8 +245,6 @@ def transformers_forward(model, rows, left=False):
 
 def with_answer(row, ids):
     """A prompt's Row continued by token ids (the positions are left to transformers)."""
-    from dataclasses import replace
-
     return replace(row, ids=np.concatenate([row.ids[: row.n_prompt], np.array(ids, dtype=row.ids.dtype)]))
 
 
@@ -263,9 +262,6 @@ def assert_same_gradients(got, want, rtol=1e-4):
         assert float((a - b).abs().max()) <= rtol * scale, (name, float((a - b).abs().max()), scale)
 
 
-# ---- a dataset on disk -----------------------------------------------------------------------------------------
-
-
 def turn_pair(human, answer, style=0):
     keys = (("from", "human", "gpt", "value"), ("role", "user", "assistant", "content"))[style]
     who, user, assistant, text = keys
@@ -275,26 +271,23 @@ def turn_pair(human, answer, style=0):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """12 SFT and 12 RL pairs of two datasets with every kind of side; pictures, the blank one is missing."""
-    from support.formats import DISC, INSTRUCTION
-
     root = tmp_path_factory.mktemp("world")
     (root / "images").mkdir()
     for i in range(6):
         picture(i, 40 + 8 * i, 56).save(root / f"images/{i}.png")
-    tail = f"\n{DISC}\n{INSTRUCTION}"
     sft, rl = [], []
     for i in range(12):
         query = [
-            {"image": f"images/{i % 6}.png", "conversations": turn_pair(f"<image>\nwhat is it{tail}", ANSWERS[0])},
+            {"image": f"images/{i % 6}.png", "conversations": turn_pair(f"<image>\nwhat is it{TAIL}", ANSWERS[0])},
             {"image": ["images/0.png", f"images/{i % 6}.png"],
-             "conversations": turn_pair(f"<image><image>\nboth of {i}{tail}", ANSWERS[1], 1)},
+             "conversations": turn_pair(f"<image><image>\nboth of {i}{TAIL}", ANSWERS[1], 1)},
             {"video": [f"images/{(i + k) % 6}.png" for k in range(3)],
-             "conversations": turn_pair(f"<video>\nmoving{tail}", ANSWERS[0])},
+             "conversations": turn_pair(f"<video>\nmoving{TAIL}", ANSWERS[0])},
         ][i % 3]  # fmt: skip
         words = f"thing {i // 2}"  # each target occurs twice
         target = [
-            {"image": "images/blank.jpg", "conversations": turn_pair(f"<image>\n{words}{tail}", ANSWERS[1])},
-            {"conversations": turn_pair(f"{words}{tail}", ANSWERS[0], 1)},
+            {"image": "images/blank.jpg", "conversations": turn_pair(f"<image>\n{words}{TAIL}", ANSWERS[1])},
+            {"conversations": turn_pair(f"{words}{TAIL}", ANSWERS[0], 1)},
         ][i // 2 % 2]
         name = "one" if i < 6 else "two"
         sft.append({"dataset_name": name, "qry": query, "pos": target})
@@ -308,21 +301,33 @@ def world(tmp_path_factory):
     return root
 
 
+def with_a_missing_image(world):
+    """Write the SFT rows of the world again, with a missing image in row 7, and return the file."""
+    rows = json.loads((world / "sft.json").read_text())
+    rows[7]["qry"] = rows[7]["qry"] | {"image": ["images/0.png", "images/gone.png"]}
+    (world / "sft_gone.json").write_text(json.dumps(rows))
+    return world / "sft_gone.json"
+
+
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """192 SFT and 96 RL pairs in the published formats over pictures of two emoji fonts (its README names their
+    """192 SFT and 96 RL pairs in the published formats with images of two emoji fonts (its README names their
     licences)."""
     path = tmp_path_factory.mktemp("real")
     shutil.unpack_archive(ROOT / "tests/data/real_data.tar.gz", path)
     return path / "real_data"
 
 
-# ---- running the scripts ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """The miniature root of MMEB-V2, for tests that only read it."""
+    path = tmp_path_factory.mktemp("mini")
+    shutil.unpack_archive(ROOT / "tests/data/mini_mmeb_root.tar.gz", path)
+    return path / "mini_mmeb_root"
 
 
 def run_here(module, argv, monkeypatch):
     """The script's main() in this process: no second import of torch, and the test may replace its parts."""
-    import support.settings as settings_file
 
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     try:
@@ -331,25 +336,28 @@ def run_here(module, argv, monkeypatch):
         settings_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
 
 
+def on_call(owner, name, n, action, patch=setattr):
+    """Replace a function of a module or class: its n-th call is action(real, *arguments)."""
+    calls, real = [], getattr(owner, name)
+
+    def acting(*given, **more):
+        calls.append(1)
+        return action(real, *given, **more) if len(calls) == n else real(*given, **more)
+
+    patch(owner, name, acting)
+
+
 def run_killed(module, step_function, call, argv, monkeypatch):
     """run_here, interrupted as the named function of the module is called for the `call`-th time."""
     with monkeypatch.context() as patch:
-        calls, real = [], getattr(module, step_function)
-
-        def killed(*given):
-            calls.append(1)
-            if len(calls) == call:
-                raise KeyboardInterrupt
-            return real(*given)
-
-        patch.setattr(module, step_function, killed)
+        on_call(module, step_function, call, die_softly, patch.setattr)
         with pytest.raises(KeyboardInterrupt):
             run_here(module, argv, patch)
 
 
 def run_processes(module, argv, processes=2, codes=0, before=lambda rank: None):
-    """main() in several processes with the variables that torchrun sets; forked, so that nothing is imported
-    again. before(rank) runs first in each; codes: the exit code of all of them, or one each."""
+    """Run main() on several ranks with the variables of torchrun, as forks without new imports. before(rank) runs first
+    in each. codes: the exit code of all ranks, or one each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -383,12 +391,121 @@ def read_log(out):
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 
 
-# ---- transformers' own decode step, for comparison -------------------------------------------------------------
+def start(stage, argv, patch="", processes=1, script=True, until=60, **more):
+    """Run a stage as processes with the lines of `patch` first. Return (exit codes, output, seconds). script False:
+    only main(), as in somebody's own program. Fail if one does not end within `until` seconds."""
+    code = f"import sys, os, signal, time\nsys.argv = ['{stage}.py', *sys.argv[1:]]\nimport {stage} as s\n{patch}\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # these tests may themselves run under nohup
+    code += "from support.program import run_script\nrun_script(s.main)" if script else "s.main()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
+    if processes > 1:
+        port = str(20_000 + os.getpid() % 20_000)
+        env |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    began = time.time()
+    children = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        children.append(subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], env=env | own, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more))  # fmt: skip
+    output = "".join(child.communicate(timeout=until)[0] for child in children)
+    return [child.returncode for child in children], output, time.time() - began
+
+
+def start_script(world, script, processes, *argv):
+    """Start a script in a process group of its own, under torchrun if there are several ranks."""
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *run, str(ROOT / script), *map(str, argv)], env=env, cwd=world,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def pids(marker):
+    """The processes that have this text in their command line."""
+    found = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def run_data(*argv):
+    """Run a command of data.py in this process and return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            run_here(data, argv, patch)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def check_tasks(root, *tasks):
+    """Return the exit code of eval.py --check."""
+
+    with pytest.raises(SystemExit) as stop:
+        ev.main(["--check", "--root", str(root), *(["--tasks", *tasks] if tasks else [])])
+    return stop.value.code
+
+
+def flags(tiny_dir, world, out, **more):
+    """Return the command line of a short run of sft.py."""
+    given = dict(model=tiny_dir, data=world / "sft.json", media_root=world, out=out, steps=2, batch_size=4,
+                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
+                 max_skipped=1) | more  # fmt: skip
+    return [x for key, value in given.items() for x in (f"--{key}", value)]
+
+
+def rl_flags(writer_dir, world, out, **more):
+    """Return the command line of a short run of rl.py."""
+    given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4,
+                 micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0,
+                 cache=world / "cache") | more  # fmt: skip
+    return [x for key, value in given.items() for x in (f"--{key}", value)]
+
+
+def act_at(module, function, call, action, ranks=(0, 1)):
+    """Return before(rank) for run_processes. action() runs in the call-th call of the function of the module."""
+
+    def acting(real, *given, **more):
+        action()
+        return real(*given, **more)
+
+    return lambda rank: on_call(module, function, call, acting) if rank in ranks else None
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die_softly(*_, **__):
+    raise KeyboardInterrupt
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def changed_copy(source, path, change, file="model.safetensors"):
+    """Copy a model folder. change(content) edits the tensors or one JSON file of the copy in place."""
+    shutil.copytree(source, path, dirs_exist_ok=True)
+    if file.endswith(".json"):
+        content = json.loads((path / file).read_text())
+        change(content)
+        (path / file).write_text(json.dumps(content))
+    else:
+        tensors = load_file(path / file)
+        change(tensors)
+        save_file(tensors, path / file, {"format": "pt"})
+    return path
 
 
 class StepCache:
-    """What transformers' attention calls in a decode step on our slots: the new keys and values are written, those of
-    the first K places come back."""
+    """What transformers' attention calls in a decode step on our slots: new keys and values are written, the first K
+    returned."""
 
     def __init__(self, slot_cache, index, K):
         self.slot_cache, self.index, self.K = slot_cache, index, K

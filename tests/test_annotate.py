@@ -1,10 +1,9 @@
 """CoT annotation by a teacher, its filters, the RL subset and the check of a file.
-
-    python -m pytest tests/test_annotate.py
-"""
+Run: pytest tests/test_annotate.py"""
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,38 +17,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture, read_log, run_here, run_processes
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, changed_copy, on_call, picture, read_log, run_data, run_here, run_processes
 
 import data
+import sft
 import support.annotate as annotate_file
 import support.formats as formats_file
-import support.settings as settings_file
 from model import Embedder
 from support.annotate import judge, read_pairs, repeated_share, split_answer
-from support.files import write_rows
+from support.files import read_rows, write_rows
 from support.formats import DISC, GEN, INSTRUCTION
 from support.images import hash_media
-
-
-def run(*argv):
-    """A command of data.py in this process -> its exit code."""
-    before, sys.argv = sys.argv, ["data.py", *map(str, argv)]
-    try:
-        data.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-        settings_file.HELD.clear()  # a process keeps the locks of its folders until it ends, and this one goes on
-    return 0
+from support.program import BadInput, Skip
+from support.reasoner import ablate_trace
+from support.report import parts_of_answer
 
 
 def rows_of(path):
     return json.loads(Path(path).read_text())
-
-
-# ---- bare pairs ------------------------------------------------------------------------------------------------
 
 
 def as_minimal(pair):
@@ -96,44 +81,30 @@ def test_published_sft_rows_lose_their_reasoning(world):
     assert not re.search(f"<image>|{DISC}|{GEN}|think|summarize", json.dumps(pairs))
 
 
-@pytest.mark.parametrize(
-    ("side", "message"),
-    [
-        ({}, "no text and no media"),
-        ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "no text and no media"),
-        ({"images": ["a.png"], "video": ["b.png"]}, "both an image and a video"),
-        ({"text": "a <|im_end|> b"}, "control token <|im_end|>"),
-        (None, "has no qry_text"),
-    ],
-)
+@pytest.mark.parametrize("side, message", [
+    ({}, "no text and no media"), ({"text": " <image>\n", "images": ["images/blank.jpg"]}, "no text and no media"),
+    ({"images": ["a.png"], "video": ["b.png"]}, "both an image and a video"),
+    ({"text": "a <|im_end|> b"}, "control token <|im_end|>"), (None, "has no qry_text"),
+])  # fmt: skip
 def test_a_pair_that_cannot_be_used_is_named_before_the_teacher_starts(side, message, tmp_path):
-    """Hours of a teacher must not end in a bad row: all rows are read first, the message names file, row and side."""
+    """All rows are read before the hours of a teacher. The message names file, row and side."""
     write_rows(tmp_path / "p.json", [{"qry": {"text": "x"}, "pos": {"text": "y"}}, {"qry": side, "pos": {}}])
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_pairs([tmp_path / "p.json"])
     assert "p.json, row 1, qry" in str(error.value)
 
 
-# ---- filters ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("<think>a b</think><answer>c<gen_emb>", ("a b", "c")),  # ours
-        ("<think> a</think><answer> c<gen_emb>", (" a", " c")),  # the toy's words begin with a space
-        ("<think>\na\nb\n</think>\n\n<answer>c</answer>\n", ("a\nb", "c")),
-        ("a</think>c", ("a", "c")),  # the prompt ended in <think>, no answer tag
-        ("<think>a</think><answer><|begin_of_box|>c<|end_of_box|></answer>", ("a", "c")),  # GLM-4.1V
-        ("<think>a</think>\n<|begin_of_box|>c<|end_of_box|>", ("a", "c")),  # GLM-4.5V
-        ("<think>a</think><answer></answer>", ("a", "")),
-        ("<think>a</think>", ("a", "")),
-        ("a red star", None),
-        ("<think>a<answer>c</answer>", None),
-        ("<think> \n</think><answer>c</answer>", None),
-        ("", None),
-    ],
-)
+@pytest.mark.parametrize("text, parts", [
+    ("<think>a b</think><answer>c<gen_emb>", ("a b", "c")),  # ours
+    ("<think> a</think><answer> c<gen_emb>", (" a", " c")),  # the toy's words begin with a space
+    ("<think>\na\nb\n</think>\n\n<answer>c</answer>\n", ("a\nb", "c")),
+    ("a</think>c", ("a", "c")),  # the prompt ended in <think>, no answer tag
+    ("<think>a</think><answer><|begin_of_box|>c<|end_of_box|></answer>", ("a", "c")),  # GLM-4.1V
+    ("<think>a</think>\n<|begin_of_box|>c<|end_of_box|>", ("a", "c")),  # GLM-4.5V
+    ("<think>a</think><answer></answer>", ("a", "")), ("<think>a</think>", ("a", "")),
+    ("a red star", None), ("<think>a<answer>c</answer>", None), ("<think> \n</think><answer>c</answer>", None),
+    ("", None),
+])  # fmt: skip
 def test_answers_of_several_families_are_read(text, parts):
     assert split_answer(text) == parts
 
@@ -150,7 +121,7 @@ ESSAY = (
 
 
 def test_repetition_is_told_from_prose():
-    """Prose and the toy world's lists are low; a loop is high at the end, in the middle and in Chinese."""
+    """Prose and the toy world's lists are low. A loop is high at the end, in the middle and in Chinese."""
     scene = " xa red star yc blue ring zb green cross then xa red star yc blue ring za green cross so zb za"
     assert repeated_share(ESSAY) < 0.05
     assert repeated_share(scene) < 0.2, "says its list twice: a first form of the filter rejected 15 % of such answers"
@@ -181,11 +152,8 @@ def test_each_filter_has_its_reason():
     assert judge({"error": "a.png: no such file"}, 200, 0.3)[0] == "media"
 
 
-# ---- annotation ------------------------------------------------------------------------------------------------
-
-
 def annotate(world, out, teacher, *flags, pairs="rl.json"):
-    return run("annotate", "--pairs", world / pairs, "--media_root", world, "--teacher", teacher, "--out", out,
+    return run_data("annotate", "--pairs", world / pairs, "--media_root", world, "--teacher", teacher, "--out", out,
                "--batch_size", 2, "--max_new_tokens", 40, *flags)  # fmt: skip
 
 
@@ -204,7 +172,7 @@ def raw_answers(out):
 
 
 def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
-    """What stands in the SFT file is what the model writes for that side alone, in the form that training reads."""
+    """The SFT file has what the model writes for that side alone, in the form that training reads."""
     rows, pairs = rows_of(annotated), read_pairs([world / "rl.json"])
     rejected = [json.loads(line) for line in Path(f"{annotated}.answers/rejected.jsonl").read_text().splitlines()]
     assert len(rows) + len(rejected) == len(pairs) and len(rows) >= 6
@@ -227,10 +195,8 @@ def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
 
 
 def test_sft_trains_on_what_annotate_writes(annotated, world, tiny_dir, tmp_path, monkeypatch):
-    """The chain's joint: check finds nothing, the loader skips nothing, a step has finite losses."""
-    import sft
-
-    assert run("check", annotated, "--media_root", world, "--model", tiny_dir, "--workers", 0) == 0
+    """check finds nothing, the loader skips nothing, and a step has finite losses."""
+    assert run_data("check", annotated, "--media_root", world, "--model", tiny_dir, "--workers", 0) == 0
     run_here(sft, ["--model", tiny_dir, "--data", annotated, "--media_root", world, "--steps", 2, "--batch_size", 2,
                    "--workers", 0, "--out", tmp_path / "out"], monkeypatch)  # fmt: skip
     log = read_log(tmp_path / "out")
@@ -239,8 +205,8 @@ def test_sft_trains_on_what_annotate_writes(annotated, world, tiny_dir, tmp_path
 
 @pytest.mark.parametrize("kill", [1, 2, 3])
 def test_killed_anywhere_and_resumed_the_output_is_the_same(kill, annotated, world, writer_dir, tmp_path, monkeypatch):
-    """Killed in the kill-th call and with the last line torn: only what is missing is asked again, the file is the
-    one of the run that was never killed, byte for byte. Small calls: the 18 sides are several calls."""
+    """Killed in the kill-th call, with a truncated last line: only missing answers are asked again, and the file is
+    that of the unbroken run, byte for byte."""
     out, asked, real = tmp_path / "sft.json", [], Embedder.generate
 
     def counted(self, prompts, **settings):
@@ -276,7 +242,8 @@ def test_two_processes_write_the_same_file(annotated, world, writer_dir, tmp_pat
 
 
 def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp_path, monkeypatch):
-    """With all answers there another filter bound asks nobody; other questions to the teacher are refused."""
+    """If all answers exist, another filter bound asks nobody, and other questions to the teacher are refused. Bug
+    stories: another teacher in the same folder continued the old one's work. An empty file divided by zero."""
     out = tmp_path / "sft.json"
     shutil.copytree(f"{annotated}.answers", f"{out}.answers")
     monkeypatch.setattr(Embedder, "from_pretrained", None)  # would fail if it were loaded
@@ -285,26 +252,17 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
     assert rows_of(out) == [] and re.search(r"all +12 +0.0% +0.0% +100.0%", report)
     refused = annotate(world, out, writer_dir, "--temperature", 1)
     assert "temperature 0.0 -> 1.0" in refused and "another --out" in refused
-    # a teacher that was trained anew in its folder once went on where the old one had stopped
-    (tmp_path / "teacher").mkdir()
-    for path in writer_dir.iterdir():
-        shutil.copy(path, tmp_path / "teacher")
-    tensors = load_file(tmp_path / "teacher/model.safetensors")
-    save_file({name: x * 2 for name, x in tensors.items()}, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+    changed_copy(writer_dir, tmp_path / "teacher", lambda tensors: tensors["model.norm.weight"].mul_(2))
     settings = Path(f"{out}.answers/settings.json")
     settings.write_text(settings.read_text().replace(str(writer_dir), str(tmp_path / "teacher")))
     assert "content of --teacher" in annotate(world, out, tmp_path / "teacher")
     assert "is one of the files of --pairs" in annotate(world, world / "rl.json", writer_dir)
-
-
-def test_a_file_without_pairs_is_named(tmp_path, tiny_dir):
-    """The report divided by the number of pairs: an empty file ended in a ZeroDivisionError once all was loaded."""
     (tmp_path / "none.jsonl").write_text("")
-    assert "none.jsonl: no rows" in annotate(tmp_path, tmp_path / "sft.json", tiny_dir, pairs="none.jsonl")
+    assert "none.jsonl: no rows" in annotate(tmp_path, tmp_path / "none.json", writer_dir, pairs="none.jsonl")
 
 
 def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
-    """Missing, or 225 times as wide as high (which ends processors too): counted as "media", the run goes on."""
+    """A missing image, or one 225 times as wide as high, counts as "media", and the run continues."""
     (tmp_path / "images").symlink_to(world / "images")
     picture(0, 900, 4).save(tmp_path / "thin.png")
     paths = ("images/0.png", "no.png", "thin.png")
@@ -331,8 +289,6 @@ def test_a_plain_qwen2_vl_is_asked_for_the_form(world, tiny_dir, tmp_path, monke
     assert any("thing 0\n\nThis is the candidate of a search" in prompt for prompt in asked)
     assert not any(GEN in prompt or DISC in prompt for prompt in asked)
 
-
-# ---- teachers of other families --------------------------------------------------------------------------------
 
 GLM = "<think>\nIt glows.\n</think>\n<answer><|begin_of_box|>red<|end_of_box|></answer>"
 
@@ -381,8 +337,8 @@ def llava_dir(tmp_path_factory):
 
 
 def test_another_family_by_its_own_processor(world, llava_dir, tmp_path):
-    """AutoProcessor and generate() with pictures, several pictures, videos as pictures and plain text, in batches;
-    the answer's form is brought to ours. Batch sizes change nothing but rounding."""
+    """AutoProcessor and generate() with images, videos as images and plain text, in batches of any size. The answers
+    get our form."""
     one, four = tmp_path / "one.json", tmp_path / "four.json"
     assert annotate(world, one, llava_dir, "--batch_size", 1, pairs="sft.json") == 0
     assert annotate(world, four, llava_dir, "--batch_size", 4, pairs="sft.json") == 0
@@ -396,7 +352,7 @@ def test_another_family_by_its_own_processor(world, llava_dir, tmp_path):
 
 
 def test_samples_of_a_teacher_are_seeded(world, llava_dir, tmp_path):
-    """--temperature: the same seed gives the same answers, also when the run was killed; another one others."""
+    """--temperature: the same seed gives the same answers, another seed gives others."""
     raw = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         annotate(world, tmp_path / name, llava_dir, "--temperature", 2, "--seed", seed, "--max_new_tokens", 8)
@@ -411,12 +367,9 @@ def test_a_processor_that_needs_torchvision_says_so(writer_dir):
         annotate_file.foreign_teacher(args, torch.device("cpu"))
 
 
-# ---- the RL subset ---------------------------------------------------------------------------------------------
-
-
 def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
-    """One third each of pictures, videos and documents as far as they reach, datasets even within; nothing that SFT
-    holds, whatever the file's form; the seed decides."""
+    """One third each of images, videos and documents as far as they reach, with even datasets within, seeded, and
+    without the pairs of SFT in any form of file."""
     sizes = {"many": 60, "few": 5, "clips": 40, "vidore_x": 3, "toy doc": 30}
     pairs = []
     for name, n in sizes.items():
@@ -429,7 +382,7 @@ def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
     write_rows(tmp_path / "sft.json", (formats_file.sft_row(pair, answers) for pair in first))
     flags = ["--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--size", 45]
     for out, seed in (("a.json", 0), ("b.json", 0), ("c.json", 1)):
-        assert run("rl-subset", *flags, "--out", tmp_path / out, "--seed", seed) == 0
+        assert run_data("rl-subset", *flags, "--out", tmp_path / out, "--seed", seed) == 0
     chosen = read_pairs([tmp_path / "a.json"])
     counts = {name: sum(pair["dataset_name"] == name for pair in chosen) for name in sizes}
     assert counts == {"many": 10, "few": 5, "clips": 15, "vidore_x": 3, "toy doc": 12}
@@ -437,23 +390,21 @@ def test_rl_subset_is_balanced_disjoint_and_seeded(world, tmp_path):
     assert len(set(texts)) == 45 and not set(texts) & {pair["qry"]["text"] for pair in first}
     a, b, c = ((tmp_path / name).read_text() for name in ("a.json", "b.json", "c.json"))
     assert a == b != c
-    assert run("rl-subset", *flags[:-1], 1000, "--out", tmp_path / "all.json") == 0
+    assert run_data("rl-subset", *flags[:-1], 1000, "--out", tmp_path / "all.json") == 0
     assert len(rows_of(tmp_path / "all.json")) == sum(sizes.values()) - 30, "all that is left, none twice"
 
 
-# ---- check -----------------------------------------------------------------------------------------------------
-
-
 def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_path, capsys):
-    """Every kind of trouble by its name, file and row, and the exit code; the same with and without workers."""
+    """Every fault has its name, file and row, with and without workers."""
     rows = rows_of(world / "sft.json")
     good = ["--media_root", world, "--workers", 0]
     for file in ("sft.json", "sft.jsonl", "rl.json"):
-        assert run("check", world / file, *good) == run("check", world / file, *good, "--model", tiny_dir) == 0
+        for more in ([], ["--model", tiny_dir]):
+            assert run_data("check", world / file, *good, *more) == 0
     table = capsys.readouterr().out
     assert re.search(r"one +6 +50.0% +\d+ +\d+ +2.\d+ +\d +100.0% +0 +0 +0 +0\n", table), table
     assert "skips 0 of 12 rows." in table
-    assert run("check", world / "rl.json", *good, "--batch_size", 7) == 1
+    assert run_data("check", world / "rl.json", *good, "--batch_size", 7) == 1
     assert "left out: one has 6 rows, fewer than --batch_size 7\n" in capsys.readouterr().out
 
     bad = json.loads(json.dumps(rows))
@@ -468,7 +419,7 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     write_rows(tmp_path / "bad.json", bad)
     (tmp_path / "images").symlink_to(world / "images")
     flags = ["check", tmp_path / "bad.json", "--media_root", tmp_path, "--model", tiny_dir, "--max_length", 400]
-    assert run(*flags, "--workers", 0) == 1
+    assert run_data(*flags, "--workers", 0) == 1
     table = capsys.readouterr().out
     assert re.search(r"all +12 .* 4 +2 +1 +0\n", table), table
     assert "skips 3 of 12 rows and does not start before 4 are fixed." in table
@@ -476,20 +427,16 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
                  "row 4, pos: no <gen_emb>", "tokens, above --max_length 400", "row 10, qry: the text has 2 <image>",
                  "row 6: an SFT row needs", "row 7, qry: needs"):  # fmt: skip
         assert text in table, (text, table)
-    assert run(*flags, "--workers", 2) == 1
+    assert run_data(*flags, "--workers", 2) == 1
     assert capsys.readouterr().out == table
-    assert run("check", tmp_path / "bad.json", "--media_root", tmp_path, "--workers", 0) == 1, "without a tokenizer"
+    assert run_data("check", tmp_path / "bad.json", "--media_root", tmp_path, "--workers", 0) == 1  # no tokenizer
     assert re.search(r"all +12 .* 4 +1 +0 +0\n", capsys.readouterr().out), "a broken picture is not opened there"
-
-
-# ---- the whole chain -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_chain_on_real_pictures(writer_dir, real, tmp_path):
-    """The chain of docs/data.md (smaller numbers) on bare pairs of real pictures: annotate, filters, check, sft.py. The
-    teacher is the tiny model that learned the form (what it says of a picture is nonsense). Everything is killed with
-    SIGKILL in annotate (twice), in check and in sft.py, and started again: same rows, same report, same weights."""
+    """The chain of docs/data.md on bare pairs of real images: annotate, filters, check, sft.py. SIGKILL in annotate
+    (twice), in check and in sft.py, and a new start each time: same rows, same report, same weights."""
     (block,) = [part for part in (ROOT / "docs/data.md").read_text().split("```")[1::2] if "TEACHER=" in part]
     first, *commands = block.strip().splitlines()
     assert re.fullmatch("PAIRS=.* MEDIA=.* TEACHER=.* OUT=.*", first) and len(commands) == 3, block
@@ -528,3 +475,152 @@ def test_the_chain_on_real_pictures(writer_dir, real, tmp_path):
     for name in ("sft.json", "sft.json.answers/rejected.jsonl", "sft.json.answers/report.txt", "sft/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in read_log(whole / "sft"))
+
+
+def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, monkeypatch):
+    """Bug story (refinebio#2583): with a wrong --media_root every answer was an error, which stayed with the right
+    root. Other images under the same names got the answers of the old ones."""
+    root, out = tmp_path / "root", tmp_path / "sft.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "from_pretrained", None)  # the teacher must not be loaded
+        with pytest.raises(BadInput, match="4 of 4 media files do not exist.*The teacher was not asked"):
+            annotate(world, out, writer_dir, "--media_root", tmp_path / "wrong")
+    shutil.copytree(world / "images", root / "images")
+    assert annotate(world, out, writer_dir, "--media_root", root) == 0
+    first = raw_answers(out)
+    assert len(first) == 18 and not any("error" in answer for answer in first.values())
+    (root / "images/4.png").rename(tmp_path / "4.png")  # one is missing: an error, then asked
+    picture(99).save(root / "images/5.png")  # another image under the same name
+    assert annotate(world, out, writer_dir, "--media_root", root) == 0
+    second = raw_answers(out)
+    assert sum("error" in answer for answer in second.values()) >= 1 and len(second) > len(first)
+    (tmp_path / "4.png").rename(root / "images/4.png")
+    assert annotate(world, out, writer_dir, "--media_root", root) == 0
+    assert raw_answers(out) == second, "the old answers about this image are still there"
+    rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
+    assert all(line["reasons"].get("qry") != "media" for line in rejected)
+
+
+def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkeypatch):
+    """Bug story: an image that could not be read for a moment was "media" for ever."""
+
+    def failing(_, path, *__, **___):
+        raise Skip(f"{path}: Input/output error")
+
+    with monkeypatch.context() as patch:
+        on_call(annotate_file, "open_image", 1, failing, patch.setattr)
+        assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
+    errors = [key for key, answer in raw_answers(tmp_path / "sft.json").items() if "error" in answer]
+    assert len(errors) == 1
+    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
+    assert not any("error" in answer for answer in raw_answers(tmp_path / "sft.json").values())
+    monkeypatch.setattr(Embedder, "from_pretrained", None)  # all is answered: the teacher is not loaded
+    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
+
+
+def test_rejected_rows_have_their_answers(tmp_path):
+    """Bug story: rejected.jsonl said "malformed" without the answer, so that nobody could see why."""
+    pair = {"dataset_name": "m", "qry": {"text": "a", "images": [], "video": []},
+            "pos": {"text": "b", "images": [], "video": []}}  # fmt: skip
+    write_rows(tmp_path / "pairs.json", [pair])
+    answers = {"qry": {"text": "no form at all", "tokens": 4, "ended": True},
+               "pos": {"text": "<think>so</think><answer>b", "tokens": 4, "ended": True}}  # fmt: skip
+    lines = [{"key": annotate_file.side_key(side, pair[side], {}), **answer} for side, answer in answers.items()]
+    write_rows(tmp_path / "answers-0.jsonl", lines)
+    args = Namespace(out=tmp_path / "sft.json", max_tokens=100, max_repeat=0.3)
+    annotate_file.filter_answers([pair], tmp_path, {}, args)
+    assert read_rows(args.out) == []
+    (line,) = (json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines())
+    assert line["reasons"] == {"qry": "malformed"} and line["answers"]["qry"] == lines[0]
+
+
+def split_answer_before(text):
+    text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
+    form = r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    if not match or not match[1].strip():
+        return None
+    return tuple(part.strip("\n") for part in match.groups())
+
+
+def parts_of_answer_before(text):
+    parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", text, re.DOTALL)
+    return {"reasoning": parts[1].strip(), "summary": parts[2].strip()} if parts else {"text": text}
+
+
+def ablate_trace_before(texts):
+    parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
+    reasonings = [part[2] for part in parts if part]
+    ablated = {"removed": [], "swapped": []}
+    following = 0
+    for text, part in zip(texts, parts):
+        if not part:
+            ablated["removed"].append(text)
+            ablated["swapped"].append(text)
+            continue
+        following += 1
+        others = (x for x in reasonings[following:] + reasonings[:following] if x != part[2])
+        ablated["removed"].append(part[1] + part[3])
+        ablated["swapped"].append(part[1] + next(others, part[2]) + part[3])
+    return ablated
+
+
+PIECES = ("<think>", "</think>", "<answer>", "</answer>", "<gen_emb>", "<|begin_of_box|>", " ", "\n", "\t", "\x1c",
+          "\u2003", "a", "b", "<", ">")  # fmt: skip
+
+
+def test_the_filters_give_what_they_gave():
+    """The regular expressions from before give equal results on 20,000 strings made of their parts."""
+    rng = random.Random(0)
+    found = 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(PIECES, k=rng.randrange(10)))
+        if rng.random() < 0.5:
+            text = f"<think>{text}</think>{rng.choice(PIECES)}<answer>{''.join(rng.choices(PIECES, k=5))}"
+        assert split_answer(text) == split_answer_before(text), text
+        assert parts_of_answer(text) == parts_of_answer_before(text), text
+        found += split_answer(text) is not None
+    assert found > 3_000
+    for _ in range(2_000):
+        texts = ["".join(rng.choices(PIECES[:2] + ("a", "b"), k=rng.randrange(6))) for _ in range(rng.randrange(7))]
+        assert ablate_trace(texts) == ablate_trace_before(texts), texts
+
+
+@pytest.mark.parametrize("text", ["<think>a</think><answer>b{}c", "<think>a</think>{}c", "{}c", "<think>{}",
+                                  "a{}</think>b"])  # fmt: skip
+def test_the_filters_take_linear_time(text):
+    """Bug stories: an answer with 32,000 newlines held the filter for 61 seconds, and each of 200,000 equal answers
+    looked through all others. With quadratic time, this test takes an hour."""
+    for repeated in ("\n", "<think>", "<gen_emb>", "</think>", "</think>\n<think>"):
+        for function in (split_answer, parts_of_answer, lambda text: ablate_trace([text])):
+            function(text.format(repeated * 200_000))
+    got = ablate_trace(["<think>a</think>"] * 200_000 + ["<think>b</think>"])
+    assert got["swapped"][:2] == ["<think>b</think>"] * 2 and got["swapped"][-1] == "<think>a</think>"
+
+
+def pair(path, text="what", target="images/blank.jpg"):
+    return {"dataset_name": "d", "qry": {"text": text, "images": [path]},
+            "pos": {"text": f"thing {text}", "images": [target] if target else []}}  # fmt: skip
+
+
+@pytest.mark.parametrize("sft, pairs", [
+    (pair("images/{}.png"), pair("./images/{}.png")), (pair("images/{}.png"), pair("images//{}.png")),
+    (pair("images/{}.png"), pair("images/../images/{}.png")),
+    (pair("images/{}.png"), pair("images/{}.png", target="MMEB-train/images/blank.jpg")),
+    (pair("images/{}.png"), pair("images/{}.png", target="./blank.jpg")),
+    (pair("images/{}.png"), pair("images/{}.png", target="")),
+])  # fmt: skip
+def test_the_rl_subset_knows_a_path_in_any_spelling(tmp_path, sft, pairs):
+    """Bug story: with ./ before the paths, or another folder before images/blank.jpg, all pairs of the SFT file were
+    drawn again for RL. The five pairs that are not in it are left. Only the authors' blank image is removed."""
+    for name, form, numbers in (("sft", sft, range(20)), ("pairs", pairs, range(25))):
+        rows = [json.loads(json.dumps(form).replace("{}", str(i))) for i in numbers]
+        write_rows(tmp_path / f"{name}.json", rows)
+    assert run_data("rl-subset", "--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--out",
+                    tmp_path / "rl.json", "--size", 100) == 0  # fmt: skip
+    drawn = read_rows(tmp_path / "rl.json")
+    assert sorted(re.search(r"(\d+)\.png", row["qry_image"])[1] for row in drawn) == [str(i) for i in range(20, 25)]
+    assert all(row["pos_image"] == "" for row in drawn)
+    write_rows(tmp_path / "p.json", [pair("photos/blank.jpg")])
+    (got,) = read_pairs([tmp_path / "p.json"])
+    assert got["qry"]["images"] == ["photos/blank.jpg"] and got["pos"]["images"] == []

@@ -1,9 +1,6 @@
-"""data.py against transformers' picture processor and chat template, the file formats, and what bad input does.
+"""data.py: prompts and labels against the chat template, rows of files, batches, and unreadable input.
+Run: pytest tests/test_data.py"""
 
-    python -m pytest tests/test_data.py
-"""
-
-import io
 import json
 import os
 import struct
@@ -16,16 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, turn_pair
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import support.images as images_file
 from data import BatchOrder, PairData, encode, encode_input, patchify, step_loader
 from support import toy
-from support.files import Rows, read_rows
-from support.formats import DISC, GEN, INSTRUCTION, as_list, content_key
-from support.images import normalise, open_image, white_image
-from support.program import Skip
+from support.files import read_rows
+from support.formats import DISC, GEN, INSTRUCTION, as_list
+from support.images import normalise
+from support.program import BadInput
 
 # Qwen2-VL-Instruct's published chat template
 TEMPLATE = (
@@ -54,119 +49,23 @@ def as_item(text, images=(), video=()):
     return {"text": text, "images": list(images), "video": list(video)}
 
 
-def official(image, low, high):
-    """Patches and grid of one picture from transformers."""
-    out = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})([image], return_tensors="pt")
-    return out["pixel_values"], out["image_grid_thw"][0]
-
-
-# ---- patches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
-@pytest.mark.parametrize("size", [(28, 28), (57, 1999), (13, 40), (70, 56), (211, 300)])
-def test_patchify_equals_transformers(mode, size):
-    """The patches of a picture are exactly those of transformers' processor, for every mode and odd sizes."""
-    image = picture(1, *size, mode=mode)
-    x, grid = patchify([image], min_pixels=784, max_pixels=60_000)
-    want, want_grid = official(image, 784, 60_000)
-    assert torch.equal(grid, want_grid) and x.dtype == torch.float32
-    assert torch.equal(x, want)
-
-
-def test_patchify_large_downscale():
-    """A photo-sized picture scaled down to the upper bound is exact too."""
-    tiles = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    image = Image.fromarray(tiles.repeat(40, 0).repeat(40, 1))
-    x, grid = patchify([image], min_pixels=784, max_pixels=100_000)
-    assert torch.equal(x, official(image, 784, 100_000)[0]) and int(grid.prod()) * 196 <= 100_000
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
-def test_transparency_shows_white(mode):
-    """Bug story: convert("RGB") drops the alpha channel and shows whatever colour lies beneath, mostly black, where
-    transformers puts the picture on white. For alpha channels and for palettes and colours marked as transparent."""
-    image = picture(0, 60, 60)
-    if mode in ("RGBA", "LA"):
-        image.putalpha(picture(1, 60, 60, "L"))
-        image = image.convert(mode)
-    elif mode == "P":
-        image = image.quantize(16)
-        image.info["transparency"] = 3
-    else:
-        image = image.convert(mode)
-        image.info["transparency"] = image.getpixel((5, 5))
-    want = official(image, 784, 10**6)[0]
-    opaque = Image.fromarray(np.asarray(image.convert("RGB")))
-    assert not torch.equal(want, official(opaque, 784, 10**6)[0])  # or the case would test nothing
-    assert torch.equal(patchify([image], min_pixels=784, max_pixels=10**6)[0], want)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
-def test_video_layout(n):
-    """Frame by frame: patch (t, y, x) holds frames 2t and 2t + 1, each with the numbers of transformers' processor
-    for that frame alone; the first frame sets the size and an odd count repeats the last one."""
-    frames = [picture(k, 84, 56) for k in range(n)]
-    frames[-1] = picture(9, 50, 40) if n > 1 else frames[0]
-    x, grid = patchify(frames, min_pixels=784, max_pixels=25_088)
-    assert grid.tolist() == [(n + 1) // 2, 4, 6]
-    x = x.view((n + 1) // 2, 24, 3, 2, 196)
-    for k in range(2 * ((n + 1) // 2)):
-        frame = frames[min(k, n - 1)].resize((84, 56), Image.Resampling.BICUBIC)
-        want = official(frame, 784, 25_088)[0].view(24, 3, 2, 196)
-        assert torch.equal(x[k // 2, :, :, k % 2], want[:, :, 0])
-
-
-def test_extreme_aspect_is_a_skip():
-    """Sides of more than 200 to 1 cannot be resized: a Skip with the size, not an error that ends the run."""
-    assert patchify([Image.new("RGB", (28 * 200, 28))], min_pixels=784, max_pixels=10**6)[1].tolist() == [1, 2, 400]
-    with pytest.raises(Skip, match="2020 x 10"):
-        patchify([Image.new("RGB", (2020, 10))], min_pixels=784, max_pixels=10**6)
-
-
-def test_blank_picture_is_one_token(tokenizer):
-    """The stand-in for a missing picture is white and costs one token."""
-    x, grid = patchify([white_image()], min_pixels=784, max_pixels=2_359_296)
-    assert grid.tolist() == [1, 2, 2] and len(x.unique()) == 3
-    row = encode_input(tokenizer, {"text": "a"})
-    assert (row.ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == 1
-
-
-def test_pixel_bounds_and_frames(tokenizer):
-    """Pictures keep up to 2,359,296 pixels, frames are cut to 25,088; ten frames are thinned to eight, ends
-    included."""
-    wide = encode(tokenizer, as_item("<image>", [Image.new("RGB", (560, 280))]), name="x")
-    assert wide.grids.tolist() == [[1, 20, 40]]
-    frames = [Image.new("RGB", (560, 280), (k, 0, 0)) for k in range(10)]
-    film = encode(tokenizer, as_item("<video>", video=frames), name="x")
-    assert film.grids[0, 0] == 4 and 3136 <= film.grids[0, 1:].prod() * 196 <= 25_088
-    red = film.patches.reshape(4, -1, 3, 2, 196)[:, 0, 0, :, 0].flatten()  # bytes until they are on the GPU
-    assert red.tolist() == [0, 1, 2, 3, 5, 6, 7, 9] and red.dtype == np.uint8
-    one = encode(tokenizer, as_item("<video>", video=[picture(0)]), name="x")
-    assert one.grids[0, 0] == 1
-
-
 # ---- conversations ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["saved", "published"])
 def test_prompt_equals_the_chat_template(tokenizer, template):
-    """Prompt and full conversation are the tokens of apply_chat_template, with each pad repeated once per token; both
-    for the tokenizer's own template and for Qwen2-VL's published one."""
+    """Prompt and conversation are the tokens of apply_chat_template with each pad repeated once per token, for the
+    tokenizer's own template and Qwen2-VL's published one."""
     chat = None if template == "saved" else TEMPLATE
-    for item in (
-        {"text": " a star\n"},
-        {"text": "x", "images": [picture(0), picture(1, 30, 90)]},
-        {"video": [picture(2)] * 3},
-    ):
+    for item in ({"text": " a star\n"}, {"text": "x", "images": [picture(0), picture(1, 30, 90)]},
+                 {"video": [picture(2)] * 3}):  # fmt: skip
         n_images, n_video = len(item.get("images", [])), int("video" in item)
         parts = [{"type": "image"}] * n_images + [{"type": "video"}] * n_video
         parts += [{"type": "text", "text": item.get("text", "").strip() + TAIL}]
         turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": ANSWER}]
-        prompt = tokenizer.apply_chat_template(
-            turns[:1], tokenize=False, add_generation_prompt=True, chat_template=chat
-        )
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat).removesuffix("\n")
+        as_text = dict(tokenize=False, chat_template=chat)
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **as_text)
+        whole = tokenizer.apply_chat_template(turns, **as_text).removesuffix("\n")
         assert whole.startswith(prompt)
         row = encode_input(tokenizer, item, ANSWER, blank_image=False)
         for pad in ("<|image_pad|>", "<|video_pad|>"):
@@ -180,23 +79,20 @@ def test_prompt_equals_the_chat_template(tokenizer, template):
 
 
 def test_the_form_of_the_files_is_kept(tokenizer):
-    """An SFT row's human text stays as it stands (a newline behind the mark, media in the middle); eval and RL text
-    is stripped and its marks go."""
+    """An SFT row's human text stays unchanged. Eval and RL texts are stripped, and their marks are removed."""
     pictures = [picture(0, 28, 28), picture(1, 56, 28)]
     row = encode(tokenizer, as_item(f"<image>\nfirst <image> last {TAIL}", pictures), ANSWER, name="x")
     one = "<|vision_start|><|image_pad|><|vision_end|>"
     want = f"{one}\nfirst {one.replace('<|image_pad|>', '<|image_pad|>' * 2)} last {TAIL}"
     assert tokenizer.decode(row.ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0] == want
     row = encode_input(tokenizer, {"text": "<image>\n a star \n", "images": [picture(0, 28, 28)]})
-    assert (
-        tokenizer.decode(row.ids).split("<|im_start|>user\n")[1]
-        == f"{one}a star{TAIL}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    want = f"{one}a star{TAIL}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(row.ids).split("<|im_start|>user\n")[1] == want
 
 
 def test_label_split(tokenizer):
-    """Checked by hand: labels begin behind "assistant\\n", hold <gen_emb> and <|im_end|>, and INSTRUCTION's literal
-    <gen_emb> is in the prompt; the places are those of the one <disc_emb> and of the last <gen_emb>."""
+    """By hand: labels begin after "assistant\\n" and have <gen_emb> and <|im_end|>. INSTRUCTION's <gen_emb> is in the
+    prompt. The positions are those of <disc_emb> and of the last <gen_emb>."""
     t = tokenizer.convert_tokens_to_ids
     for answer, count in ((ANSWER, 1), (f"{GEN}<think>b{GEN}</think><answer>c{GEN} d", 3)):
         row = encode(tokenizer, as_item(f"a red star{TAIL}"), answer, name="x")
@@ -211,33 +107,24 @@ def test_label_split(tokenizer):
     assert encode(tokenizer, as_item("a"), GEN, name="x").disc_at == -1
 
 
-@pytest.mark.parametrize(
-    "human, images, video",
-    [("<image>", 0, 1), ("<image><image>", 1, 0), ("none", 1, 0), ("<video><video>", 0, 1), ("<image><video>", 1, 0)],
-)
+@pytest.mark.parametrize("human, images, video", [
+    ("<image>", 0, 1), ("<image><image>", 1, 0), ("none", 1, 0), ("<video><video>", 0, 1), ("<image><video>", 1, 0),
+])  # fmt: skip
 def test_marks_must_equal_media(tokenizer, human, images, video):
     """Text and media that do not fit together name the row and both counts."""
-    with pytest.raises(ValueError, match="f.json, row 7, qry.*marks for") as error:
+    with pytest.raises(BadInput, match="f.json, row 7, qry.*marks for"):
         encode(tokenizer, as_item(human, [picture()] * images, [picture()] * video), name="f.json, row 7, qry")
-    assert not isinstance(error.value, Skip)
-
-
-def test_marks_in_a_text_without_media_are_text(tokenizer):
-    """A row about HTML may say <image> when it has no media at all."""
-    row = encode(tokenizer, as_item("the <image> element"), name="x")
+    row = encode(tokenizer, as_item("the <image> element"), name="x")  # without any media it is text
     assert "the <image> element" in tokenizer.decode(row.ids) and len(row.grids) == 0
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>"])
 def test_control_tokens_in_the_text_are_refused(tokenizer, token):
-    """A text that holds a control token would forge turns or pictures; the message names row and token."""
+    """A control token in a text would forge turns or images. The message names row and token."""
     with pytest.raises(ValueError, match="row 3.*im|row 3.*vision"):
         encode(tokenizer, as_item(f"a{token}b"), ANSWER, name="f.json, row 3")
     with pytest.raises(ValueError, match="row 3"):
         encode(tokenizer, as_item("a"), f"<think>{token}{GEN}", name="f.json, row 3")
-
-
-# ---- files -----------------------------------------------------------------------------------------------------
 
 
 def pairs_of(path, tokenizer, kind="sft", **more):
@@ -257,8 +144,8 @@ def sft_row(human="x", media=None, answer=ANSWER, style=0, name="a"):
 
 
 def test_every_variant_of_an_sft_side(tokenizer, tmp_path):
-    """Image string, lists of one and several, video list, blank.jpg present and missing, no media, both key styles:
-    the number of pictures and their tokens are as written."""
+    """Image string, lists, video list, blank.jpg present and missing, no media, both key styles: the right images and
+    tokens."""
     for k in range(3):
         picture(k, 56, 56).save(tmp_path / f"{k}.png")
     (tmp_path / "there").mkdir()
@@ -271,11 +158,8 @@ def test_every_variant_of_an_sft_side(tokenizer, tmp_path):
         ("<video>\nx", {"video": "2.png"}, [[1, 4, 4]]),
         ("<image>\nx", {"image": "images/blank.jpg"}, [[1, 2, 2]]),
         ("<image>\nx", {"image": "there/blank.jpg"}, [[1, 6, 6]]),
-        ("x", {}, []),
-        ("x", {"image": ""}, []),
-        ("x", {"image": [], "video": None}, []),
-        ("x", {"image": [""]}, []),
-    ]
+        ("x", {}, []), ("x", {"image": ""}, []), ("x", {"image": [], "video": None}, []), ("x", {"image": [""]}, []),
+    ]  # fmt: skip
     rows = [sft_row(human, media, style=style) for human, media, _ in cases for style in (0, 1)]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
     a, b = pairs_of(write(tmp_path / "a.json", rows), tokenizer), pairs_of(tmp_path / "a.jsonl", tokenizer)
@@ -293,8 +177,7 @@ def test_every_variant_of_an_sft_side(tokenizer, tmp_path):
 
 
 def test_every_variant_of_an_rl_side(tokenizer, tmp_path):
-    """ "", [""], [], None, absent text, a path, a list: the published spellings, with the blank picture where there
-    are no media (and without it where it is turned off)."""
+    """Empty strings and lists, None, a path, a list: the published spellings, with the blank image or without it."""
     picture(0, 56, 56).save(tmp_path / "0.png")
     empty = {"text": " t ", "image": "", "video": [""]}
     sides = [
@@ -317,31 +200,9 @@ def test_every_variant_of_an_rl_side(tokenizer, tmp_path):
     assert as_list("") == as_list([""]) == as_list(None) == [] and as_list("a") == ["a"]
 
 
-def test_same_target_key():
-    """Targets are the same when stripped text and media paths are: one more character or another picture is
-    another."""
-    key = content_key("a star", ["x.png"], [])
-    assert key == content_key(" a star\n", ["x.png"], [])
-    assert key not in {content_key("a star.", ["x.png"], []), content_key("a star", [], ["x.png"]),
-                       content_key("a star", ["y.png"], []), content_key("a star", [], [])}  # fmt: skip
-    assert -(2**63) <= key < 2**63
-
-
-def test_jsonl_with_unicode_line_separators(tokenizer, tmp_path):
-    """Bug story: text of the web holds U+2028, U+0085 and form feeds, which JSON writers leave as they are and
-    str.splitlines() takes for the end of a line; only the newline ends a line of .jsonl."""
-    rows = [sft_row(human=f"a{c}b") for c in "\u2028\u2029\x85\x0b\x0c\x1c"] + [sft_row()]
-    path = tmp_path / "a.jsonl"
-    path.write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n", encoding="utf-8", newline=""
-    )
-    assert read_rows(path) == rows
-
-
 @pytest.mark.parametrize("name, kind", [("sft.json", "sft"), ("sft.jsonl", "sft"), ("rl.json", "rl")])
 def test_real_files_load(tokenizer, real, name, kind):
-    """Every row of the small real files becomes a pair with both sides' places; .json and .jsonl are the same
-    rows."""
+    """Every row of the small real files is a usable pair. .json and .jsonl have the same rows."""
     if name == "sft.jsonl":
         assert read_rows(real / name) == read_rows(real / "sft.json")
         return
@@ -354,14 +215,12 @@ def test_real_files_load(tokenizer, real, name, kind):
             assert len(row.patches) == row.grids.prod(1).sum() and row.positions.shape == (3, len(row.ids))
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------
-
 NAMES = ["a"] * 23 + ["b"] * 9 + ["c"] * 3 + ["a"] * 4  # a 27, b 9, c 3
 
 
 def test_batches_hold_one_dataset_and_no_row_twice():
-    """Over 200 steps every batch has rows of one dataset and no row twice; a dataset smaller than a batch is left out
-    and named (bug story: it filled its batches with the same rows again, which are then each other's negatives)."""
+    """Bug story: a dataset smaller than a batch filled it with the same rows again, which are then each other's
+    negatives. Now it is left out and named."""
     order = BatchOrder(NAMES, 4, seed=1)
     assert order.left_out == "c 3"
     for step in range(200):
@@ -371,8 +230,8 @@ def test_batches_hold_one_dataset_and_no_row_twice():
 
 @pytest.mark.parametrize("batch_size", [2, 4, 5, 9])
 def test_an_epoch_sees_every_row_at_most_once(batch_size):
-    """In every epoch each dataset that fills a batch gives as many batches as it fills, no row twice. What is left over
-    is another part of the rows in another epoch."""
+    """In every epoch each dataset gives as many batches as it fills, no row twice. Other rows are left over in another
+    epoch."""
     order = BatchOrder(NAMES, batch_size, seed=0)
     left = []
     for epoch in range(6):
@@ -389,7 +248,7 @@ def test_an_epoch_sees_every_row_at_most_once(batch_size):
 
 
 def test_order_is_a_function_of_the_seed():
-    """The same seed gives the same batches in any order of asking; another seed, and the next epoch, other ones."""
+    """The same seed gives the same batches in any order of asking. Another seed and another epoch give others."""
     a, b, c = BatchOrder(NAMES, 4, 0), BatchOrder(NAMES, 4, 0), BatchOrder(NAMES, 4, 1)
     late = [b[step].tolist() for step in (37, 5, 0, 36)]
     assert late == [a[step].tolist() for step in (37, 5, 0, 36)]
@@ -401,7 +260,7 @@ def test_order_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, workers):
-    """Processes r of w get rows r, r + w, .. of the one global batch; background workers hand over the same pairs."""
+    """Rank r of w gets rows r, r + w, .. of the one global batch, with background workers too."""
     args = dict(kind="sft", batch_size=4, seed=0, root=world)
     alone = PairData([world / "sft.json"], tokenizer, **args)
     for w in (1, 2, 4):
@@ -422,7 +281,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(world, tokenizer, work
 
 
 def test_workers_are_forked_by_the_main_thread(world, tokenizer, monkeypatch):
-    """Linux ends a worker with the thread that forked it."""
+    """Linux ends a worker with the thread that forked it, and a fetching thread lives for one step."""
     data, forks = PairData([world / "sft.json"], tokenizer, kind="sft", batch_size=4, seed=0, root=world), []
     monkeypatch.setattr(os, "fork", lambda fork=os.fork: (forks.append(threading.current_thread()), fork())[1])
     loader = step_loader(data, range(6), 2)
@@ -432,12 +291,9 @@ def test_workers_are_forked_by_the_main_thread(world, tokenizer, monkeypatch):
 
 
 def test_no_dataset_fills_a_batch():
-    """A batch larger than every dataset says so with the sizes, instead of looking for a batch for ever."""
+    """A batch larger than every dataset is an error with the sizes, not an endless search."""
     with pytest.raises(ValueError, match="batch of 28.*a 27.*b 9"):
         BatchOrder(NAMES, 28, 0)
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------
 
 
 def one_pair(tmp_path, tokenizer, row, **more):
@@ -445,7 +301,7 @@ def one_pair(tmp_path, tokenizer, row, **more):
 
 
 def test_unreadable_pictures_are_skipped(tokenizer, tmp_path, monkeypatch):
-    """Missing, cut off, not a picture, a folder, too large, outside --media_root: the pair is not ok, says why with
+    """Missing, truncated, no image, a folder, too large, outside --media_root: the pair is skipped with a reason and
     the path, and its stand-in rows are short and complete."""
     root = tmp_path / "media"
     root.mkdir()
@@ -460,45 +316,20 @@ def test_unreadable_pictures_are_skipped(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(images_file, "MAX_DECODED", 20_000)
     cases = [("gone.png", "no such file"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
              ("text.png", "cannot be read"), ("empty.png", "cannot be read"), (".", "cannot be read"),
-             ("big.png", "200 x 200"),
-             ("../outside.png", "leaves --media_root"),
+             ("big.png", "200 x 200"), ("../outside.png", "leaves --media_root"),
              (str(tmp_path / "outside.png"), "leaves --media_root")]  # fmt: skip
     for name, reason in cases:
-        path = write(
-            root / "bad.json", [sft_row("<image>", {"image": name}), sft_row("<image>", {"image": "whole.png"})]
-        )
-        bad, good = pairs_of(path, tokenizer)
+        rows = [sft_row("<image>", {"image": image}) for image in (name, "whole.png")]
+        bad, good = pairs_of(write(root / "bad.json", rows), tokenizer)
         assert not bad.ok and good.ok, name
         assert reason in bad.reason and Path(root, name).name in bad.reason and "bad.json, row 0" in bad.name
         for row in (bad.query, bad.target):
             assert len(row.ids) < 40 and row.disc_at > 0 and row.gen_at > row.n_prompt and len(row.patches) == 0
 
 
-def test_broken_files_never_end_the_run(tmp_path):
-    """500 pictures with random bytes changed or cut off: each opens or raises Skip, no decoder's own exception."""
-    rng = np.random.default_rng(0)
-    whole = []
-    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
-        file = io.BytesIO()
-        picture(0, 40, 30, "P" if kind == "GIF" else "RGB").save(file, kind)
-        whole.append(file.getvalue())
-    skipped = 0
-    for k in range(500):
-        content = bytearray(whole[k % 6])
-        for at in rng.integers(0, min(len(content), 200), 4):
-            content[at] = rng.integers(256)
-        path = tmp_path / "broken.img"
-        path.write_bytes(bytes(content[: rng.integers(1, len(content) + 1)] if k % 2 else content))
-        try:
-            patchify([open_image(path)], min_pixels=784, max_pixels=10_000)
-        except Skip:
-            skipped += 1
-    assert 50 < skipped < 500
-
-
 def test_decompression_bomb_is_a_skip(tokenizer, tmp_path):
-    """Bug story: above 179 million pixels PIL raises its own DecompressionBombError in Image.open, before our bound
-    is looked at; it is no OSError, so one such header ended the run."""
+    """Bug story: above 179 million pixels PIL raises its own DecompressionBombError before our bound, so one such
+    header ended the run."""
 
     def chunk(tag, body):
         return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
@@ -512,80 +343,16 @@ def test_decompression_bomb_is_a_skip(tokenizer, tmp_path):
 
 
 def test_long_rows_are_skipped_not_cut(tokenizer, tmp_path):
-    """A row above --max_length keeps its place and is not ok; cutting it would cut off <gen_emb>."""
+    """A row above --max_length is skipped, because cutting it would drop <gen_emb>."""
     length = len(one_pair(tmp_path, tokenizer, sft_row("word " * 50)).query.ids)
     assert one_pair(tmp_path, tokenizer, sft_row("word " * 50), max_length=length).ok
     pair = one_pair(tmp_path, tokenizer, sft_row("word " * 50), max_length=length - 1)
     assert not pair.ok and f"{length} tokens" in pair.reason and "bad.json, row 0" in pair.reason
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"qry": sft_row()["qry"]}, 'needs "qry" and "pos"'),
-        (sft_row() | {"qry": {"image": "a.png"}}, "qry.*conversations"),
-        (sft_row() | {"qry": None}, "qry.*conversations"),
-        (sft_row() | {"pos": {"conversations": turn_pair("a", "b")[:1]}}, "pos.*conversations"),
-        (sft_row() | {"pos": {"conversations": [{"from": "human"}, {"from": "gpt"}]}}, "pos.*conversations"),
-        (sft_row(answer="<think>a</think><answer>b"), "qry.*<gen_emb>"),
-        (sft_row() | {"pos": {"conversations": turn_pair("no place", ANSWER)}}, "pos.*<disc_emb>"),
-        (sft_row("<image><image>", {"image": "images/blank.jpg"}), "marks"),
-        (sft_row("<image>", {"image": "images/blank.jpg", "video": ["images/blank.jpg"]}), "both an image and a video"),
-        (sft_row(answer=None), "row 0, qry"),
-        (sft_row() | {"pos": {"conversations": [{"value": None}, {"value": ANSWER}]}}, "row 0, pos"),
-    ],
-)  # fmt: skip
-def test_malformed_sft_rows_are_errors(tokenizer, tmp_path, row, message):
-    """A row that lacks something is a mistake in the file: the error names file, row and what is missing."""
-    with pytest.raises(ValueError, match=f"(?s)bad.json, row 0.*{message}|{message}") as error:
-        one_pair(tmp_path, tokenizer, row)
-    assert "bad.json, row 0" in str(error.value) and not isinstance(error.value, Skip)
-
-
-def test_malformed_rl_rows_are_errors(tokenizer, tmp_path):
-    """A missing key of an RL row is named with file and row; a text that is null counts as no text."""
-    row = {f"{s}_{k}": v for s in ("qry", "pos") for k, v in (("text", "t"), ("image", ""), ("video", [""]))}
-    for key in row:
-        with pytest.raises(ValueError, match=f"bad.json, row 0.*has no {key}"):
-            one_pair(tmp_path, tokenizer, {k: v for k, v in row.items() if k != key}, kind="rl", needs=[DISC])
-    assert one_pair(tmp_path, tokenizer, row | {"pos_text": None}, kind="rl", needs=[DISC]).ok
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("a.json", '[{"a": 1},\n {"b": }]', "a.json, line 2: not valid JSON"),
-        ("a.jsonl", '{"a": 1}\n\n{"b": 2}\n{"c": \n', "a.jsonl, line 4: not valid JSON"),
-        ("a.jsonl", "hello", "a.jsonl, line 1: not valid JSON"),
-        ("a.json", "[{}, 3]", "a.json, row 1: expected an object"),
-        ("a.jsonl", "{}\n[1]", "a.jsonl, row 1: expected an object"),
-    ],
-)
-def test_files_that_are_not_json(tmp_path, name, text, message):
-    """Broken JSON names the file and the line; rows that are not objects name the row."""
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_rows(tmp_path / name)
-
-
-def test_missing_and_empty_files(tokenizer, tmp_path):
-    """No file, a folder and a file without rows each say which one."""
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=str(path)):
-            read_rows(path)
-    empty = [write(tmp_path / "empty.json", [])]
-    for files in (empty, Rows(empty)):  # bug story: data.py check gives Rows, and its message named no file
-        with pytest.raises(ValueError, match="empty.json.*no rows"):
-            PairData(files, tokenizer, kind="sft", batch_size=1, seed=0)
-
-
-# ---- the toy world ---------------------------------------------------------------------------------------------
-
-
 def test_the_toys_video_is_one_move():
-    """The two scenes differ by one object that moves to the empty cell beside it; the reasoning names every place that
-    is taken in one of them and ends with the answer; no negative is right, and each names an object and an empty
-    cell."""
+    """Two scenes differ by one object that moves to the empty cell next to it. The reasoning names every place that is
+    taken in one of them and ends with the answer. No negative is right."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         query, target, negatives = toy.video_example(rng, "train")

@@ -1,7 +1,5 @@
 """The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills.
-
-    python -m pytest tests/test_decode.py
-"""
+Run: pytest tests/test_decode.py"""
 
 import pytest
 import torch
@@ -42,8 +40,7 @@ def run_steps(backbone, dtype, read=None, seed=0):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_step_equals_transformers(model_type):
-    """Rows of different lengths, positions and numbers: the states of every step are transformers', for all families
-    of Qwen (Qwen3 has no biases, another head width and norms of queries and keys)."""
+    """The states of every step are transformers' for all families, with rows of different lengths and positions."""
     backbone = random_backbone(model_type)
     want = run_steps(backbone, torch.float32, transformers_read(backbone))
     got = run_steps(backbone, torch.float32)
@@ -67,9 +64,8 @@ def test_large_weights_are_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_bf16_step_rounds_as_autocast(model_type, monkeypatch):
-    """In bf16 over fp32 weights the step rounds where transformers' does under autocast on a GPU, which takes norms in
-    fp32: the residual stream, the rotation and Qwen3's norms of queries and keys are in fp32. Bug story: these
-    were rounded to bf16 between norm and rotation, and log-probabilities were off by 0.009 for 0.0003."""
+    """bf16 over fp32 weights rounds as transformers does under autocast. Bug story: Qwen3's norms of queries and keys
+    were rounded between norm and rotation, and log-probabilities were off by 0.009 instead of 0.0003."""
     backbone = random_backbone(model_type)
     fuse_norms(backbone)
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: rms_norm(x.float(), norm.weight.shape,
@@ -133,8 +129,8 @@ def test_prefill_in_parts_changes_nothing(writer, monkeypatch):
 
 
 def test_reading_ahead_changes_nothing(writer, monkeypatch):
-    """Rows that wait move into a free slot with their keys and values; fewer prefills and steps do it. Story: in 8
-    slots each prompt had a pass of its own, a quarter slower at 90 tokens."""
+    """Waiting rows move into a free slot with their keys and values, with fewer prefills and steps. Story: in 8 slots
+    each prompt had a pass of its own, a quarter slower at 90 tokens."""
     rows = encoded(writer, inputs(), answered=False) * 4
     lengths = [3 + 5 * n % 11 for n in range(len(rows))]  # different ones, so that the order of the rows changes
     script = [[[7] * n + [writer.gen_id]] for n in lengths]
@@ -187,9 +183,8 @@ def test_waiting_prompts_are_taken_up_to_a_number_of_tokens(writer):
 
 
 def test_step_casts_no_weight(writer_dir, monkeypatch):
-    """In bf16 the fp32 weights are rounded once for a whole generate(), trained or frozen, and who takes a result from
-    the loop is not in autocast. Bug stories: autocast's cache takes no frozen weight, so that a frozen model cast all
-    of them in every step; the loop's autocast leaked into the code between two results."""
+    """In bf16 the fp32 weights are rounded once per generate(). Bug stories: autocast's cache takes no frozen weight,
+    so a frozen model cast all of them in every step. The loop's autocast leaked to its caller."""
     model, largest = Embedder.from_pretrained(writer_dir), []  # largest: numbers of the largest cast of each step
     model.bf16 = True
     rows = encoded(model, inputs()[:2], answered=False)

@@ -1,7 +1,5 @@
-"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, complete runs.
-
-    python -m pytest tests/test_eval.py
-"""
+"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, dead models, complete runs.
+Run: pytest tests/test_eval.py"""
 
 import itertools
 import json
@@ -13,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from conftest import changed_copy, picture
 from safetensors.torch import load_file, save_file
 
 import eval as ev
 import support.cache as cache_file
+from data import encode, encode_input
 from model import Embedder, Rollouts
+from support.images import open_image, white_image
 from support.report import model_names, paired_change
 
 DATA = Path(__file__).parent / "data"
-
-
-# ---- metrics and ranking ---------------------------------------------------------------------------------------
+WORDS = ["red", "blue", "green", "white"]
+X, Y = [1.0, 0.0], [0.0, 1.0]
 
 
 def test_metrics_equal_the_published_code():
@@ -123,9 +122,6 @@ def test_pass_at_k_equals_enumeration(n, c, k):
     assert ev.pass_at_k(n, c, k) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets))
 
 
-# ---- modes -----------------------------------------------------------------------------------------------------
-
-
 def two_query_task(**changes):
     query = {"input": {"text": ""}, "grades": None, "candidates": None}
     fields = dict(name="t", modality="image", group="G", eval_type="global", main_metric="hit@1",
@@ -143,14 +139,13 @@ def arrays(gen, disc=None, valid=None):
 
 def test_modes_by_hand():
     """Query 0 is right in gen only, query 1 in disc only: each mode scores 1/2, the oracle 1. Mixed modes swap axes."""
-    x, y = [1.0, 0.0], [0.0, 1.0]
-    queries = arrays([[x], [x]], disc=[y, y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
-    candidates = arrays([[x], [y]], disc=[x, y])
+    queries = arrays([[X], [X]], disc=[Y, Y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
+    candidates = arrays([[X], [Y]], disc=[X, Y])
     entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert [entry[m]["hit@1"] for m in ("disc", "gen", "oracle")] == [0.5, 0.5, 1.0]
     assert columns["gen"] == [1, 0] and columns["disc"] == [0, 1] and columns["oracle"] == [1, 1]
     assert "pass@k" not in entry
-    swapped = arrays([[x], [y]], disc=[y, x])  # disc candidates the wrong way round
+    swapped = arrays([[X], [Y]], disc=[Y, X])  # disc candidates the wrong way round
     entry, columns, _ = ev.score_task(two_query_task(), queries, swapped)
     assert columns["gen_disc"] == [0, 1]  # gen queries say x, which is now candidate b
     assert columns["disc_gen"] == [0, 1]  # disc queries say y, which is gen candidate b
@@ -158,10 +153,9 @@ def test_modes_by_hand():
 
 def test_samples_by_hand():
     """Four samples with 1 and 2 hits, one of them invalid: pass@k from the counts."""
-    x, y, z = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
-    queries, candidates = arrays([[x], [y]], disc=[x, y]), arrays([[x], [y]], disc=[x, y])
+    queries, candidates = arrays([[X], [Y]], disc=[X, Y]), arrays([[X], [Y]], disc=[X, Y])
     valid = [[True] * 4, [True, True, True, False]]
-    sampled = arrays([[x, y, y, y], [y, y, x, z]], valid=valid)
+    sampled = arrays([[X, Y, Y, Y], [Y, Y, X, [0.0, 0.0]]], valid=valid)
     entry, _, _ = ev.score_task(two_query_task(), queries, candidates, sampled)
     assert list(entry["pass@k"]) == ["1", "2", "4"]
     assert entry["pass@k"]["1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
@@ -188,33 +182,32 @@ def unit(x):
 
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
-    """Query 1 and candidate a have no <gen_emb>, and their gen states are NaN: in fused disc decides, without a miss.
-    Such a candidate has half of its disc cosine. A query without a disc embedding is a miss."""
-    x, y, nan = [1.0, 0.0], [0.0, 1.0], [math.nan] * 2
-    queries = arrays([[x], [nan]], disc=[x, y], valid=[[True], [False]])
-    candidates = arrays([[nan], [y]], disc=[x, y], valid=[[False], [True]])
+    """Query 1 and candidate a have no <gen_emb>: in fused disc decides, without a miss. Such a candidate has half of
+    its disc cosine. A query without a disc embedding is a miss."""
+    nan = [math.nan] * 2
+    queries = arrays([[X], [nan]], disc=[X, Y], valid=[[True], [False]])
+    candidates = arrays([[nan], [Y]], disc=[X, Y], valid=[[False], [True]])
     entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
     assert entry["tied"]["fused"] == 0
-    near = arrays([[nan], [[0.8, 0.6]]], disc=[x, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
-    assert ev.score_task(two_query_task(), arrays([[x], [y]], disc=[x, y]), near)[1]["fused"] == [0, 1]
+    near = arrays([[nan], [[0.8, 0.6]]], disc=[X, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
+    assert ev.score_task(two_query_task(), arrays([[X], [Y]], disc=[X, Y]), near)[1]["fused"] == [0, 1]
     queries["disc"][1] = math.nan
     assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
 
 
 def test_fused_takes_the_surer_of_both():
     """disc prefers a by far and gen prefers b by little: fused ranks a first, as the better of the two does."""
-    queries = arrays([[[0.6, 0.8]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
-    candidates = arrays([[[1.0, 0.0]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
+    queries = arrays([[[0.6, 0.8]], [[0.0, 1.0]]], disc=[X, Y])
+    candidates = arrays([[X], [Y]], disc=[X, Y])
     columns = ev.score_task(two_query_task(), queries, candidates)[1]
     assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
 
 
 def test_invalid_query_and_candidate_in_a_task():
     """Query 1 and candidate a have no gen embedding: gen misses both queries, disc none, and the oracle takes disc."""
-    x, y = [1.0, 0.0], [0.0, 1.0]
-    queries = arrays([[x], [y]], disc=[x, y], valid=[[True], [False]])
-    candidates = arrays([[x], [y]], disc=[x, y], valid=[[False], [True]])
+    queries = arrays([[X], [Y]], disc=[X, Y], valid=[[True], [False]])
+    candidates = arrays([[X], [Y]], disc=[X, Y], valid=[[False], [True]])
     entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == [1, 1]
     assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
@@ -223,8 +216,7 @@ def test_invalid_query_and_candidate_in_a_task():
 
 def test_unreadable_input_is_a_miss_in_every_mode():
     """An unreadable image has no disc embedding either, so the oracle misses too."""
-    x, y = [1.0, 0.0], [0.0, 1.0]
-    queries, candidates = (arrays([[x], [y]], disc=[x, y]) for _ in range(2))
+    queries, candidates = (arrays([[X], [Y]], disc=[X, Y]) for _ in range(2))
     queries["problem"], queries["valid"][1] = np.array(["", "q.jpg: truncated"]), False
     columns = ev.score_task(two_query_task(), queries, candidates)[1]
     assert columns["disc"] == columns["gen"] == columns["oracle"] == columns["disc_gen"] == [1, 0]
@@ -237,7 +229,7 @@ def test_graded_task_has_the_published_value_beside_ours():
     task = two_query_task(name="ViDoSeek-doc", main_metric="ndcg_linear@5", candidates={9: {}, 8: {}})
     for query in task.queries:
         query |= {"labels": [9, 8], "grades": [3, 1]}
-    both = arrays([[[1.0, 0.0]], [[0.0, 1.0]]], disc=[[1.0, 0.0], [0.0, 1.0]])
+    both = arrays([[X], [Y]], disc=[X, Y])
     entry, *_ = ev.score_task(task, both, both)
     low = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
     assert entry["gen"]["ndcg_linear@5"] == pytest.approx((1 + low) / 2)  # query 0 ranks 9, 8; query 1 ranks 8, 9
@@ -250,22 +242,18 @@ def test_local_task_ranks_its_own_list():
     """A query of a local task ranks its own candidates only. A label outside the list is a miss."""
     task = two_query_task(eval_type="local")
     task.queries[0]["candidates"], task.queries[1]["candidates"] = ["b"], ["b", "a"]
-    x, y = [1.0, 0.0], [0.0, 1.0]
-    both = arrays([[x], [y]], disc=[x, y])
+    both = arrays([[X], [Y]], disc=[X, Y])
     assert ev.score_task(task, both, both)[1]["disc"] == [0, 1]
 
 
 def test_paired_change():
-    """Two tasks by hand: mean of the tasks' means, and standard error from the variance of the paired differences."""
+    """By hand: the mean of the tasks' means, and the standard error from the variance of the paired differences."""
     first = {"a": [0, 0, 1, 1], "b": [0, 1]}
     last = {"a": [1, 0, 1, 1], "b": [1, 1]}
     change, error = paired_change(first, last)
     assert change == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert error == pytest.approx(math.sqrt((1 / 4) / 4 + (1 / 2) / 2) / 2)
     assert math.isnan(paired_change({"a": [0]}, {"a": [1]})[1])
-
-
-# ---- files -----------------------------------------------------------------------------------------------------
 
 
 def write_tasks(root):
@@ -284,52 +272,12 @@ def write_tasks(root):
         (root / "tasks" / f"{name}.json").write_text(json.dumps(task))
 
 
-def test_load_task(tmp_path):
-    """Media paths are joined to the root, labels may be missing among the candidates, missing keys become empty."""
-    write_tasks(tmp_path)
-    task = ev.load_task("test/local_t", str(tmp_path))
-    assert (task.name, task.modality, task.eval_type, task.main_metric) == ("test/local_t", "image", "local", "hit@1")
-    assert task.queries[0]["input"]["images"] == [str(tmp_path / "images/x.png")]
-    assert task.queries[2]["labels"] == ["not there"] and len(task.queries[0]["candidates"]) == 4
-    assert task.candidates["red star"] == {"text": "red star", "images": [], "video": []}
-
-
-def test_load_task_errors(tmp_path):
-    """The error of an unknown task lists the known ones. The error of a broken file names file, query and problem."""
-    write_tasks(tmp_path)
-    with pytest.raises(FileNotFoundError, match="'cls'.*test/cls, test/local_t"):
-        ev.load_task("cls", tmp_path)
-    with pytest.raises(FileNotFoundError, match="is --root right"):
-        ev.load_task("test/cls", tmp_path / "nowhere")
-    path = tmp_path / "tasks" / "test" / "cls.json"
-    good = json.loads(path.read_text())
-    query = good["queries"][0]
-    for change, message in [
-        ({"eval_type": "globe"}, "globe"),
-        ({"main_metric": "hit"}, "main_metric 'hit'"),
-        ({"queries": []}, "no queries"),
-        ({"eval_type": "local"}, "query 0: has no candidates .* the task is local"),
-        ({"eval_type": "local", "queries": [query | {"candidates": ["x"]}]}, "query 0: ranks keys .*'x'"),
-        ({"queries": [query, query | {"grades": [1, 2]}]}, "query 1: grades must be one number per label"),
-    ]:
-        path.write_text(json.dumps(good | change))
-        with pytest.raises(ValueError, match=message) as error:
-            ev.load_task("test/cls", tmp_path)
-        assert "cls.json" in str(error.value)
-    path.write_text(json.dumps({k: v for k, v in good.items() if k != "group"}))
-    with pytest.raises(ValueError, match=r"the keys \['group'\] are missing"):
-        ev.load_task("test/cls", tmp_path)
-
-
 def test_model_names():
     """The name is that of the folder, with its parents if two models would share a folder of results."""
     assert model_names(["runs/toy/sft", "runs/toy/rl/"]) == ["sft", "rl"]
     assert model_names(["a/x/rl", "b/x/rl"]) == ["a-x-rl", "b-x-rl"]
     with pytest.raises(SystemExit, match="twice"):
         model_names(["a/rl", "a/rl/"])
-
-
-# ---- complete runs ---------------------------------------------------------------------------------------------
 
 
 def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8, prefill_tokens=0):
@@ -351,10 +299,8 @@ READ = []  # (samples, text) of every input that was embedded
 
 
 def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
-    """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed.
-
-    A second run embeds nothing and has the same scores.
-    """
+    """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed. A
+    second run embeds nothing and has the same scores."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     for model in ("sft", "rl"):
@@ -412,3 +358,103 @@ def test_cache_knows_its_version(tiny_dir, monkeypatch):
     before = cache_file.hash_model(tiny_dir, torch.device("cpu"))
     monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
     assert cache_file.hash_model(tiny_dir, torch.device("cpu")) != before
+
+
+def write_local_task(root):
+    """Write a local task whose lists begin with the right candidate, as published ones do."""
+    queries = [{"input": {"text": f"find {w}"}, "labels": [w],
+                "candidates": [w, *(x for x in WORDS if x != w)]} for w in WORDS]  # fmt: skip
+    task = {"modality": "image", "group": "I-CLS", "eval_type": "local", "main_metric": "hit@1", "queries": queries,
+            "candidates": {w: {"text": w} for w in WORDS}}  # fmt: skip
+    (root / "tasks/test").mkdir(parents=True)
+    (root / "tasks/test/local.json").write_text(json.dumps(task))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
+    """Bug story: NaN compares as neither better nor worse, so a model of NaN weights kept the order of the lists, which
+    begin with the right candidate: hit@1 of 100.0. Now NaN is a miss. Equal embeddings still tie, and the table says
+    for how many queries."""
+    write_local_task(tmp_path)
+    model = changed_copy(tiny_dir, tmp_path / "dead", lambda tensors: tensors["model.norm.weight"].fill_(value))
+    ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
+             "--max_new_tokens", "4", "--samples", "2"])  # fmt: skip
+    entry = json.loads((tmp_path / "out/dead/scores.json").read_text())["tasks"]["test/local"]
+    printed = capsys.readouterr().out
+    if value == 0:
+        assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
+        assert "candidates tie for the first rank, so the order of the list decides, for 4 in disc" in printed
+    else:
+        assert entry["not_finite"] == 8 and "8 of 8 inputs have an embedding that is not finite" in printed
+        assert all(entry[mode][metric] == 0 for mode in ev.MODES for metric in ev.METRICS)
+        assert set(entry["pass@k"].values()) == {0.0}
+
+
+def test_one_embedding_that_is_not_finite_is_a_miss():
+    """By hand: query 0 is NaN, candidate 1 is infinite, and the others rank as without them, in every mode."""
+    c = np.eye(3)
+    q = np.array([[1, 0, 0.1], [0, 1, 0.5], [0, 0.1, 1]])
+    q[0], c[1] = np.nan, [0, np.inf, 0]
+    ok = np.ones(3, bool)
+    assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
+    assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
+
+
+def test_ties_for_the_first_place_are_counted():
+    """Bug story: a dead vision tower makes all images equal, and one text more in the list hid it: hit@1 100.0. A right
+    and a wrong candidate with the best score count. Two right ones, or ties below the first rank, do not."""
+    same, best, low = [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]
+    keys, c = ["right", "wrong", "also right", "low"], np.array([same, best, same, low])
+    task = ev.Task("t", "image", "g", "local", "hit@1", [
+        {"input": {}, "labels": ["right"], "grades": None, "candidates": ["right", "wrong", "low"]},
+        {"input": {}, "labels": ["right", "also right"], "grades": None, "candidates": ["right", "also right", "low"]},
+        {"input": {}, "labels": ["low"], "grades": None, "candidates": ["right", "wrong"]},
+        {"input": {}, "labels": ["low"], "grades": None, "candidates": ["low", "right", "wrong"]},
+    ], dict.fromkeys(keys, {}))  # fmt: skip
+
+    def arrays(x):
+        return {"disc": x, "gen": x[:, None], "valid": np.ones((len(x), 1), bool), "problem": np.array([""] * len(x))}
+
+    entry, *_ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
+    assert entry["tied"]["disc"] == 2
+
+
+def test_ablation_where_nothing_is_valid(tiny_dir, tmp_path, capsys):
+    """Bug story: --ablate trace of a model that never writes <gen_emb> ended in a KeyError after all the work."""
+    write_local_task(tmp_path)
+    argv = ["--model", str(tiny_dir), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"]
+    ev.main([*argv, "--max_new_tokens", "2", "--ablate", "trace"])
+    assert "no input has a valid answer, so there is no reasoning to take out" in capsys.readouterr().out
+
+
+def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
+    """Bug story (mindmeld#358): the evaluation embedded nothing and printed the old scores."""
+    write_local_task(tmp_path)
+    model = shutil.copytree(writer_dir, tmp_path / "model")
+
+    def encoded():
+        ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
+                 "--samples", "0", "--max_new_tokens", "8", "--report_queries", "0"])  # fmt: skip
+        return json.loads((tmp_path / "out/model/scores.json").read_text())["encoded"]["greedy"]
+
+    assert encoded() == 8 and encoded() == 0
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4096}))
+    assert encoded() == 8 and encoded() == 0
+
+
+@pytest.mark.parametrize("blank", [True, False])
+def test_an_exported_input_is_what_the_model_reads(writer, tmp_path, blank):
+    """Bug story (vllm#33167): the exported text inputs had no blank image, which the model reads there. On a server it
+    got 28 points instead of 84. The file gives the ids and patches that the evaluation encodes."""
+    write_local_task(tmp_path)
+    file = tmp_path / "inputs.jsonl"
+    ev.main(["--root", str(tmp_path), "--export", str(file), "--blank_image", str(blank)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["text"] for row in rows] == [f"{find}{word}" for find in ("find ", "") for word in WORDS]
+    for row in rows:
+        user = {"text": "<image>" * len(row["images"]) + row["prompt"], "images": row["images"], "video": row["video"]}
+        want = encode_input(writer.tokenizer, {"text": row["text"]}, blank_image=blank)
+        assert encode(writer.tokenizer, user).content == want.content
+    if blank:
+        assert open_image(rows[0]["images"][0]).tobytes() == white_image().tobytes()

@@ -1,9 +1,6 @@
 """Qwen2.5-VL and Qwen3-VL: the equality tests of the other files again, on tiny random models of these families, and
 what only they have: times in the text, windows, DeepStack. test_families_slow.py has shards and the stages on real
-pictures.
-
-    python -m pytest tests/test_families.py
-"""
+pictures. Run: pytest tests/test_families.py"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,21 +13,22 @@ import transformers
 from conftest import encoded, picture, random_backbone, save_random_model, train_writer, transformers_forward
 
 # these take their models from the fixtures below
+from test_embed import (  # noqa: F401
+    test_bf16_is_close,
+    test_embed_reads_the_right_places,
+    test_pictures_change_the_answer,
+)
 from test_model import (  # noqa: F401
     CLOSE,
     everything,
     test_a_model_can_be_pickled,
-    test_bf16_is_close,
     test_cached_decode_equals_full_forward,
-    test_embed_reads_the_right_places,
     test_forward_equals_transformers,
     test_gradient_checkpointing_changes_nothing,
     test_norms_equal_transformers,
     test_patch_embedding_equals_the_convolution,
-    test_pictures_change_the_answer,
     test_positions_equal_get_rope_index,
     test_precomputed_vision_states,
-    test_saved_model_in_plain_transformers,
     test_text_only_micro_batch_gives_the_merger_a_gradient,
     test_the_vision_tower_reads_no_lengths_from_the_device,
 )
@@ -47,6 +45,7 @@ from test_sft import (  # noqa: F401
     test_step_equals_one_plain_pass,
     test_two_processes_equal_one,
 )
+from test_weights import test_saved_model_in_plain_transformers  # noqa: F401
 from transformers import AutoImageProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -98,8 +97,8 @@ def video_text(family, num_frames, processor):
 
 @pytest.mark.parametrize("num_frames", [1, 2, 4, 5])
 def test_text_of_a_video_is_that_of_the_processor(embedder, num_frames):
-    """Qwen3-VL writes the time before each step of a video, the mean of its frames' times, in a run of pads of its own;
-    Qwen2.5-VL none. transformers' processor, which needs torchvision to be made, is asked for the text only."""
+    """Qwen3-VL writes the mean time of the frames before each step of a video, Qwen2.5-VL none. transformers'
+    processor, which needs torchvision to be made, is asked for the text only."""
     family = embedder.family
     name = family.model_class.replace("ForConditionalGeneration", "Processor")
     processor = object.__new__(getattr(transformers, name))
@@ -119,8 +118,7 @@ def test_text_of_a_video_is_that_of_the_processor(embedder, num_frames):
 
 @pytest.mark.parametrize("size", [(300, 200), (17, 400), (1, 1)])
 def test_patches_of_a_picture_are_those_of_the_processor(writer, writer_dir, size):
-    """The picture processor that a saved folder names makes the same patches and grids: size, mean and spread of the
-    family are in its settings."""
+    """The image processor of a saved folder makes the same patches and grids."""
     family = writer.family
     low, high = family.image_pixels
     image = picture(3, *size)
@@ -138,7 +136,7 @@ def test_bounds_of_pixels_are_equal_numbers_of_tokens():
 
 
 def test_time_counts_as_the_config_says(tmp_path):
-    """Qwen2.5-VL's positions a second stand in config.json, not in the record: 2 in the released models, 4 here."""
+    """Qwen2.5-VL's positions a second are in config.json: 2 in the released models, 4 here."""
     backbone = random_backbone("qwen2_5_vl")
     assert family_of(backbone.config).time_step == 4
     backbone.config.vision_config.tokens_per_second = 2
@@ -147,8 +145,8 @@ def test_time_counts_as_the_config_says(tmp_path):
 
 
 def test_deepstack_states_are_added_as_by_transformers():
-    """add_states at flat indices, and given a mask, is transformers' own method: the sum and both gradients. Story: the
-    method indexes with a mask, for which the host waited ten times in each micro-batch of an update on a GPU."""
+    """add_states at flat indices, or with a mask, is transformers' own method: sum and gradients. Story: with its mask
+    the host waited ten times in each micro-batch of an update on a GPU."""
     language_model = random_backbone("qwen3_vl").model.language_model
     hidden, states = torch.randn(2, 9, 5), torch.randn(4, 5)
     mask = torch.zeros(2, 9, dtype=torch.bool)
@@ -164,9 +162,8 @@ def test_deepstack_states_are_added_as_by_transformers():
 
 
 def test_placed_vision_states_are_not_kept(embedder):
-    """Placing the vision states among the tokens keeps no copy of them for the backward: gradient checkpointing does
-    not let go of what lies outside of the layers. Story: index_add and index_copy kept (1 + K) fp32 copies, 1.5 GiB of
-    16 pages in Qwen3-VL."""
+    """Placing the vision states among the tokens keeps no copy for the backward pass. Story: index_add and index_copy
+    kept (1 + K) fp32 copies, 1.5 GiB of 16 pages in Qwen3-VL."""
     tower, kept = embedder.backbone.model.visual, []
     batch = embedder.pad_rows(encoded(embedder, [{"images": [picture(3)]}]))
     states = torch.randn(len(batch.media_at), len(embedder.family.mergers(tower)) * embedder.width, requires_grad=True)

@@ -1,16 +1,14 @@
 """The three families in shards and as a user starts them; the fast tests of families are in test_families.py.
-
-    python -m pytest tests/test_families_slow.py -m slow
-"""
+Run: pytest tests/test_families_slow.py -m slow"""
 
 import json
 import math
 import shutil
 
 import pytest
-from conftest import MODELS, ROOT, save_random_model
+from conftest import MODELS, ROOT, read_log, save_random_model
 from test_families import embedder, tiny_dir, writer, writer_dir  # noqa: F401
-from test_pipeline import read_log, start
+from test_pipeline import start_script as start
 from test_scale import test_fsdp_equals_ddp, test_rl_in_shards_equals_replicas  # noqa: F401
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,5 @@
-"""What only a GPU can show: the kernels that run, CUDA graphs, synchronisations, memory, nccl, CPU and GPU alike.
-
-python -m pytest tests/test_gpu.py     # about two minutes on one card of 80 GB; skipped where there is none
-"""
+"""What only a GPU can show: kernels, CUDA graphs, synchronisations, memory, nccl, CPU and GPU alike. Without one it is
+skipped. About two minutes on a card of 80 GB. Run: pytest tests/test_gpu.py"""
 
 import os
 import shutil
@@ -61,9 +59,6 @@ def real_2b():
     model.bf16 = True
     backbone.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-# ---- the same numbers as on the CPU ----------------------------------------------------------------------------
 
 
 def test_greedy_texts_equal_the_cpus(writer, writer_dir):
@@ -128,9 +123,6 @@ def test_rl_update_equals_the_cpus(writer_dir, world):
         assert relative(found[1][2][name], g) < 2e-3 or g.norm() < 1e-6, name
 
 
-# ---- graphs and kernels ----------------------------------------------------------------------------------------
-
-
 def test_graphs_equal_the_plain_step(writer_dir, monkeypatch):
     """Replayed and plain steps give the same tokens and states; the slots grow and rows end on the way."""
     model = on_gpu(writer_dir)
@@ -180,8 +172,8 @@ def attention_of(run):
 
 
 def test_attention_kernels(real_2b):
-    """Flash where there is no mask, the memory-efficient kernel where there is one, never cuDNN's, which plans anew for
-    every shape, and never the plain one, which builds all scores."""
+    """Flash without a mask, the memory-efficient kernel with one, never cuDNN's, which plans for every shape, and never
+    the plain one."""
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     with torch.no_grad():
         batch = real_2b.pad_rows(rows)
@@ -198,8 +190,8 @@ def test_attention_kernels(real_2b):
 
 
 def test_decode_and_update_agree_in_bf16(real_2b):
-    """The real sizes in bf16: the ratio of the first inner step is exactly 1, and what the decode loop says of its
-    tokens is what the update pass says, up to rounding."""
+    """The ratio of the first step is exactly 1, and the decode loop's log-probabilities are those of the update
+    pass."""
     args = rl.Settings(G=4, micro_batch=2, update_batch=1, max_new_tokens=64)
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     prompts = [replace(row, ids=row.ids[: row.n_prompt], positions=row.positions[:, : row.n_prompt]) for row in rows]
@@ -241,12 +233,9 @@ def test_synchronisations(writer_dir, world):
     assert (many - few) / 4 <= 10, places
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
 def test_memory_of_training_passes(real_2b):
-    """With the fp32 weights (8.2 GiB) and gradients there, as in the 2b presets: an SFT micro-batch of 8 pairs, and an
-    RL pass over two prompts of 1,500 tokens with 8 completions of 2,048 each."""
+    """With fp32 weights (8.2 GiB) and gradients: an SFT micro-batch of 8 pairs, and an RL pass over two prompts of
+    1,500 tokens with 8 completions of 2,048 each."""
     pairs = random_pairs(8, real_2b)
     real_2b.backbone.model.visual.merger.requires_grad_(True)
     assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=8))) < 45
@@ -264,8 +253,8 @@ def test_memory_of_training_passes(real_2b):
 
 
 def test_memory_of_a_long_rollout(real_2b):
-    """64 completions that grow to 1,024 tokens: the allocator holds at most half as much again as is used. Further
-    rollouts hold no more: the graphs of each are given back."""
+    """64 completions of 1,024 tokens: the allocator holds at most half as much again as is used, and further rollouts
+    no more."""
     rows = [text_prompt(real_2b, 600 + 30 * k) for k in range(8)]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -277,9 +266,6 @@ def test_memory_of_a_long_rollout(real_2b):
         generate_all(real_2b, rows[:1], script=[[[7] * 300] * 8], G=8, slots=64)
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert held[-1][0] <= held[1][0] and held[-1][1] <= 1.05 * held[1][1]
-
-
-# ---- processes, kill and resume --------------------------------------------------------------------------------
 
 
 def test_nccl_with_one_process(writer_dir, world):
@@ -312,8 +298,8 @@ def test_nccl_with_one_process(writer_dir, world):
 
 
 def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
-    """sft.py as a user starts it, with loader workers beside CUDA: 4 steps at once, and 4 steps from the checkpoint of
-    the second, end in the same weights up to rounding; then two steps of rl.py."""
+    """sft.py with loader workers: 4 steps, and 4 steps from the checkpoint of the second, end in the same weights up to
+    rounding. Then two steps of rl.py."""
 
     def start(script, out, *more):
         command = [sys.executable, ROOT / script, "--media_root", world, "--out", out, "--workers", "2", *more]

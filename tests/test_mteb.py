@@ -1,8 +1,6 @@
 """docs/mteb_model.py in MTEB: a retrieval task with texts and pictures, made here, gets the score of our own dot
 products. Run it where mteb is installed (pip install mteb); it is skipped elsewhere: mteb is no requirement.
-
-    python -m pytest tests/test_mteb.py
-"""
+Run: pytest tests/test_mteb.py"""
 
 import shutil
 import sys
@@ -60,8 +58,8 @@ def test_mteb_sees_our_dot_products(writer, writer_dir, mode, tmp_path):
 
 
 def test_other_weights_are_not_the_stored_score(writer_dir, tmp_path):
-    """Bug story (mteb#842): mteb stores a score under the model's name and revision. Other weights under the same path
-    got the score of the old ones (0.05 for a model with 0.825); so did another mode or --max_new_tokens."""
+    """Bug story (mteb#842): mteb stores a score under name and revision, so other weights under the same path, or
+    another mode or --max_new_tokens, got the score of the old ones."""
     from mteb.cache import ResultCache
     from mteb_model import UMEModel
 

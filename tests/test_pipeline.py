@@ -1,7 +1,5 @@
 """The stages as a user starts them: the commands of README and docs/ with tiny sizes.
-
-    python -m pytest tests/test_pipeline.py
-"""
+Run: pytest tests/test_pipeline.py"""
 
 import json
 import math
@@ -13,10 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, picture
+from conftest import ROOT, picture, read_log, run_here
+
+import eval as ev
+import rl as rl_file
+import sft as sft_file
+from model import Embedder
 
 
-def start(script, *flags, ok=True):
+def start_script(script, *flags, ok=True):
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -24,36 +27,32 @@ def start(script, *flags, ok=True):
     return done.stdout + done.stderr
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def toy_data(tmp_path_factory):
     from support.toy import write_toy
 
     path = tmp_path_factory.mktemp("toy")
-    write_toy(path, pairs=16, rl_pairs=12, dev=2, test=6, candidates=12)
+    write_toy(path, pairs=16, rl_pairs=12, dev=2, test=4, candidates=8)
     return path
 
 
 def test_readme_runs_the_three_stages():
-    """The first command of the README is what .ci/run executes; it must be the whole pipeline, the second the tests."""
+    """The first command of the README is the complete pipeline, which .ci/run executes. The second is the tests."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert re.findall(r"python (\w+\.py)", blocks[0]) == ["sft.py", "rl.py", "eval.py"]
     assert "-m pytest" in blocks[1]
     assert all("pip install -q -r requirements.txt" in block for block in blocks[:2])
 
 
-def test_pipeline_on_the_toy_world(toy_data, tmp_path):
+def test_pipeline_on_the_toy_world(toy_data, tmp_path, monkeypatch, capsys):
     """SFT from the shipped base, RL from its folder, evaluation of both: the README's commands with small sizes."""
     sft, rl, out = tmp_path / "sft", tmp_path / "rl", tmp_path / "eval"
-    common = ["--media_root", toy_data, "--batch_size", 8, "--workers", 0]
-    start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
-    start("rl.py", "--model", sft, "--data", toy_data / "rl.json", "--out", rl, "--steps", 2, *common)
-    printed = start(
-        "eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2, "--max_new_tokens", 24
-    )
+    common = ["--media_root", toy_data, "--batch_size", 4, "--workers", 0]
+    start_script("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
+    start_script("rl.py", "--model", sft, "--data", toy_data / "rl.json", "--out", rl, "--steps", 2, *common,
+                 "--max_new_tokens", 40, "--G", 4)  # fmt: skip
+    printed = start_script("eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2,
+                           "--max_new_tokens", 24)  # fmt: skip
     assert "change in points" in printed
 
     for folder, steps in ((sft, 3), (rl, 2)):
@@ -73,24 +72,31 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
         assert {"gen", "disc", "oracle", "gen_disc", "disc_gen", "pass@k", "invalid", "seconds"} <= task.keys()
         assert task["oracle"]["hit@1"] >= max(task["gen"]["hit@1"], task["disc"]["hit@1"])
 
-    assert "is finished" in start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 3, *common)
+    again = ["--data", toy_data / "sft.json", "--out", sft, *common, "--steps"]
+    run_here(sft_file, [*again, 3], monkeypatch)
+    assert "is finished" in capsys.readouterr().out
     shutil.rmtree(sft / "checkpoints")
-    refused = start("sft.py", "--data", toy_data / "sft.json", "--out", sft, "--steps", 4, *common, ok=False)
-    assert "steps 3 -> 4" in refused and "no checkpoint to resume from" in refused
+    with pytest.raises(SystemExit, match="(?s)steps 3 -> 4.*no checkpoint to resume from"):
+        run_here(sft_file, [*again, 4], monkeypatch)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
-def test_help_names_every_flag_with_its_meaning(script):
-    """--help lists all settings, with the preset's defaults."""
-    text = start(script, "--help")
+@pytest.mark.parametrize("module, wrong_preset", [(sft_file, "Choose one of"), (rl_file, "Choose one of"), (ev, "2")])
+def test_flags_of_the_command_line(module, wrong_preset, monkeypatch, capsys):
+    """--help lists all settings with their meaning and default. A misspelt flag or preset is an error."""
+    with pytest.raises(SystemExit) as end:
+        run_here(module, ["--help"], monkeypatch)
+    text = capsys.readouterr().out
+    assert end.value.code in (0, None)
     assert text.count("(default:") >= 10 and "--preset" in text and "--no_" not in text
+    with pytest.raises(SystemExit, match="unknown: --stepz 3. See --help for the flags"):
+        run_here(module, ["--stepz", 3], monkeypatch)
+    with pytest.raises(SystemExit, match=wrong_preset):
+        run_here(module, ["--preset", "3b"], monkeypatch)
 
 
-def test_unknown_flag_and_preset_are_errors():
-    """A misspelt flag must not be ignored."""
-    refused = start("sft.py", "--stepz", 3, ok=False)
-    assert "unknown: --stepz 3. See --help for the flags" in refused and "Traceback" not in refused
-    assert "Choose one of" in start("rl.py", "--preset", "3b", ok=False)
+def test_an_error_of_the_command_line_has_no_traceback():
+    refused = start_script("sft.py", "--stepz", 3, ok=False)
+    assert "unknown: --stepz 3" in refused and "Traceback" not in refused
 
 
 # Every line of the code blocks of README and docs/ that starts a program, by its first words, and what runs for it:
@@ -123,7 +129,7 @@ COMMANDS = {
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks image": EVAL,
     "python eval.py --preset 2b --model runs/2b/rl --root data/MMEB --tasks I-QA": EVAL,
     "python eval.py --preset 2b --model runs/2b/sft --reasoner runs/2b/rl":  # one that has learned to write <gen_emb>
-        "rm -rf runs/2b/rl && cp -r writer runs/2b/rl && {} --max_new_tokens 24 --workers 0 --samples 1",
+    "rm -rf runs/2b/rl && cp -r writer runs/2b/rl && {} --max_new_tokens 24 --workers 0 --samples 1",
     "python eval.py --preset 2b --root data/MMEB --export": "{} --tasks VOC2007 HMDB51",
     "python eval.py --preset 2b --model runs/2b/rl --reasoner answers": f"{EVAL} --tasks VOC2007 HMDB51 --samples 0",
     "mkdir -p /tmp/mini": "{}",
@@ -154,9 +160,8 @@ OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create
 
 @pytest.mark.slow
 def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_path):
-    """Bug story: the README's command for the miniature of MMEB, typed in as it stands, ended in a KeyError after all
-    its work. Every line that starts a program runs here, one after the other as a reader would, at a small size, and
-    the Python too; a new line fails the test until it runs."""
+    """Every line that starts a program runs here at a small size, one after the other as a reader would, and the Python
+    too. Bug story: the README's command for the miniature of MMEB ended in a KeyError after all its work."""
     (tmp_path / "toy").symlink_to(toy_data)
     (tmp_path / "tiny").symlink_to(tiny_dir)
     shutil.copytree(writer_dir, tmp_path / "writer")
@@ -194,3 +199,32 @@ def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_pa
             command = waiting.pop(start).format(small(line.split("   #")[0]))
             run(line, re.sub(r"(\w+\.py) ", rf"{ROOT}/\1 ", command), shell=True)
     assert not waiting, "README and docs have these no longer"
+
+
+def test_the_search_snippet_follows_the_images(writer_dir, tmp_path, monkeypatch, capsys):
+    """Bug story: docs/data.md's index kept the zero vector of a truncated image after its repair and the old vector of
+    a replaced one, and did not tell how many images have no <gen_emb>."""
+    page = (ROOT / "docs/data.md").read_text()
+    code = next(block for block in page.split("```python\n")[1:] if "path_of" in block).split("```")[0]
+    code = code.replace('"runs/2b/rl"', repr(str(writer_dir))).replace('device="cuda", dtype=torch.bfloat16', "")
+    code = code.replace("=512", "=24")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+
+    def search():
+        exec(code, {})  # noqa: S102
+        return capsys.readouterr().out
+
+    for n in range(3):
+        picture(n).save(tmp_path / f"pictures/{n}.png")
+    whole = (tmp_path / "pictures/0.png").read_bytes()
+    (tmp_path / "pictures/0.png").write_bytes(whole[:200])
+    with pytest.warns(UserWarning, match="0.png"):
+        first = search()
+    valid = Embedder.from_pretrained(writer_dir).embed([picture(1), picture(2)], max_new_tokens=24).valid
+    assert f"3 new images: 1 unreadable, {2 - int(valid.sum())} without <gen_emb>" in first
+    (tmp_path / "pictures/0.png").write_bytes(whole)
+    picture(7).save(tmp_path / "pictures/2.png")
+    again = search()
+    assert "2 new images: 0 unreadable" in again and "0.png" in again
+    assert "0 new images" in search()

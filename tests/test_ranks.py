@@ -1,11 +1,7 @@
 """The result of a run is the same on 1, 2, 4 and 8 ranks and on two nodes, with DDP and with FSDP. After a kill of a
-rank, a torchrun or a node all processes end, and the same command resumes the run.
-
-A node is a torchrun with two ranks and a working folder of its own. The two torchruns are on this machine and meet on
-loopback by the flags of docs/scale.md. --out is one folder, as on a shared disk.
-
-    python -m pytest tests/test_ranks.py -m slow
-"""
+rank, a torchrun or a node all processes end, and the same command resumes the run. A node is a torchrun with two ranks
+and a working folder of its own. The two torchruns are on this machine and meet on loopback by the flags of
+docs/scale.md. --out is one folder, as on a shared disk. Run: pytest tests/test_ranks.py -m slow"""
 
 import contextlib
 import inspect
@@ -18,12 +14,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, picture, read_log, run_processes
+from conftest import ROOT, flags, picture, pids, read_log, rl_flags, run_processes, same_weights, weights
 from test_eval import write_tasks
-from test_faults import pids
-from test_rl import flags as rl_flags
 from test_scale import children, wait_for
-from test_sft import flags, same_weights, weights
 
 import eval as ev
 import rl
@@ -35,9 +28,6 @@ pytestmark = pytest.mark.slow
 LAYOUTS = [(2, 1), (4, 1), (8, 1), (4, 2)]  # ranks, nodes
 TRAINING = [(*layout, False) for layout in LAYOUTS] + [(*layout, True) for layout in LAYOUTS[1:]]  # FSDP
 LR = 1e-4
-
-# ---- the runs --------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def torchruns(script, argv, folder, nodes=2):
@@ -109,9 +99,6 @@ def recorded_tokens(folder, ranks):
     return gathered
 
 
-# ---- the data --------------------------------------------------------------------------------------------------
-
-
 def copies(path, n, spoil):
     """Return n rows of one dataset: those of the file again and again, with other texts. Two have a missing image."""
     rows = json.loads(path.read_text())
@@ -169,9 +156,6 @@ def assert_close_weights(out, want, start):
     assert float((apart > 0.1 * LR).float().mean()) < 0.001 and float(apart.max()) < 4.1 * LR
 
 
-# ---- one result ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ranks, nodes, fsdp", TRAINING)
 def test_sft(tiny_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
     """Losses, gradient norms, final weights and the list of skipped rows are those of one rank."""
@@ -186,8 +170,7 @@ def test_sft(tiny_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
 
 @pytest.mark.parametrize("ranks, nodes, fsdp", TRAINING)
 def test_rl(writer_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
-    """All tokens of the rollouts are those of one rank. So are rewards, KL, loss, final weights and the list of
-    skipped rows."""
+    """Tokens, rewards, KL, loss, final weights and the list of skipped rows are those of one rank."""
     out, want = tmp_path / "out", alone / "rl"
     run(rl, argv_of(rl, out, fsdp=fsdp), tmp_path, ranks, nodes)
     a, b = recorded_tokens(alone, 1), recorded_tokens(tmp_path, ranks)
@@ -201,8 +184,8 @@ def test_rl(writer_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
 
 @pytest.mark.parametrize("ranks, nodes", LAYOUTS)
 def test_eval(writer_dir, argv_of, alone, tmp_path, ranks, nodes):
-    """Scores and answers of every query are those of one rank to the last digit, embeddings to 1e-5. Each of 8 ranks
-    has one input, and half of them have nothing to sample."""
+    """Scores and answers are those of one rank to the last digit, embeddings to 1e-5. Of 8 ranks half have nothing to
+    sample."""
     run(ev, argv_of(ev, tmp_path / "out"), tmp_path, ranks, nodes)
     out, want = tmp_path / "out" / writer_dir.name, alone / "eval" / writer_dir.name
     for name in ("scores.json", "per_query.json"):
@@ -231,8 +214,6 @@ def embedded(out):
     return found
 
 
-# ---- kills -----------------------------------------------------------------------------------------------------
-
 VICTIMS = {
     "rank": lambda torchruns: [children(torchruns[0])[1]],
     "torchrun": lambda torchruns: [torchruns[1].pid],
@@ -245,12 +226,10 @@ VICTIMS = {
     ("rank", 1, False), ("torchrun", 2, True), ("first node", 2, True), ("second node", 2, False),
 ])  # fmt: skip
 def test_kill(tiny_dir, argv_of, tmp_path, victim, nodes, fsdp):
-    """A rank, one of two torchruns, or all processes of a node get SIGKILL, and the processes of all nodes end. The
-    same command resumes from the last checkpoint and ends with the log and the bits of an unbroken run. The first node
-    has rank 0 and the store of the torchruns, the second one has neither.
-
-    With DDP on four ranks the result is the same up to rounding: the first step after a start has other buckets than
-    the later ones, and the position in a bucket decides in which order four gradients are added up."""
+    """A rank, one of two torchruns, or all processes of a node get SIGKILL, and all nodes end. The same command resumes
+    and ends with the log and the bits of an unbroken run. The first node has rank 0 and the store of the torchruns.
+    With DDP on four ranks the result is the same up to rounding, because the first step after a start adds up the four
+    gradients in another order."""
     cut, unbroken = tmp_path / "cut", tmp_path / "unbroken"
     argv, unbroken_argv = (argv_of(sft, out, steps=10, save_every=2, workers=1, fsdp=fsdp) for out in (cut, unbroken))
     run(sft, unbroken_argv, tmp_path, 2 * nodes)

@@ -1,14 +1,12 @@
 """report.html of eval.py: its rankings are right, hostile text stays text, its size is limited, unreadable images are
-reported, and the page works in a browser.
-
-    python -m pytest tests/test_report.py            # the last three tests need Chromium: apt-get install chromium
-"""
+reported, and the page works in a browser. Run: pytest tests/test_report.py"""
 
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,9 +81,6 @@ def model_of(tasks, disc=lambda q: q, gen=lambda q: q, answer="<think>because</t
             "examples": examples}  # fmt: skip
 
 
-# ---- content -----------------------------------------------------------------------------------------------------
-
-
 def test_similarities_are_the_dot_products(tmp_path):
     """The top five of disc, gen and fused are in the order of the dot products, which are the similarities.
     The right candidate is marked. Its rank is given even if it is not among the five."""
@@ -151,8 +146,8 @@ def test_sampled_queries(queries, tasks, wanted, want):
 
 
 def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
-    """eval.py writes the report for all models. From the cache alone it is equal byte for byte.
-    A query without <gen_emb> ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
+    """eval.py writes the report for all models, equal byte for byte from the cache alone. A query without <gen_emb>
+    ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
     write_tasks(tmp_path)
     (tmp_path / "images").mkdir()
@@ -183,8 +178,8 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
 
 
 def test_curves(tmp_path):
-    """Points are means over neighbouring steps. NaN and a truncated line are left out.
-    The runs of rl include its sft run. A run that two models share is listed once."""
+    """Points are means over neighbouring steps, without NaN and a truncated line. The runs of rl include its sft run. A
+    run that two models share is listed once."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     for folder, before in ((sft, "base"), (rl, str(sft))):
         folder.mkdir()
@@ -197,9 +192,6 @@ def test_curves(tmp_path):
     runs, indices = training_runs({"sft": str(sft), "rl": str(rl), "hub": "org/name"})
     assert [run["name"] for run in runs] == [str(sft), str(rl)]
     assert indices == {"sft": [0], "rl": [0, 1], "hub": []}
-
-
-# ---- text, images, size ------------------------------------------------------------------------------------------
 
 
 def hostile_report(folder):
@@ -262,12 +254,11 @@ def large_world(tasks=78):
 
 
 def test_size_is_bounded(tmp_path, capsys, monkeypatch):
-    """78 tasks and two models fit completely. Each distinct image is stored once.
-    With a lower limit the file stays below it and every task still has a query. The page and the command line report
-    how many queries are left out."""
+    """78 tasks and two models fit, and each distinct image is stored once. With a lower limit every task still has a
+    query. The page and the command line report how many queries are left out."""
     world, models = large_world()
-    monkeypatch.setattr(ev.report, "open_image", noise)
     path = tmp_path / "report.html"
+    monkeypatch.setattr(ev.report, "open_image", noise)
     write_report(path, world, models)
     data = data_of(path)
     assert path.stat().st_size < REPORT_BYTES and len(data["examples"]) == 2 * 78
@@ -281,9 +272,6 @@ def test_size_is_bounded(tmp_path, capsys, monkeypatch):
     assert path.stat().st_size < limit and left_out + len(data["examples"]) == 2 * 78 and left_out > 0
     assert {example["task"] for example in data["examples"]} == set(range(78))
     assert f"{left_out} more would exceed" in capsys.readouterr().out
-
-
-# ---- in a browser ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +308,7 @@ def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
     ("show=gen-right&model=b", 0), ("show=both-right&model=b", 8), ("task=unknown&show=unknown", 8),
 ])  # fmt: skip
 def test_filters(hostile_page, choice, want):
-    """The address selects task, model and result. An unknown value counts as no choice.
-    No hostile script has run, and the console is empty."""
+    """The address selects task, model and result. An unknown value counts as no choice. No hostile script has run."""
     dom = browse(hostile_page, choice)
     shown = shown_queries(dom)
     assert len(shown) == want
@@ -345,3 +332,27 @@ def test_page_is_complete(hostile_page):
     assert levels[0] == 1 and max(b - a for a, b in zip(levels, levels[1:])) == 1
     assert len(re.findall(r"<label>\w[\w ]* <select", body)) == len(re.findall("<select", body)) == 3
     assert all(" alt=" in tag for tag in re.findall(r"<img [^>]*>", body))
+
+
+def test_the_report_shows_invalid_answers(tmp_path):
+    """Bug story: a model with 100 % invalid answers showed zeros and no reason. Their share is a row, and every row is
+    explained."""
+    tasks = [task_of("t")]
+    model = model_of(tasks, answer="rambling")
+    row = {"disc": 0.5, "gen": 0.0, "oracle": 0.5, "pass@1": 0.0, "pass@2": 0.0, "invalid": 1.0, "tokens": 9.0}
+    model |= {"rows": {"t": row}, "means": {"mean": row}}
+    write_report(tmp_path / "report.html", tasks, {"m": model})
+    assert data_of(tmp_path / "report.html")["models"][0]["means"]["mean"]["invalid"] == 1.0
+    if CHROMIUM is None:
+        pytest.skip("no browser: apt-get install chromium")
+    dom = re.sub(r"<script.*?</script>", "", browse(tmp_path / "report.html"), flags=re.DOTALL)
+    assert re.search(r'<th scope="row" class="no">invalid</th>.*?100\.0', dom)
+    assert re.findall(r"<dt>(.*?)</dt><dd>\w", dom)[:5] == ["disc", "gen", "oracle", "pass@k", "invalid"]
+
+
+def test_every_mode_is_explained():
+    """A new mode must not be forgotten in the page."""
+    page = (Path(ev.__file__).parent / "support/report_page.html").read_text()
+    meaning = page.split("const MEANING")[1].split("};")[0]
+    explained = re.findall(r'^  "?([\w@]+)"?: "', meaning, flags=re.MULTILINE)
+    assert explained == [*ev.MODES, "pass@k", "invalid"]

@@ -1,7 +1,5 @@
 """reward.py against twins written as plain loops over single rollouts, and the edge cases its docstring lists.
-
-    python -m pytest tests/test_reward.py
-"""
+Run: pytest tests/test_reward.py"""
 
 import random
 import re
@@ -46,7 +44,7 @@ def draw(P, G, D, seed):
     return own, other, valid, same | same.T
 
 
-@pytest.mark.parametrize("P,G,D", [(1, 1, 4), (1, 4, 3), (2, 2, 3), (5, 3, 6), (8, 8, 16), (6, 1, 8), (2, 8, 4)])
+@pytest.mark.parametrize("P,G,D", [(1, 1, 4), (1, 4, 3), (2, 2, 3), (5, 3, 6), (6, 5, 16), (6, 1, 8), (2, 8, 4)])
 def test_embedding_reward_equals_the_loops(P, G, D):
     """The vectorised reward and its two parts are the loops' with every combination of valid and same_target."""
     for seed in range(4):
@@ -75,7 +73,7 @@ def test_worked_example():
 
 
 def test_invalid_rollouts():
-    """Invalid own rollouts, or targets with no valid rollout, give 0 even if the rows hold NaN; the divisor stays G."""
+    """Invalid own rollouts, or targets without a valid one, give 0 even if the rows are NaN. The divisor stays G."""
     own, other, _, _ = draw(3, 4, 8, 0)
     valid = torch.ones(2, 3, 4, dtype=torch.bool)
     valid[0, 0, 1] = valid[1, 1] = False  # one own rollout of pair 0, all targets of pair 1

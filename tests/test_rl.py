@@ -1,15 +1,9 @@
-"""rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes,
-resume.
-
-    python -m pytest tests/test_rl.py
-"""
+"""rl.py: the objective against loops, packed groups against plain rows of transformers, the update, processes, resume.
+Run: pytest tests/test_rl.py"""
 
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,19 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT,
     assert_same_gradients,
     encoded,
     gradients,
     inputs,
     read_log,
+    rl_flags,
     run_here,
-    run_killed,
     run_processes,
+    same_weights,
+    start_script,
     transformers_forward,
+    weights,
     with_answer,
 )
-from safetensors.torch import load_file
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import model as model_file
@@ -44,9 +39,6 @@ from support.formats import DISC
 from support.head import store_linear_in_bf16
 
 CLOSE = dict(rtol=0, atol=1e-5)
-
-
-# ---- the objective ---------------------------------------------------------------------------------------------
 
 
 def twin_grpo(logp, old, ref, advantages, mask, eps_low, eps_high, beta, norm):
@@ -84,16 +76,15 @@ def draw(B=6, T=9, seed=0):
 
 @pytest.mark.parametrize("settings", [(0.2, 0.28, 0.04, 2048), (0.1, 0.5, 1.0, 7), (0.2, 0.28, 0.0, 1)])
 def test_grpo_loss_equals_the_loops(settings):
-    """Loss, figures and gradient are the loop's with ratios beyond both sides of the clip range, advantages of both
-    signs and 0, and an empty row that still counts in the mean."""
+    """Loss, figures and gradient are those of loops, for ratios beyond both clips, advantages of both signs and 0, and
+    an empty row."""
     eps_low, eps_high, beta, norm = settings
     for seed in range(3):
         logp, old, ref, A, mask = draw(seed=seed)
         ratio = torch.exp(logp - old)[mask]
         assert (ratio > 1 + eps_high).any() and (ratio < 1 - eps_low).any()
-        got, stats = grpo_loss(
-            logp, old, ref, A, mask.float(), eps_low=eps_low, eps_high=eps_high, beta=beta, norm=norm
-        )
+        given = dict(eps_low=eps_low, eps_high=eps_high, beta=beta, norm=norm)
+        got, stats = grpo_loss(logp, old, ref, A, mask.float(), **given)
         want, want_stats = twin_grpo(logp, old, ref, A, mask, *settings)
         torch.testing.assert_close(got, want)
         want_stats = {k: float(torch.as_tensor(v).detach()) for k, v in want_stats.items()}
@@ -102,8 +93,8 @@ def test_grpo_loss_equals_the_loops(settings):
 
 
 def test_grpo_defaults_and_signs():
-    """By hand: one token, ratio 1, advantage 2 gives -2 / 2048 with gradient -2 / 2048; a ratio of 1.5 is clipped
-    at 1.28 and then has no gradient, with a negative advantage it is not clipped; the KL term is never negative."""
+    """By hand. A ratio of 1.5 is clipped at 1.28 and has no gradient, but not with a negative advantage. KL is never
+    negative."""
     zero, one = torch.zeros(1, 1), torch.ones(1, 1)
     for logp, A, want, slope in ((0.0, 2.0, -2.0, -2.0), (math.log(1.5), 1.0, -1.28, 0.0),
                                  (math.log(1.5), -1.0, 1.5, 1.5),
@@ -119,7 +110,7 @@ def test_grpo_defaults_and_signs():
 
 @pytest.mark.parametrize("poison", [float("-inf"), float("inf"), float("nan")])
 def test_masked_places_do_not_leak(poison):
-    """-inf, inf or NaN behind a completion's end, in any of the three inputs, changes neither loss nor gradient."""
+    """-inf, inf or NaN behind the end of a completion, in any input, changes neither loss nor gradient."""
     for which in range(3):
         logp, old, ref, A, mask = draw()
         want, _ = grpo_loss(logp, old, ref, A, mask)
@@ -131,9 +122,6 @@ def test_masked_places_do_not_leak(poison):
         (gradient,) = torch.autograd.grad(loss, given[0])
         assert torch.equal(loss, want) and torch.equal(gradient, want_gradient)
         assert all(x.isfinite() for x in stats.values())
-
-
-# ---- packed groups ---------------------------------------------------------------------------------------------
 
 
 def args(**more):
@@ -164,7 +152,7 @@ def sampled(writer):
 
 
 def plain_group(model, row, r, temperature=1.0):
-    """Per completion its log p [T], and the group's embeddings (disc, then each valid gen): transformers, row by
+    """Per completion its log p [T], and the embeddings of the group (disc, then each valid gen): transformers, row by
     row."""
     names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
              "<|endoftext|>", DISC]  # fmt: skip
@@ -185,9 +173,8 @@ def plain_group(model, row, r, temperature=1.0):
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [4], [0, 1, 2, 3, 4], [3, 0]])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
-    """Log-probabilities and embeddings of [prompt | c1 | c2 | c3] are those of transformers on every prompt +
-    completion alone: text, pictures, videos, one group and several padded ones; so are the gradients of a mixture
-    of them."""
+    """Log-probabilities, embeddings and gradients of [prompt | c1 | c2 | c3] are those of transformers on every prompt
+    + completion alone, for one group and several padded ones."""
     rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
     packed = pack_groups(writer, groups_of(rows, rollouts))
     out = writer(packed.batch, packed.embed_at, packed.predict, packed.labels, temperature, True)
@@ -216,7 +203,7 @@ def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
 
 
 def test_tree_mask_by_hand():
-    """Prompt of two, completions of one and two tokens: who may see whom, written out; pads make no empty line."""
+    """A prompt of two tokens, completions of one and two: who sees whom. Padding has no empty line."""
     mask = tree_mask([np.array([0, 0, 1, 2, 2]), np.array([0, 1, 2])], "cpu")
     want = ["10000", "11000", "11100", "11010", "11011"]
     assert ["".join(str(int(x)) for x in line) for line in mask[0, 0]] == want
@@ -225,8 +212,7 @@ def test_tree_mask_by_hand():
 
 
 def test_tree_mask_without_a_detour():
-    """It equals the plain formula, and no more than two masks exist while it is built: at 17,884 tokens each is 0.3
-    GB."""
+    """It equals the plain formula, and building it takes the memory of two masks: each is 0.3 GB at 17,884 tokens."""
     segments = [np.repeat([0, 1, 2, 3], [100, 50, 200, 150]), np.repeat([0, 1], [60, 240])]
     with MemTracker() as tracker:
         mask = tree_mask(segments, "cpu")
@@ -253,15 +239,12 @@ def test_longest_passes_come_first(sampled):
     assert longest == sorted(longest, reverse=True) and len(set(longest)) > 1
 
 
-def test_lengths_are_rounded_up_on_a_gpu_only():
-    assert [padded_length(n, torch.device("cuda", 0)) for n in (1, 64, 65)] == [64, 64, 128]
-    assert [padded_length(n, "cpu") for n in (1, 64, 65)] == [1, 64, 65]
-
-
 @torch.no_grad()
 def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
-    """Packed groups, the micro-batches of sft.py and read() give the same with rows and masks longer than the longest
-    row, as on a GPU."""
+    """Packed groups, micro-batches of sft.py and read() are the same with rows longer than the longest one, as on a
+    GPU."""
+    assert [padded_length(n, torch.device("cuda", 0)) for n in (1, 64, 65)] == [64, 64, 128]
+    assert [padded_length(n, "cpu") for n in (1, 64, 65)] == [1, 64, 65]
 
     def everything():
         packed = pack_groups(writer, groups_of(*sampled))
@@ -302,8 +285,8 @@ def test_rollout_keeps_the_order_of_the_rows(writer):
 
 
 def test_pictures_are_looked_at_once(writer_dir, sampled):
-    """With the features of share_vision, rollout, policy and reference pass never run the vision tower again, and
-    completions, figures and gradients are those of passes that all look for themselves."""
+    """With the features of share_vision no pass runs the vision tower again. Completions, figures and gradients
+    stay."""
     model, found, looks = Embedder.from_pretrained(writer_dir), [], []
     model.backbone.model.visual.requires_grad_(False)
     reference, A = frozen_copy(model, 0.02), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
@@ -328,9 +311,6 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
     assert_same_gradients(grads, plain_grads)
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def rl_pairs(writer, world):
     data = PairData([world / "rl.json"], writer.tokenizer, kind="rl", batch_size=4, seed=0, root=world, needs=[DISC],
@@ -344,8 +324,8 @@ def rl_pairs(writer, world):
 
 @pytest.mark.parametrize("mask_same", [True, False])
 def test_rewards_of_a_batch(writer, rl_pairs, mask_same):
-    """Each rollout's reward is format plus embedding reward of reward.py on the same tensors, for both directions,
-    with equal targets left out of each other's negatives where asked for."""
+    """Each reward is format plus embedding reward of reward.py, in both directions, with equal targets masked or
+    not."""
     pairs, rollouts = rl_pairs
     rewards, parts = rewards_of(writer, rollouts, pairs, args(mask_same_target=mask_same))
     gen, valid = torch.stack([r.gen for r in rollouts]), torch.stack([r.valid for r in rollouts])
@@ -359,8 +339,8 @@ def test_rewards_of_a_batch(writer, rl_pairs, mask_same):
 
 
 def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
-    """With a pair marked as unusable, rewards of the others, loss, figures and gradients of the update are those of
-    the batch without it; its own rewards are 0."""
+    """With an unusable pair, rewards, loss, figures and gradients are those of the batch without it, and its rewards
+    are 0."""
     pairs, rollouts = rl_pairs
     keep, found = [0, 1, 3], []
     marked = [replace(p, ok=False) if k == 2 else p for k, p in enumerate(pairs)]
@@ -382,9 +362,6 @@ def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
     assert_same_gradients(found[0][1], found[1][1])
 
 
-# ---- the update ------------------------------------------------------------------------------------------------
-
-
 def frozen_copy(model, noise=0.0):
     other = copy.deepcopy(model).requires_grad_(False).eval()
     with torch.no_grad():
@@ -396,8 +373,8 @@ def frozen_copy(model, noise=0.0):
 
 @pytest.mark.parametrize("update_batch, w_anchor, checkpointing", [(1, 0.0, False), (2, 3.0, True), (5, 0.5, False)])
 def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor, checkpointing):
-    """Loss and gradients of an update against another reference are those of loops over single completions of
-    transformers, for any --update_batch, with the anchor and with gradient checkpointing."""
+    """Loss and gradients of an update are those of loops over single completions of transformers, for any
+    --update_batch, with the anchor and with gradient checkpointing."""
     rows, rollouts = sampled
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
@@ -434,8 +411,8 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor,
 
 
 def test_every_step_is_on_policy(writer_dir, sampled, monkeypatch):
-    """In every step each ratio is exactly 1 and the clip never acts. The KL to an equal reference is exactly 0, and
-    positive after an optimiser step; the reference stays what it is."""
+    """Each ratio is exactly 1 and the clip never acts. The KL to an equal reference is exactly 0, and positive after an
+    optimiser step, which does not change the reference."""
     rows, rollouts = [replace(row) for row in sampled[0]], sampled[1]
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
@@ -466,9 +443,8 @@ def test_every_step_is_on_policy(writer_dir, sampled, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tmp_path, tied):
-    """Under bf16 autocast the reference with its linear layers in bf16 gives exactly the log-probabilities, entropies
-    and embeddings of the fp32 one, pictures read by its own tower included; what stays in fp32 is what autocast leaves
-    there."""
+    """Under bf16 autocast a reference with linear layers in bf16 gives exactly the results of the fp32 one. Only what
+    autocast leaves in fp32 stays there."""
     plain = Embedder.from_pretrained(writer_dir).eval()
     if not tied:
         head = plain.backbone.lm_head
@@ -490,8 +466,7 @@ def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tmp_path, t
 
 
 def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
-    """The same prompts and seeds after an optimiser step with learning rate 0 give the same completions, rewards and
-    embeddings to the bit; with a learning rate they do not."""
+    """After an optimiser step with learning rate 0 completions, rewards and embeddings are the same bits."""
     pairs, rollouts = rl_pairs
     rows = [p.query for p in pairs] + [p.target for p in pairs]
     model, found = Embedder.from_pretrained(writer_dir), []
@@ -510,8 +485,8 @@ def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
 
 
 def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
-    """A few updates with advantage +1 for one completion and -1 for another make the first likelier and the second
-    less likely: the sign of the whole chain."""
+    """Updates with advantage +1 for one completion and -1 for another make the first likelier and the second less
+    likely."""
     rows, rollouts = sampled[0][:1], sampled[1][:1]
     assert rollouts[0].ids[0] != rollouts[0].ids[1]
     model = Embedder.from_pretrained(writer_dir)
@@ -526,34 +501,15 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
     assert after[0] - after[1] > before[0] - before[1] and after[0] > before[0]
 
 
-# ---- the script ------------------------------------------------------------------------------------------------
-
-
-def flags(writer_dir, world, out, **more):
-    given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4)
-    given |= dict(micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0)
-    given |= dict(cache=world / "cache")
-    given |= more
-    return [x for key, value in given.items() for x in (f"--{key}", value)]
-
-
-def weights(out):
-    return load_file(out / "model.safetensors")
-
-
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
-    """With two processes every figure of the first step, the rewards, the loss and the gradient norm among them, is
-    that of one process to 1e-5; one pair is skipped, and the sizes of the decode and update batches differ."""
+    """Every metric of the first step on two ranks is that of one rank to 1e-5, with skipped pairs and other batch
+    sizes."""
     rows = json.loads((world / "rl.json").read_text())
     rows[1]["qry_image"] = rows[8]["qry_image"] = "images/gone.png"
     (world / "rl_gone.json").write_text(json.dumps(rows))
     more = dict(data=world / "rl_gone.json", batch_size=6, steps=2, w_anchor=1.0)
-    run_here(rl, flags(writer_dir, world, tmp_path / "one", **more), monkeypatch)
-    run_processes(rl, flags(writer_dir, world, tmp_path / "two", **more) + ["--update_batch", 1, "--micro_batch", 2])
+    run_here(rl, rl_flags(writer_dir, world, tmp_path / "one", **more), monkeypatch)
+    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "two", **more) + ["--update_batch", 1, "--micro_batch", 2])
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert [line["skipped"] for line in one] == [line["skipped"] for line in two] == [1, 1]
     assert one[0]["reward"] > 0 and one[0]["grad_norm"] > 0 and 0 < one[0]["invalid_share"] < 1
@@ -565,11 +521,10 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
 
 
 def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeypatch):
-    """--lr 0 writes the model it has read; with a learning rate the language model changes and the vision tower does
-    not."""
-    run_here(rl, flags(writer_dir, world, tmp_path / "zero", lr=0), monkeypatch)
+    """--lr 0 writes the model it has read. Otherwise the language model changes and the vision tower does not."""
+    run_here(rl, rl_flags(writer_dir, world, tmp_path / "zero", lr=0), monkeypatch)
     assert same_weights(weights(tmp_path / "zero"), weights(writer_dir))
-    run_here(rl, flags(writer_dir, world, tmp_path / "some"), monkeypatch)
+    run_here(rl, rl_flags(writer_dir, world, tmp_path / "some"), monkeypatch)
     before = weights(writer_dir)
     for name, new in weights(tmp_path / "some").items():
         assert torch.equal(new, before[name]) == ("visual" in name), name
@@ -579,7 +534,7 @@ def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeyp
 
 def test_trained_vision_tower(writer_dir, world, tmp_path, monkeypatch):
     """--train_vision trains the vision tower too, with finite figures."""
-    argv = flags(writer_dir, world, tmp_path, steps=2, train_vision=True, save_every=1)
+    argv = rl_flags(writer_dir, world, tmp_path, steps=2, train_vision=True, save_every=1)
     run_here(rl, argv, monkeypatch)
     after, before = weights(tmp_path), weights(writer_dir)
     assert any(not torch.equal(after[name], before[name]) for name in after if "visual.blocks" in name)
@@ -587,46 +542,18 @@ def test_trained_vision_tower(writer_dir, world, tmp_path, monkeypatch):
     assert read_log(tmp_path)[1]["kl"] > 0
 
 
-def test_resume_is_bit_equal(writer_dir, world, tmp_path, monkeypatch):
-    """Four steps are two steps, a kill in the fourth and a resume: the same bits and the same log; the reference is
-    the SFT model again, not the checkpoint. Another run of the same seed is the same, too."""
-    more = dict(steps=4, save_every=2, beta=1.0)
-    run_here(rl, flags(writer_dir, world, tmp_path / "whole", **more), monkeypatch)
-    run_killed(rl, "update", 4, flags(writer_dir, world, tmp_path / "cut", **more), monkeypatch)
-    assert len(read_log(tmp_path / "cut")) == 3
-    run_here(rl, flags(writer_dir, world, tmp_path / "cut", **more), monkeypatch)
-    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    assert read_log(tmp_path / "whole") == read_log(tmp_path / "cut")
-    log = read_log(tmp_path / "whole")
-    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[3]["kl"] > 0
-    assert [line["lr"] for line in log] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-
-
 @pytest.mark.slow
 def test_both_stages_under_torchrun(tiny_dir, world, tmp_path):
-    """The command lines of the README with two processes: sft.py writes a model that rl.py reads, and both logs
-    start as those of one process."""
+    """The README's commands on two ranks: rl.py reads the model of sft.py, and the logs start as those of one rank."""
     for processes in (1, 2):
         out = tmp_path / str(processes)
         common = ["--media_root", world, "--batch_size", 6, "--steps", 2, "--workers", 1]
-        sft = ["sft.py", "--data", world / "sft.json", "--model", tiny_dir, "--out", out / "sft", *common]
-        reinforce = [
-            "rl.py",
-            "--data",
-            world / "rl.json",
-            "--model",
-            out / "sft",
-            "--out",
-            out / "rl",
-            "--G",
-            2,
-            *common,
-        ]
-        for command in (sft, [*reinforce, "--max_new_tokens", 8]):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            done = subprocess.run([*torchrun, str(ROOT / command[0]), *map(str, command[1:])], env=env, cwd=tmp_path,
-                                  capture_output=True, text=True, timeout=300)  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
+        stages = [["sft.py", "--data", world / "sft.json", "--model", tiny_dir, "--out", out / "sft"],
+                  ["rl.py", "--data", world / "rl.json", "--model", out / "sft", "--out", out / "rl", "--G", 2,
+                   "--max_new_tokens", 8]]  # fmt: skip
+        for script, *argv in stages:
+            process = start_script(tmp_path, script, processes, *argv, *common)
+            printed = process.communicate(timeout=300)[0].decode()
+            assert process.returncode == 0, printed[-3000:]
     assert read_log(tmp_path / "2/sft")[0] == pytest.approx(read_log(tmp_path / "1/sft")[0], abs=1e-5, rel=1e-5)
     assert len(read_log(tmp_path / "2/rl")) == 2 and (tmp_path / "2/rl/model.safetensors").exists()

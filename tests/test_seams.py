@@ -1,7 +1,5 @@
 """The two seams, a family of backbones and a reward, and the direction of the imports.
-
-    python -m pytest tests/test_seams.py
-"""
+Run: pytest tests/test_seams.py"""
 
 import ast
 import re
@@ -10,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, inputs, processor_inputs, read_log, run_here
+from conftest import ROOT, inputs, processor_inputs, read_log, rl_flags, run_here
 from test_model import CLOSE, encoded, everything
-from test_rl import flags
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import reward
@@ -23,13 +20,11 @@ from support.backbones import QWEN2_VL
 from support.images import white_image
 from support.program import BadInput
 
-# ---- families --------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def other(embedder):
-    """A Qwen2-VL that sees pictures in another way in every number: patches of 12 pixels, 3 x 3 of them a token, other
-    means; an Embedder that learns it from its record only."""
+    """A Qwen2-VL with patches of 12 pixels, 3 x 3 of them a token, and other means. The Embedder knows them only from
+    its record."""
     config = Qwen2VLConfig.from_dict(embedder.backbone.config.to_dict())
     config.vision_config.patch_size = 12
     config.vision_config.spatial_merge_size = 3
@@ -42,8 +37,7 @@ def other(embedder):
 
 @torch.no_grad()
 def test_everything_that_differs_stands_in_the_record(other):
-    """States of text, pictures and videos of such a model are those of transformers, with the patches of its own
-    record: no number of Qwen2-VL is used anywhere else. The pictures of another record would not even fit."""
+    """States of such a model are those of transformers: no number of Qwen2-VL is used outside its record."""
     rows = encoded(other, inputs())
     assert rows[1].patches.shape[1] == 3 * 2 * 12 * 12
     batch, _ = processor_inputs(other, rows)
@@ -60,15 +54,12 @@ def test_everything_that_differs_stands_in_the_record(other):
     assert emb.disc.isfinite().all() and not emb.skipped
 
 
-def test_a_text_only_pass_of_another_family_has_a_vision_gradient(other):
-    """The stand-in picture, without which DDP waits, has the family's size."""
+def test_the_blank_picture_of_another_family(other):
+    """It has the family's size: one token. Without it DDP would wait for the vision gradient of a text-only pass."""
     rows = encoded(other, inputs()[:1])
     everything(other, rows)[0][0].sum().backward()
     assert not any(p.grad is None for p in other.backbone.model.visual.merger.parameters())
     other.zero_grad()
-
-
-def test_the_blank_picture_is_one_token_in_any_family(other):
     for family in (QWEN2_VL, other.family):
         low, high = family.image_pixels
         _, grid = patchify([white_image()], min_pixels=low, max_pixels=high, family=family)
@@ -88,9 +79,6 @@ def test_no_number_of_the_vision_side_outside_of_the_record():
         if path.name == "images.py":  # BLANK_SIZE, of the published files
             found -= {28}
         assert not found, (path.name, found)
-
-
-# ---- rewards ---------------------------------------------------------------------------------------------------
 
 
 def brevity(texts, own, other, valid, same_target):
@@ -128,7 +116,7 @@ def test_a_reward_of_another_shape_is_refused(monkeypatch):
 def test_a_new_reward_is_one_function_and_one_line(writer_dir, world, tmp_path, monkeypatch):
     """rl.py trains with it by its name; the log has it for each side, and the total counts it."""
     monkeypatch.setitem(reward.REWARDS, "brevity", brevity)
-    argv = flags(writer_dir, world, tmp_path, steps=2)
+    argv = rl_flags(writer_dir, world, tmp_path, steps=2)
     run_here(rl, [*argv, "--reward_weights", "embedding=0", "brevity=2"], monkeypatch)
     for line in read_log(tmp_path):
         assert line["brevity_query"] < 0 and "embedding_query" in line
@@ -145,8 +133,6 @@ def test_reward_weights_that_make_no_sense(given, says):
     with pytest.raises(BadInput, match=re.escape(says)):
         rl.parse_weights(given)
 
-
-# ---- the house -------------------------------------------------------------------------------------------------
 
 RUNNING = ("program", "files", "distributed", "settings", "checkpoint", "loop")  # each may import those before it
 BELOW = {name: set(RUNNING[:n]) for n, name in enumerate(RUNNING)} | {
@@ -174,8 +160,8 @@ def imported(path):
 
 
 def test_imports_run_one_way():
-    """The files of running and reward at the bottom, then data, model, what carries the stages, the stages; only the
-    commands of data.py call upwards, at the place of the call."""
+    """Running and reward at the bottom, then data, model, what carries the stages, the stages. Only the commands of
+    data.py import upwards, at the call."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         found = imported(path)
         top = {name for name, at_top in found.items() if at_top}
