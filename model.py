@@ -212,6 +212,66 @@ class Embedder(nn.Module):
         """True if vision tower and merger are frozen, as in RL."""
         return not any(p.requires_grad for p in self.backbone.model.visual.parameters())
 
+    # ---- one pass, with gradients -------------------------------------------------------------------------------
+
+    def forward(self, batch, embed_at=None, predict=None, labels=None, temperature=1.0, ban=False):
+        """Return the embeddings at the flat indices `embed_at` and the log-probabilities of `labels` at `predict`.
+
+        batch: from pad_rows; None is an empty pass that initialises FSDP. embed_at int [N] and predict int [M] index
+        the flattened [B * L]; labels int [M]. Without embed_at and labels, the Output holds only the vision states.
+        """
+        if batch is None:
+            return Output()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.vision_states_of(batch)
+            if embed_at is None and labels is None:
+                return Output(vision_states=states)
+            x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
+            hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
+            embeddings = logp = entropy = None
+            if embed_at is not None:
+                embeddings = F.normalize(hidden[embed_at].float(), dim=-1)
+            if labels is not None:
+                logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
+        return Output(embeddings, logp, entropy)
+
+    def token_logp(self, hidden, labels, temperature=1.0, ban=False):
+        """Return log softmax(head(hidden))[labels] and entropy, [M] each. Backward computes each chunk again."""
+        banned = self.banned if ban else self.banned[:0]
+        dtype = self.compute_dtype
+        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
+
+    def pad_rows(self, rows, mask=None):
+        """Return B rows of any lengths as a Batch. mask: bool [B, 1, L, L], or None for causal attention."""
+        L = padded_length(max(len(row.ids) for row in rows), self.device)
+        tokens = np.zeros((4, len(rows), L), dtype=np.int64)
+        tokens[0] = self.end_id  # any text token works as padding: nothing reads it
+        for b, row in enumerate(rows):
+            tokens[0, b, : len(row.ids)] = row.ids
+            tokens[1:, b, : len(row.ids)] = row.positions
+        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
+        tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
+        ids, positions = tokens[0], tokens[1:]
+        patches, grids = images_of(rows, self.device)
+        known = [row.vision_states for row in rows if row.num_patches]
+        vision_states = None
+        if known and all(states is not None for states in known):
+            vision_states = torch.cat(known).to(self.device)
+        return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
+
+    def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
+        """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
+        embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
+        values (SlotCache in support/decode.py)."""
+        return self.backbone.model.language_model(
+            inputs_embeds=x,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **deepstack,
+        ).last_hidden_state
+
     # ---- images -------------------------------------------------------------------------------------------------
 
     def encode_vision(self, patches, grids):
@@ -275,66 +335,6 @@ class Embedder(nn.Module):
             stand_in = self.encode_vision(patches, np.array([[1, merge, merge]]))
             x = x + 0 * self.merge_states(stand_in).sum().to(x.dtype)
         return x, {}
-
-    # ---- one pass, with gradients -------------------------------------------------------------------------------
-
-    def pad_rows(self, rows, mask=None):
-        """Return B rows of any lengths as a Batch. mask: bool [B, 1, L, L], or None for causal attention."""
-        L = padded_length(max(len(row.ids) for row in rows), self.device)
-        tokens = np.zeros((4, len(rows), L), dtype=np.int64)
-        tokens[0] = self.end_id  # any text token works as padding: nothing reads it
-        for b, row in enumerate(rows):
-            tokens[0, b, : len(row.ids)] = row.ids
-            tokens[1:, b, : len(row.ids)] = row.positions
-        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
-        tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
-        ids, positions = tokens[0], tokens[1:]
-        patches, grids = images_of(rows, self.device)
-        known = [row.vision_states for row in rows if row.num_patches]
-        vision_states = None
-        if known and all(states is not None for states in known):
-            vision_states = torch.cat(known).to(self.device)
-        return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
-
-    def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
-        """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
-        embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
-        values (SlotCache in support/decode.py)."""
-        return self.backbone.model.language_model(
-            inputs_embeds=x,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **deepstack,
-        ).last_hidden_state
-
-    def forward(self, batch, embed_at=None, predict=None, labels=None, temperature=1.0, ban=False):
-        """Return the embeddings at the flat indices `embed_at` and the log-probabilities of `labels` at `predict`.
-
-        batch: from pad_rows; None is an empty pass that initialises FSDP. embed_at int [N] and predict int [M] index
-        the flattened [B * L]; labels int [M]. Without embed_at and labels, the Output holds only the vision states.
-        """
-        if batch is None:
-            return Output()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = self.vision_states_of(batch)
-            if embed_at is None and labels is None:
-                return Output(vision_states=states)
-            x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
-            hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
-            embeddings = logp = entropy = None
-            if embed_at is not None:
-                embeddings = F.normalize(hidden[embed_at].float(), dim=-1)
-            if labels is not None:
-                logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
-        return Output(embeddings, logp, entropy)
-
-    def token_logp(self, hidden, labels, temperature=1.0, ban=False):
-        """Return log softmax(head(hidden))[labels] and entropy, [M] each. Backward computes each chunk again."""
-        banned = self.banned if ban else self.banned[:0]
-        dtype = self.compute_dtype
-        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
