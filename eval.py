@@ -19,9 +19,9 @@ of sampling at --temperature.
 Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>. The official code reads the next token.
 2. Decoding is greedy. In the official code the checkpoint's generation_config decides (Qwen2-VL's samples).
-3. A generation without <gen_emb> is a miss: such a query has 0 in every metric, and such a candidate is not ranked. An
-   input with an unreadable image is a miss in all modes. The official code reads another token, or drops the image. In
-   fused the half of a missing gen is zero: disc alone ranks such a query, and such a candidate ranks low.
+3. An answer without <gen_emb> is a miss in gen: its query has 0 in every metric, and its candidate is not ranked. In
+   fused, the gen half is zero, so disc alone ranks such a query, and such a candidate ranks low. An input with an
+   unreadable image is a miss in all modes. The official code reads another token, or drops the image.
 4. Scores are float64 dot products, sorted by a stable sort (the official code: float32, unstable). Candidates with
    equal embeddings keep the order of the list, so a model that sees no difference ranks the first candidate first.
 5. Grades stay with their labels. The official code reorders the labels only, which changes ndcg in 3 tasks;

@@ -449,7 +449,7 @@ class Embedder(nn.Module):
         mode: "disc" only reads the prompt; "gen" and "both" generate. temperature 0 is greedy. A sample depends on
         (seed, content of the input, index of the sample), so equal inputs get equal samples. batch_size: completions
         decoded at once, for speed and memory. In fp32 it changes the result only by rounding, which in bf16 can flip a
-        close choice between tokens. traces: N assistant texts of another reasoner, to read instead.
+        close choice between tokens. traces: N assistant texts to read instead of generating.
 
         An unusable input (an unreadable image, a wrong form, a control token) does not stop the other inputs. A warning
         and .skipped name it, its embeddings are zeros, and it is not valid. The same holds if its discriminative
@@ -586,7 +586,7 @@ class Completion:
     prompt: Prompt
     g: int
     disc: torch.Tensor  # [D]
-    uniforms: np.ndarray | None  # [limit + 1] random numbers; None: greedy
+    uniforms: np.ndarray | None  # [limit + 1] random numbers, one per call of append(); None: greedy
     limit: int  # most tokens
     ids: list = field(default_factory=list)
     logp: list = field(default_factory=list)
@@ -601,7 +601,7 @@ class Completion:
 
     def append(self, token, logp, end_id):
         if len(self.ids) == self.limit:
-            self.ended = True  # full; its last token was read too, in case it is <gen_emb>
+            self.ended = True  # full; one more step has read its last token, which may be <gen_emb>
             return
         self.ids.append(token)
         self.logp.append(logp)
