@@ -51,7 +51,7 @@ from support.weights import add_embedding_tokens, add_keys_of_transformers_4, lo
 
 PREFILL_TOKENS = 16_384  # most tokens of one pass over prompts, pads included: five pages of 2.4 M pixels
 AHEAD = 4  # completions that may wait for a slot after their prefill, so that one prefill reads several prompts
-# Sampling bans these tokens and the media pads. It must not ban tokenizer.pad_token, which may be <|im_end|>.
+# Sampling bans these names and the media pads. tokenizer.pad_token is not used, because it may be <|im_end|>.
 NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
 
 

@@ -263,7 +263,7 @@ def embed_micro_batch(net, step, numbers, next_token):
 
 def embed_all(model, step, args):
     """Run pass 1; return the embeddings [2b, 2, D] and (embeddings, CE) of the first micro-batch with their graph.
-    That micro-batch is the largest. It runs last here and first in pass 3, so no other runs next to its graph."""
+    That micro-batch is the largest. It runs last here and first in pass 3, so its graph is alone in memory."""
     embedder = without_ddp(model)
     embeddings = torch.zeros(len(step.rows), 2, embedder.width, device=embedder.device)
     first, *others = zip(step.micro_batches, step.row_indices)
