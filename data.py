@@ -1,13 +1,14 @@
 """Data: conversations, images and videos as patches, the rows of SFT and RL files, batches.
 
-A row becomes one string in Qwen2-VL's chat format, which Qwen2.5-VL and Qwen3-VL read too. It is the paper's
-formulation of an embedding that reasons:
+A row of a file holds a pair, a query and its target. Each of the two becomes a Row, one string in the chat format of
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL:
 
     <|im_start|>system .. user [media] TEXT\\n<disc_emb>\\nINSTRUCTION <|im_end|> assistant <think>..<gen_emb><|im_end|>
 
-The model reads its token ids, their three-axis rotary positions and the image patches. Loader workers encode rows on
-the CPU as numpy arrays, because a torch tensor costs a file descriptor when it leaves a worker. Only normalise() and
-the functions of a Family run later, on the model's device.
+INSTRUCTION names <gen_emb>, but only the answer's <gen_emb> is an embedding. The model reads token ids, their
+three-axis rotary positions and the image patches. Loader workers encode Rows on the CPU as numpy arrays, because a
+torch tensor costs a file descriptor when it leaves a worker. Only normalise() and the functions of a Family run later,
+on the model's device.
 
 Departures from the official code
  1. Each batch holds one dataset. The order is a pure function of (seed, epoch, step), so the world size and a resume
@@ -117,8 +118,8 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
 
     ids [L], grids [m, 3] in patches, media_ids: the pad tokens of images and videos.
     After an image or video the text continues at start + max(h, w), as in transformers 5. In transformers 4, and when
-    the models were trained, time counted too. The two versions differ only if a video spans more positions of time (7
-    for 4 steps of Qwen2.5-VL) than its frames have tokens on a side.
+    the models were trained, it continued at start + max(T, h, w). T is the span of the time positions, for example 7
+    for 4 steps of Qwen2.5-VL.
     """
     runs = iter([run for grid in grids for run in runs_of_pads(family.in_tokens(grid), family)])
     is_media = np.isin(ids, media_ids)
@@ -130,12 +131,12 @@ def mrope_positions(ids, grids, media_ids, family=QWEN2_VL):
             t, h, w = next(runs)
             block = np.indices((t, h, w)).reshape(3, -1)
             block[0] *= family.time_step
-            following = max(h, w)
+            advance = max(h, w)
         else:
-            following = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i
-            block = np.broadcast_to(np.arange(following), (3, following))
+            advance = int(np.argmax(is_media[i:])) if is_media[i:].any() else len(ids) - i  # to the next image
+            block = np.broadcast_to(np.arange(advance), (3, advance))
         positions.append(block + start)
-        start += following
+        start += advance
         i += block.shape[1]
     return np.concatenate(positions, axis=1)
 
@@ -163,7 +164,7 @@ def chat_prompt(user):
 
 
 def encode(tokenizer, item, answer=None, *, marks=None, root=None, name="", family=QWEN2_VL):
-    """Encode the query or target of a pair as a Row.
+    """Encode a complete user text (as in SFT files), its media and the optional answer as a Row.
 
     item: {"text", "images", "video"}: the user's text with an <image> or <video> mark for each of the media, paths or
     PIL images, and a list of frames (thinned out evenly to NUM_FRAMES). answer: the assistant's text or None.
@@ -230,7 +231,7 @@ def last_index(ids, token, start, end):
 
 
 def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, name="", family=QWEN2_VL):
-    """Encode an input of RL or evaluation as a Row: media, then the stripped text, <disc_emb> and INSTRUCTION.
+    """Encode an input of RL or evaluation as a Row. Build its user text: media, stripped text, <disc_emb>, INSTRUCTION.
 
     item: {"text", "images", "video"}, keys optional. Without media the blank image is added, as the authors do.
     """
@@ -249,7 +250,7 @@ def encode_input(tokenizer, item, answer=None, *, blank_image=True, root=None, n
 
 @dataclass
 class Pair:
-    """An encoded pair. If its query or target was skipped, ok is False and no loss reads the placeholder rows."""
+    """An encoded pair. If its query or target was skipped, ok is False and no loss reads its stand-in Rows."""
 
     query: Row
     target: Row
@@ -260,7 +261,7 @@ class Pair:
 
 
 class PairData(Dataset):
-    """Encoded pairs of one or more files. Item i is row i; `order` defines the rows of each step.
+    """Encoded pairs of one or more files. Item i is the pair of row i; `order` defines the rows of each step.
 
     kind: the files' format, "sft" or "rl". needs: what is required in an SFT row (RowCheck). answers=False reads only
     the prompts of an SFT file (DUME).

@@ -7,11 +7,11 @@ mean over its queries, in every mode:
 
     disc, gen           both queries and candidates in this mode
     fused               the mean of both cosines: one dot product of [disc, gen] / sqrt(2); not in the paper
-    oracle              for each query and metric the better of disc and gen. It uses the labels: an upper bound of
-                        choosing between the two. (fused adds them and may be above it.)
+    oracle              for each query and metric the better of disc and gen. It uses the labels, so it is an upper
+                        bound for choosing one of the two. fused adds both cosines and can exceed it.
     gen_disc, disc_gen  gen queries against disc candidates and the reverse: aligned only after sft.py --cross_weight
-    pass@k              the probability that one of k sampled queries ranks a right candidate first, with greedy gen
-                        candidates; unbiased: 1 - C(S-c, k) / C(S, k) if c of the S samples do
+    pass@k              the probability that at least one of k sampled answers to a query ranks a right candidate first.
+                        Candidates: greedy gen. If c of S samples do, the unbiased estimate is 1 - C(S-c, k) / C(S, k).
 
 oracle has two tries and gen has one, so compare oracle with pass@2. The difference between gen and pass@1 is the cost
 of sampling at --temperature.
@@ -19,9 +19,9 @@ of sampling at --temperature.
 Departures from the official evaluation:
 1. disc is read exactly at <disc_emb>. The official code reads the next token.
 2. Decoding is greedy. In the official code the checkpoint's generation_config decides (Qwen2-VL's samples).
-3. A generation without <gen_emb> is a miss: such a query has 0 in every metric, and such a candidate is not ranked. An
-   input with an unreadable image is a miss in all modes. The official code reads another token, or drops the image. In
-   fused the half of a missing gen is zero: disc alone ranks such a query, and such a candidate ranks low.
+3. An answer without <gen_emb> is a miss in gen: its query has 0 in every metric, and its candidate is not ranked. In
+   fused, the gen half is zero, so disc alone ranks such a query, and such a candidate ranks low. An input with an
+   unreadable image is a miss in all modes. The official code reads another token, or drops the image.
 4. Scores are float64 dot products, sorted by a stable sort (the official code: float32, unstable). Candidates with
    equal embeddings keep the order of the list, so a model that sees no difference ranks the first candidate first.
 5. Grades stay with their labels. The official code reorders the labels only, which changes ndcg in 3 tasks;
@@ -280,7 +280,7 @@ def exponential(grades):
 
 
 def pass_at_k(n, c, k):
-    """Return the probability that k of n (above: S) samples, drawn without replacement, contain one of the c hits."""
+    """Return the probability that k of n samples (S above), drawn without replacement, include one of the c hits."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -379,7 +379,7 @@ def rank_task(task, queries, candidates, lists, shown=()):
 
 
 def measure(task, ranking):
-    """Return per query {metric: x}. All metrics of a query without an embedding are 0, recall of no labels too."""
+    """Return {metric: x} of each query. Without an embedding all are 0, even the recall of a query without labels."""
     measured = []
     for query, best, ok in zip(task.queries, ranking.best, ranking.ok):
         if ok:
@@ -403,7 +403,7 @@ def published_ndcg(task, ranking):
 
 
 def pass_curve(task, sampled, candidates, lists):
-    """Return {k: pass@k of each query} for k = 1, 2, 4, ... up to S. A hit is a sample with a label ranked first."""
+    """Return {k: pass@k of each query} for k = 1, 2, 4, ... up to S. A sample is a hit if it ranks a label first."""
     keys = list(task.candidates)
     valid = usable_gen(sampled)  # [Q, S]
     num_queries, num_samples = valid.shape

@@ -1,8 +1,9 @@
-"""The embedder: Qwen2-VL (or 2.5, or Qwen3-VL) with two embeddings, `disc` read at <disc_emb>, `gen` at the last
-<gen_emb>.
+"""The embedder: Qwen2-VL (or 2.5, or Qwen3-VL) with two embeddings, disc and gen.
 
-Both are the last layer's state (after the final norm) at the position of the token, L2-normalised, without projection.
-The paper and the released weights do the same.
+    [media] TEXT <disc_emb> INSTRUCTION  |  <think>..</think><answer>..<gen_emb>         prompt  |  generated answer
+
+disc is the state at <disc_emb> in the prompt, gen the state at the last <gen_emb> in the answer. A state is the output
+of the last layer after the final norm, L2-normalised, without projection, as in the paper and the released weights.
 
 Shapes: B rows, L tokens, D hidden size, V vocabulary, P prompts, G rollouts per prompt, A completions that are being
 decoded, N and M any count.
@@ -14,11 +15,11 @@ Departures from the official code
     the addition of DeepStack states in Qwen3-VL.
  2. The head runs only on tokens whose log-probability is needed, in chunks that the backward pass computes again.
     Logits of all tokens x 152 k words (0.6 MB a token in fp32) never exist.
- 3. Generation is our own loop on a key-value cache. It reads a prompt and its images once for its G rollouts, stores
-    the state at <gen_emb> in the decode step that reads it, and gives the slot of an ended completion to a waiting
-    prompt. The tokens of NEVER_WRITTEN cannot be sampled, and the same ban holds in the log-probabilities of RL. The
-    decode step is ours too (support/decode.py).
- 4. A completion without <gen_emb> has no generative embedding. The official code then reads that of the prompt.
+ 3. Generation is our own loop and decode step (support/decode.py). It reads a prompt and its images once for G
+    completions. Each completion has a slot, a row of the key-value cache. A new completion takes the slot of an ended
+    one. The decode step that reads <gen_emb> returns the embedding, so no second pass is needed. The tokens of
+    NEVER_WRITTEN are never sampled, and RL's log-probabilities exclude them too.
+ 4. A completion without <gen_emb> has no generative embedding. The official code reads the <gen_emb> of INSTRUCTION.
  5. <disc_emb> is read exactly at its position. The official evaluation reads the token after it.
 """
 
@@ -50,7 +51,7 @@ from support.weights import add_embedding_tokens, add_keys_of_transformers_4, lo
 
 PREFILL_TOKENS = 16_384  # most tokens of one pass over prompts, pads included: five pages of 2.4 M pixels
 AHEAD = 4  # completions that may wait for a slot after their prefill, so that one prefill reads several prompts
-# Never sampled, like the media pads. By name, as a tokenizer may declare any token, even <|im_end|>, its pad.
+# Sampling bans these names and the media pads. tokenizer.pad_token is not used, because it may be <|im_end|>.
 NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
 
 
@@ -211,12 +212,73 @@ class Embedder(nn.Module):
         """True if vision tower and merger are frozen, as in RL."""
         return not any(p.requires_grad for p in self.backbone.model.visual.parameters())
 
+    # ---- one pass, with gradients -------------------------------------------------------------------------------
+
+    def forward(self, batch, embed_at=None, predict=None, labels=None, temperature=1.0, ban=False):
+        """Return the embeddings at the flat indices `embed_at` and the log-probabilities of `labels` at `predict`.
+
+        batch: from pad_rows; None is an empty pass that initialises FSDP. embed_at int [N] and predict int [M] index
+        the flattened [B * L]; labels int [M]. Without embed_at and labels, the Output holds only the vision states.
+        """
+        if batch is None:
+            return Output()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.vision_states_of(batch)
+            if embed_at is None and labels is None:
+                return Output(vision_states=states)
+            x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
+            hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
+            embeddings = logp = entropy = None
+            if embed_at is not None:
+                embeddings = F.normalize(hidden[embed_at].float(), dim=-1)
+            if labels is not None:
+                logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
+        return Output(embeddings, logp, entropy)
+
+    def token_logp(self, hidden, labels, temperature=1.0, ban=False):
+        """Return log softmax(head(hidden))[labels] and entropy, [M] each. Backward computes each chunk again."""
+        banned = self.banned if ban else self.banned[:0]
+        dtype = self.compute_dtype
+        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
+
+    def pad_rows(self, rows, mask=None):
+        """Return B rows of any lengths as a Batch. mask: bool [B, 1, L, L], or None for causal attention."""
+        L = padded_length(max(len(row.ids) for row in rows), self.device)
+        tokens = np.zeros((4, len(rows), L), dtype=np.int64)
+        tokens[0] = self.end_id  # any text token works as padding: nothing reads it
+        for b, row in enumerate(rows):
+            tokens[0, b, : len(row.ids)] = row.ids
+            tokens[1:, b, : len(row.ids)] = row.positions
+        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
+        tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
+        ids, positions = tokens[0], tokens[1:]
+        patches, grids = images_of(rows, self.device)
+        known = [row.vision_states for row in rows if row.num_patches]
+        vision_states = None
+        if known and all(states is not None for states in known):
+            vision_states = torch.cat(known).to(self.device)
+        return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
+
+    def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
+        """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
+        embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
+        values (SlotCache in support/decode.py)."""
+        return self.backbone.model.language_model(
+            inputs_embeds=x,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **deepstack,
+        ).last_hidden_state
+
     # ---- images -------------------------------------------------------------------------------------------------
 
     def encode_vision(self, patches, grids):
-        """Return the states that all passes can share: those of the ViT before its mergers, [n, (1 + K) D_vit].
-        If the mergers are frozen too (as in RL), return the merged tokens [n / merge^2, (1 + K) D]. K: number of
-        DeepStack layers (Family). patches uint8 [n, patch_values], grids array [m, 3]; without images: empty."""
+        """Return the vision states that all passes of a step can share. If the mergers are trained, these are the ViT's
+        states before its mergers, [n, (1 + K) D_vit]. If they are frozen (as in RL), these are the merged visual tokens
+        [n / merge^2, (1 + K) D]. K: number of DeepStack layers (Family). patches uint8 [n, patch_values], grids array
+        [m, 3]. Without images the result is empty."""
         if not len(patches):
             return torch.zeros(0, device=self.device)
         tower = self.backbone.model.visual
@@ -226,10 +288,8 @@ class Embedder(nn.Module):
     def merge_states(self, states):
         """Apply each merger to its part of the states: [n, (1 + K) D_vit] -> [n / merge^2, (1 + K) D]"""
         mergers = self.family.mergers(self.backbone.model.visual)
-        merged = []
-        for merger, part in zip(mergers, states.chunk(len(mergers), dim=-1)):
-            merged.append(merger(part.contiguous()))
-        return torch.cat(merged, dim=-1)
+        parts = states.chunk(len(mergers), dim=-1)
+        return torch.cat([merger(part.contiguous()) for merger, part in zip(mergers, parts)], dim=-1)
 
     def vision_states_of(self, batch):
         """Return the vision states stored in the batch, or compute them from its patches."""
@@ -276,66 +336,6 @@ class Embedder(nn.Module):
             x = x + 0 * self.merge_states(stand_in).sum().to(x.dtype)
         return x, {}
 
-    # ---- one pass, with gradients -------------------------------------------------------------------------------
-
-    def pad_rows(self, rows, mask=None):
-        """Return B rows of any lengths as a Batch. mask: bool [B, 1, L, L], or None for causal attention."""
-        L = padded_length(max(len(row.ids) for row in rows), self.device)
-        tokens = np.zeros((4, len(rows), L), dtype=np.int64)
-        tokens[0] = self.end_id  # any text token works as padding: nothing reads it
-        for b, row in enumerate(rows):
-            tokens[0, b, : len(row.ids)] = row.ids
-            tokens[1:, b, : len(row.ids)] = row.positions
-        media_at = np.flatnonzero(np.isin(tokens[0], self.media_ids))  # on the CPU: on a GPU this would synchronise
-        tokens, media_at = to_device(self.device, torch.from_numpy(tokens), torch.from_numpy(media_at))
-        ids, positions = tokens[0], tokens[1:]
-        patches, grids = images_of(rows, self.device)
-        known = [row.vision_states for row in rows if row.num_patches]
-        vision_states = None
-        if known and all(states is not None for states in known):
-            vision_states = torch.cat(known).to(self.device)
-        return Batch(ids, positions, media_at, patches, grids, vision_states, mask)
-
-    def run_language_model(self, x, deepstack, positions, mask=None, cache=None):
-        """Return the states of the last layer after the final norm, x [B, L, D] -> [B, L, D]. deepstack: from
-        embed_tokens(); positions [3, B, L]; mask bool [B, 1, L, L], or None for causal; cache: stores the keys and
-        values (SlotCache in support/decode.py)."""
-        return self.backbone.model.language_model(
-            inputs_embeds=x,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **deepstack,
-        ).last_hidden_state
-
-    def forward(self, batch, embed_at=None, predict=None, labels=None, temperature=1.0, ban=False):
-        """Return the embeddings at the flat indices `embed_at` and the log-probabilities of `labels` at `predict`.
-
-        batch: from pad_rows; None is an empty pass that initialises FSDP. embed_at int [N] and predict int [M] index
-        the flattened [B * L]; labels int [M]. Without embed_at and labels, the Output holds only the vision states.
-        """
-        if batch is None:
-            return Output()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = self.vision_states_of(batch)
-            if embed_at is None and labels is None:
-                return Output(vision_states=states)
-            x, deepstack = self.embed_tokens(batch, states)  # [B, L, D]
-            hidden = self.run_language_model(x, deepstack, batch.positions, batch.mask).flatten(0, 1)  # [B * L, D]
-            embeddings = logp = entropy = None
-            if embed_at is not None:
-                embeddings = F.normalize(hidden[embed_at].float(), dim=-1)
-            if labels is not None:
-                logp, entropy = self.token_logp(hidden[predict], labels, temperature, ban)
-        return Output(embeddings, logp, entropy)
-
-    def token_logp(self, hidden, labels, temperature=1.0, ban=False):
-        """Return log softmax(head(hidden))[labels] and entropy, [M] each. Backward computes each chunk again."""
-        banned = self.banned if ban else self.banned[:0]
-        dtype = self.compute_dtype
-        return TokenLogp.apply(hidden.to(dtype), self.backbone.lm_head.weight, dtype, labels, banned, temperature)
-
     # ---- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -349,14 +349,14 @@ class Embedder(nn.Module):
         tokens of one pass over prompts, which bounds its memory; a longer prompt has its own pass. temperature 0 is
         greedy.
 
-        The live completions are left-aligned rows of one cache, each with its own length. The first `slots` rows are
-        decoded, the rows after them wait. When a completion ends, the last row moves into its slot. When a slot stays
-        free, the next prompts are prefilled.
+        Each live completion is a left-aligned row of one cache, with its own length. A decode step reads the first
+        `slots` rows. Up to AHEAD prefilled rows after them wait for a slot. When a completion ends, the last row moves
+        into its slot. If a slot then stays free, the next prompts are prefilled.
         """
         slots = max(slots, G)
         decoder = Decoder(self.backbone, slots, self.compute_dtype)
-        waiting = Waiting(prompts, self.device)
-        live = []  # completions, by slot
+        queue = Waiting(prompts, self.device)
+        live = []  # completions, by row of the cache
         ended_of = {}  # prompt -> its ended completions, until all G have ended
 
         with evaluating(self):
@@ -365,7 +365,7 @@ class Embedder(nn.Module):
                 admitted = []
                 if len(live) < slots:
                     room = slots + min(slots // 2, AHEAD) - len(live)
-                    admitted = waiting.take(room // G, prefill_tokens)
+                    admitted = queue.take(room // G, prefill_tokens)
                 if not live and not admitted:
                     return
                 results = [(prompt, None) for prompt in admitted if prompt.row is None]
@@ -379,7 +379,7 @@ class Embedder(nn.Module):
                     self.append_tokens(new, last.repeat_interleave(G, 0), decoder, temperature)
                     live += new
 
-                # 2. yield the prompts that have G ended completions
+                # 2. free the slots of ended completions; yield the prompts of which all G completions have ended
                 for completion in remove_ended(live, decoder.cache):
                     siblings = ended_of[completion.prompt]
                     siblings.append(completion)
@@ -395,13 +395,13 @@ class Embedder(nn.Module):
                 decoded = live[:slots]
                 hidden = self.decode_step(decoded, decoder)  # [A, D]
 
-                # 4. the state at the last <gen_emb> is the generative embedding
+                # 4. the state at <gen_emb> is the generative embedding; a later <gen_emb> replaces it
                 for slot, completion in enumerate(decoded):
                     if completion.ids[-1] == self.gen_id:
                         completion.gen = F.normalize(hidden[slot].float(), dim=-1)
                         completion.gen_at = len(completion.ids) - 1
 
-                # 5. append the next token
+                # 5. sample and append the next token of each
                 self.append_tokens(decoded, hidden, decoder, temperature)
 
     def prefill(self, rows, decoder, first_slot, G):
@@ -421,12 +421,12 @@ class Embedder(nn.Module):
         """Return the states [A, D] at the last token of the A completions in slots 0..A-1."""
         tokens = [c.ids[-1] for c in completions]
         n_read = [len(c.ids) - 1 for c in completions]  # generated tokens in the cache
-        index = [c.prompt.row.n_prompt + n for c, n in zip(completions, n_read)]
-        positions = [c.prompt.row.next_position + n for c, n in zip(completions, n_read)]
+        index = [c.prompt.row.n_prompt + n for c, n in zip(completions, n_read)]  # in the row of the cache
+        positions = [c.prompt.row.next_position + n for c, n in zip(completions, n_read)]  # rotary; lower after images
         return decoder.step(tokens, index, positions)
 
     def append_tokens(self, completions, hidden, decoder, temperature):
-        """Sample the next token of each completion from the states [A, D] at the last tokens."""
+        """Sample the next token of each completion from the states [A, D] at the last tokens, and append it."""
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), self.banned, temperature or 1.0)
         uniforms = [c.uniforms[len(c.ids)] for c in completions] if temperature else None
         for completion, (token, logp) in zip(completions, sample(logits, uniforms)):
@@ -449,7 +449,7 @@ class Embedder(nn.Module):
         mode: "disc" only reads the prompt; "gen" and "both" generate. temperature 0 is greedy. A sample depends on
         (seed, content of the input, index of the sample), so equal inputs get equal samples. batch_size: completions
         decoded at once, for speed and memory. In fp32 it changes the result only by rounding, which in bf16 can flip a
-        close choice between tokens. traces: N assistant texts of another reasoner, to read instead.
+        close choice between tokens. traces: N assistant texts to read instead of generating.
 
         An unusable input (an unreadable image, a wrong form, a control token) does not stop the other inputs. A warning
         and .skipped name it, its embeddings are zeros, and it is not valid. The same holds if its discriminative
@@ -531,18 +531,18 @@ class Embedder(nn.Module):
 
     @torch.no_grad()
     def read_once(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
-        """Yield (prompt, Rollouts) like generate(), with one rollout each, from one pass without decoding. The rows of
-        the prompts contain their assistant texts already, or need none."""
-        waiting = Waiting(prompts, self.device)
-        while part := waiting.take(batch_size, prefill_tokens):
+        """Yield (prompt, Rollouts) like generate(), but with one rollout each and without decoding. Each prompt's row
+        already contains the assistant's text, or has none because only disc is wanted."""
+        queue = Waiting(prompts, self.device)
+        while part := queue.take(batch_size, prefill_tokens):
             results = [(prompt, None) for prompt in part if prompt.row is None]
             readable = [prompt for prompt in part if prompt.row is not None]
             if readable:
                 rows = [prompt.row for prompt in readable]
                 batch = self.pad_rows(rows)
                 starts = batch.ids.shape[1] * torch.arange(len(rows))  # first flat position of each row
-                places = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
-                embed_at = (starts[:, None] + places).flatten().to(self.device)
+                in_row = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
+                embed_at = (starts[:, None] + in_row).flatten().to(self.device)
                 with evaluating(self):
                     states = self(batch, embed_at=embed_at).embeddings.view(len(rows), 2, -1)
                 for prompt, (disc, gen) in zip(readable, states):
@@ -586,7 +586,7 @@ class Completion:
     prompt: Prompt
     g: int
     disc: torch.Tensor  # [D]
-    uniforms: np.ndarray | None  # [limit + 1] random numbers; None: greedy
+    uniforms: np.ndarray | None  # [limit + 1] random numbers, one per call of append(); None: greedy
     limit: int  # most tokens
     ids: list = field(default_factory=list)
     logp: list = field(default_factory=list)
@@ -601,7 +601,7 @@ class Completion:
 
     def append(self, token, logp, end_id):
         if len(self.ids) == self.limit:
-            self.ended = True  # full; its last token was read too, in case it is <gen_emb>
+            self.ended = True  # full; one more step has read its last token, which may be <gen_emb>
             return
         self.ids.append(token)
         self.logp.append(logp)

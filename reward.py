@@ -18,8 +18,8 @@ ranking, and the gap separates rollouts that have the same share.
 Edge cases (the paper does not define them; tests/test_reward.py fixes them):
 - An invalid own rollout has R_emb 0. S+ and S- exclude invalid rollouts of the other side, but the divisor of the
   share stays G. Without a valid positive the reward is 0. Without a valid negative, mean S- counts as 0.
-- Ties at the border of top_G go to the negatives: a positive must be strictly better than a negative to pass it.
-- A group without spread, or of one rollout, has advantage exactly 0 (not rounding noise divided by 1e-4).
+- Negatives win ties at the border of top_G, so a positive must be strictly better than a negative to displace it.
+- If all rewards of a group are equal, or it has one rollout, A is exactly 0 and not rounding noise divided by 1e-4.
 
 Shapes: P pairs, G rollouts per side, D dimensions, N = P*G rollouts of one side.
 """
@@ -51,24 +51,6 @@ def _tags_in_order(text: str) -> bool:
     return True
 
 
-def total_reward(weights: dict, texts, own, other, valid=None, same_target=None) -> tuple[Tensor, dict]:
-    """Return R of the rollouts `own`, the weighted sum [P, G] of the rewards in `weights`, and {name: [P, G]}.
-
-    weights {name: number}, a reward of weight 0 is only reported; texts: P lists of G texts of `own`; the other
-    arguments as in embedding_reward_parts, for the complete global batch.
-    """
-    found = {}
-    total = torch.zeros(own.shape[:2], device=own.device)
-    for name, weight in weights.items():
-        reward = REWARDS[name](texts, own, other, valid, same_target).to(own.device)
-        if reward.shape != total.shape:  # it would broadcast, perhaps over the wrong axis
-            raise ValueError(f"the reward {name} has shape {list(reward.shape)}, not [P, G] = {list(total.shape)}")
-        found[name] = reward
-        if weight:  # a NaN times 0 is NaN
-            total = total + weight * reward
-    return total, found
-
-
 def embedding_reward(own: Tensor, other: Tensor, valid=None, same_target=None) -> Tensor:
     """Return R_emb, [P, G], of the rollouts `own` against the rollouts `other`; arguments as in
     embedding_reward_parts."""
@@ -86,15 +68,15 @@ def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=N
     P, G, _ = own.shape
     if valid is None:
         valid = torch.ones(2, P, G, dtype=torch.bool, device=own.device)
-    masked = torch.eye(P, dtype=torch.bool, device=own.device)  # a pair is not its own negative
+    excluded = torch.eye(P, dtype=torch.bool, device=own.device)  # a pair is not its own negative
     if same_target is not None:
-        masked = masked | same_target
+        excluded = excluded | same_target
 
     cos = _unit(own, valid[0]) @ _unit(other, valid[1]).T  # [N, N]
-    is_neg = (~masked).repeat_interleave(G, 0)[:, :, None] & valid[1]  # [N, P, G]
-    is_neg = is_neg.reshape(P * G, P * G)
+    is_neg = (~excluded).repeat_interleave(G, 0)[:, :, None] & valid[1]  # [N, P, G]
+    is_neg = is_neg.reshape(P * G, P * G)  # true on the S- of each row
     own_pair = torch.arange(P, device=own.device).repeat_interleave(G)
-    positives = cos.view(P * G, P, G)[torch.arange(P * G, device=own.device), own_pair]  # [N, G]
+    positives = cos.view(P * G, P, G)[torch.arange(P * G, device=own.device), own_pair]  # [N, G], S+
     is_pos = valid[1].repeat_interleave(G, 0)  # [N, G]
 
     # Only the G best negatives can be in top_G. They come first, so the stable sort prefers them in a tie.
@@ -111,15 +93,6 @@ def embedding_reward_parts(own: Tensor, other: Tensor, valid=None, same_target=N
     return share.view(P, G), gap.view(P, G)
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Return A, [P, G] -> [P, G]: compare every rollout with the mean of its group."""
-    if rewards.shape[1] == 1:  # the unbiased std of one value is undefined
-        return torch.zeros_like(rewards)
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
-
-
 # The rewards by name, for rl.py --reward_weights. Each is a function of the global batch and returns [P, G]. Its
 # arguments are P lists of G texts of `own`, then those of embedding_reward. A new reward needs a function and a line.
 REWARDS = {
@@ -129,6 +102,33 @@ REWARDS = {
     "share": lambda texts, own, other, valid, same_target: embedding_reward_parts(own, other, valid, same_target)[0],
     "gap": lambda texts, own, other, valid, same_target: embedding_reward_parts(own, other, valid, same_target)[1],
 }
+
+
+def total_reward(weights: dict, texts, own, other, valid=None, same_target=None) -> tuple[Tensor, dict]:
+    """Return R of the rollouts `own`, the weighted sum [P, G] of the rewards in `weights`, and {name: [P, G]}.
+
+    weights {name: number}, a reward of weight 0 is only reported; texts: P lists of G texts of `own`; the other
+    arguments as in embedding_reward_parts, for the complete global batch.
+    """
+    parts = {}
+    total = torch.zeros(own.shape[:2], device=own.device)
+    for name, weight in weights.items():
+        reward = REWARDS[name](texts, own, other, valid, same_target).to(own.device)
+        if reward.shape != total.shape:  # it would broadcast, perhaps over the wrong axis
+            raise ValueError(f"the reward {name} has shape {list(reward.shape)}, not [P, G] = {list(total.shape)}")
+        parts[name] = reward
+        if weight:  # a NaN times 0 is NaN
+            total = total + weight * reward
+    return total, parts
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Return A, [P, G] -> [P, G]: compare every rollout with the mean of its group."""
+    if rewards.shape[1] == 1:  # the unbiased std of one value is undefined
+        return torch.zeros_like(rewards)
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
 
 
 def _unit(x: Tensor, valid: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Stage 2: reinforcement learning of the reasoning with GRPO.
 
-For every prompt (query or target) the policy samples G completions <think>..</think><answer>..<gen_emb>. Their
-embeddings and texts give the rewards (reward.py), the rewards of a group give its advantages, and each token t of
-completion i contributes
+For every prompt (query or target) the policy samples a group of G completions <think>..</think><answer>..<gen_emb>,
+also called rollouts. Their embeddings and texts give the rewards (reward.py), and the rewards of a group give its
+advantages A_i. Token t of completion i has the loss
 
     l_it = -min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) + beta * k3(ref_it - logp_it)
     r_it = exp(logp_it - old_it),   k3(x) = exp(x) - x - 1,   loss = mean_i sum_t l_it / norm
 
-with the mean over all completions of the global batch and norm = --max_new_tokens. The reference is the SFT model. The
-embeddings carry no gradient: RL changes them only through the sampled text and through the shared weights. A step has
-four blocks: rollout, reward, advantage, update.
+logp, old and ref are the token's log-probabilities under the policy, the policy that sampled it and the SFT model. The
+mean is over all completions of the global batch, and norm = --max_new_tokens. The embeddings carry no gradient, so RL
+changes them only through the sampled text and the shared weights. A step has four blocks (`main`).
 
 Shapes: p pairs of this rank, P pairs of the global batch, G rollouts per prompt, n groups of a forward pass, T tokens
 of their longest completion, M tokens of all their completions, D dimensions.
@@ -21,7 +21,7 @@ Departures from the paper or the official code
  3. Negatives are the rollouts of all other targets of the global batch (32 pairs: 31 x 8). The official code uses one
     micro-step (15 x 8). Pairs with the same target are not negatives (the paper: --mask_same_target false).
  4. The vision tower is frozen, so its features are computed once per step. The official run trains it (--train_vision).
- 5. A completion without <gen_emb> gets format 0 and no embedding reward. The official code embeds that of the prompt.
+ 5. A completion without <gen_emb> gets format 0 and embedding reward 0. The official code reads the prompt's <gen_emb>.
  6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
  7. Each batch holds one dataset, in shuffled order. Bad rows are masked out and listed (data.py, 1. and 2.).
  8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper). AdamW's second beta is 0.98.
@@ -86,8 +86,7 @@ class Settings:
     steps: int = setting(345, "optimiser steps (345 in 2b: one epoch of 11 K pairs)")
     batch_size: int = setting(32, "pairs per step over all ranks; each gives a query prompt and a target prompt")
     micro_batch: int = setting(8, "prompts decoded at once; changes only memory and time")
-    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; changes only memory and "
-                                                  "time")
+    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; changes only memory and time")
     update_batch: int = setting(2, "groups per forward pass of the update; changes only memory and time")
     G: int = setting(8, "rollouts per prompt")
     max_new_tokens: int = setting(2048, "most tokens of a completion; also the constant norm of the loss")
@@ -141,7 +140,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 
     The loss has a clipped ratio, a k3 KL to the reference and a constant length normalisation (Dr. GRPO). The clip acts
     only if several optimiser steps use one batch of rollouts; rl.py takes one step, as the paper does.
-    B completions of one pass. logp, old_logp, ref_logp [B, T]: log-probabilities of the sampled tokens under the policy
+    B: completions of a pass. logp, old_logp, ref_logp [B, T]: log-probabilities of the sampled tokens under the policy
     (with gradient), the policy that sampled them, and the reference. advantages [B]. mask [B, T] is 1 on the tokens of
     the completion, <|im_end|> included.
     """
@@ -246,15 +245,15 @@ class Group:
 
 
 def micro_batches(groups, n):
-    """Return lists of n groups of similar lengths. The longest come first: no gradients use memory yet, and an
-    out-of-memory error shows at once."""
+    """Return the groups of an update as lists of n with similar lengths. The longest come first, because no gradients
+    use memory yet, and because an out-of-memory error then shows at once."""
     by_length = sorted(groups, key=lambda g: len(g.row.ids) + sum(map(len, g.rollouts.ids)), reverse=True)
     return [by_length[start : start + n] for start in range(0, len(groups), n)]
 
 
 @dataclass
 class PackedGroup:
-    """A prompt and its G completions as one row [prompt | c1 | .. | cG]; every completion continues the prompt."""
+    """A prompt and its G completions as one row [prompt | c1 | .. | cG]. Positions start again after the prompt."""
 
     row: Row
     segments: np.ndarray  # [L] 0 prompt, g + 1 completion g
@@ -263,7 +262,8 @@ class PackedGroup:
 
 
 def pack_group(row, rollouts):
-    """Return the PackedGroup of a prompt's Row and its Rollouts."""
+    """Return the PackedGroup of a prompt's Row and its Rollouts. Under tree_mask, each completion has the same rotary
+    positions and keys as in a row of its own, so its states are equal too."""
     n = row.n_prompt
     segments = [np.zeros(n, int)]
     positions = [row.positions[:, :n]]
@@ -282,10 +282,10 @@ def pack_group(row, rollouts):
 
 
 def tree_mask(segments, device):
-    """Return the mask, bool [B, 1, L, L]. A token attends to earlier tokens of the prompt and of its own completion.
+    """Return the attention mask, bool [B, 1, L, L]. A token attends to the prompt and its own completion up to itself.
 
            p1 p2 a1 a2 b1 b2        Prompt p, completions a and b.
-        p2  1  1  .  .  .  .        Each row is one query, each column one key.
+        p2  1  1  .  .  .  .        Each row is an attention query, each column a key.
         a1  1  1  1  .  .  .        Completions do not see each other.
         a2  1  1  1  1  .  .
         b1  1  1  .  .  1  .        Pads (segment -1) see the prompt and pads.
@@ -318,8 +318,8 @@ def pack_groups(embedder, groups):
     device = embedder.device
     packed = [pack_group(group.row, group.rollouts) for group in groups]
     completions = [ids for group in groups for ids in group.rollouts.ids]  # n * G
-    mask = tree_mask([p.segments for p in packed], device)
-    batch = embedder.pad_rows([p.row for p in packed], mask)
+    attention = tree_mask([p.segments for p in packed], device)
+    batch = embedder.pad_rows([p.row for p in packed], attention)
     L = batch.ids.shape[1]
     T = max(map(len, completions))
     embed_at, group_of_embedding, predict, labels, mask_at = int_tensors(
@@ -341,12 +341,12 @@ def padded(flat, packed):
 
 
 def anchor_loss(embeddings, ref_embeddings, group_of_embedding, ok):
-    """Return the sum over the usable groups of their mean 1 - cosine to the embeddings of the reference, a scalar.
-    embeddings x2 [N, D], group_of_embedding [N], ok [n], 0 or 1"""
-    away = 1 - (embeddings * ref_embeddings).sum(-1)  # [N]
-    of_group = torch.zeros_like(ok).index_add(0, group_of_embedding, away)  # [n]
-    of_group = of_group / torch.zeros_like(ok).index_add(0, group_of_embedding, torch.ones_like(away))
-    return (of_group * ok).sum()
+    """Return the scalar sum over usable groups of each group's mean of 1 - cosine(embedding, reference's embedding).
+    embeddings and ref_embeddings [N, D], group_of_embedding [N], ok [n], 0 or 1"""
+    distance = 1 - (embeddings * ref_embeddings).sum(-1)  # [N]
+    sums = torch.zeros_like(ok).index_add(0, group_of_embedding, distance)  # [n]
+    counts = torch.zeros_like(ok).index_add(0, group_of_embedding, torch.ones_like(distance))  # [n]
+    return (sums / counts * ok).sum()
 
 
 class Figures:
@@ -370,29 +370,29 @@ class Figures:
 def update(model, reference, batches, args):
     """Add the gradients of this rank's groups to .grad; return the metrics. batches: from micro_batches().
 
-    Each batch of rollouts is used for one optimiser step, so the current policy has sampled it: the ratio is 1, and its
-    gradient is that of the log-probability. The old log-probabilities come from this pass, because those of the decode
-    loop differ by rounding.
+    Each batch of rollouts serves one optimiser step, so the current policy is the one that sampled it. The ratio is 1,
+    and its gradient equals the gradient of the log-probability. logp.detach() of this pass serves as the old
+    log-probabilities, because those of the decode loop differ by rounding.
     """
     embedder = without_ddp(model)
     device = embedder.device
     _, world = processes()
     num_ok = sum(float(group.ok) for groups in batches for group in groups)
     num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all ranks, queries and targets
-    figures = Figures()
+    metrics = Figures()
     for groups in batches:
         stop_if_asked()
         packed = pack_groups(embedder, groups)
-        asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels)
-        asked |= dict(temperature=args.temperature, ban=True)  # as in sampling
+        request = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels)
+        request |= dict(temperature=args.temperature, ban=True)  # as in sampling
         ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], 0 for skipped pairs
         advantages = torch.cat([group.advantages for group in groups])  # [n * G]
 
         with torch.no_grad():  # the reference runs first: no graph is in memory yet
-            ref = reference(packed.batch, **asked)
+            ref = reference(packed.batch, **request)
         with no_gradient_sync(model, is_last=groups is batches[-1]):
-            out = model(packed.batch, **asked)
+            out = model(packed.batch, **request)
             logp = padded(out.logp, packed)  # [n * G, T]
             loss, stats = grpo_loss(
                 logp, logp.detach(), padded(ref.logp, packed), advantages, mask,
@@ -401,12 +401,12 @@ def update(model, reference, batches, args):
             # grpo_loss is the mean over this batch; weight it to get the mean over the groups of all ranks
             loss = loss * len(groups) / num_groups
             anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_embedding, ok) / num_groups
-            (world * (loss + args.w_anchor * anchor)).backward()  # undo the average of DDP and FSDP over the ranks
+            (world * (loss + args.w_anchor * anchor)).backward()  # undoes the division by world, see sft.contrast
 
         sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]
         mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # of decode loop and update
         tokens = mask.sum()
-        figures.add(
+        metrics.add(
             loss=loss,
             anchor=anchor,
             tokens=tokens,
@@ -414,9 +414,9 @@ def update(model, reference, batches, args):
             logp_mismatch=(padded(mismatch, packed) * mask).sum(),
             **{name: mean * tokens for name, mean in stats.items()},
         )
-    figures = figures.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
-    figures["loss"] += args.w_anchor * figures["anchor"]
-    return figures
+    totals = metrics.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
+    totals["loss"] += args.w_anchor * totals["anchor"]
+    return totals
 
 
 def summary(rewards, parts, advantages, rollouts, ok):
@@ -461,7 +461,7 @@ def main():
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)  # has no effect: these backbones have no dropout
+    torch.manual_seed(args.seed)  # for backbones with dropout; Qwen's have none
 
     # policy and frozen reference
     load_on = "cpu" if args.fsdp else device  # shard() moves it to the GPUs
@@ -501,9 +501,9 @@ def main():
             # reward and advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
             advantages = group_advantages(rewards.flatten(0, 1))  # [2p, G]
-            reward_sum = float(all_sum(rewards.sum()))  # group_advantages would turn NaN into 0
-            figures = summary(rewards, parts, advantages, rollouts, ok)
-            figures["rollout_s"] = loop.seconds()
+            reward_sum = float(all_sum(rewards.sum()))  # checked below, because group_advantages turns NaN into 0
+            metrics = summary(rewards, parts, advantages, rollouts, ok)
+            metrics["rollout_s"] = loop.seconds()
             tokens = int(all_sum(torch.tensor(sum(len(ids) for r in rollouts for ids in r.ids))))
 
             # update
@@ -513,7 +513,7 @@ def main():
             norm = clip_gradients(optimizer, args.clip)
             checked = {"loss": stats["loss"], "gradient norm": norm, "sum of rewards": reward_sum}
             loop.apply_gradients(step, pairs, lr, checked)
-            loop.end_step(step, pairs, {**figures, **stats, "grad_norm": norm, "lr": lr}, tokens)
+            loop.end_step(step, pairs, {**metrics, **stats, "grad_norm": norm, "lr": lr}, tokens)
         save_model(embedder, args.out)  # inside the loop: if this fails, the loop saves a checkpoint
     end_run(args, settings)
 

@@ -4,12 +4,12 @@ For a pair (query q, target t) with annotated reasoning and summaries the loss i
 
     L = w_disc * InfoNCE(disc_q, disc_t) + w_gen * InfoNCE(gen_q, gen_t) + w_ce * (CE_q + CE_t)
 
-disc and gen are the two embeddings (model.py). InfoNCE is symmetric, with temperature tau = 0.02. CE is the next-token
-loss, the mean over the assistant's tokens of all queries (or targets) of the global batch. --w_gen 0 --w_ce 0 gives the
-paper's discriminative baseline DUME.
+disc and gen are the states at two special tokens (model.py). InfoNCE is symmetric, with temperature tau = 0.02. CE_q
+and CE_t are next-token losses: means over all answer tokens of the global batch's queries and of its targets. With
+--w_gen 0 --w_ce 0 this is DUME, the paper's discriminative baseline.
 
-Shapes: b pairs of this rank, B pairs of the global batch, n rows of a micro-batch, M tokens of their answers, L tokens
-of the longest row, D dimensions.
+A row is the token sequence of a query or a target. Its answer is the assistant's part. Shapes: b pairs of this rank,
+B pairs of the global batch, n rows of a micro-batch, M tokens of their answers, L of the longest row, D dimensions.
 
 Departures from the paper or the official code
  1. The negatives are the complete global batch of an optimiser step (GradCache). The official code uses the 256 pairs
@@ -184,23 +184,23 @@ def contrastive_loss(x, args, same_target=None):
 def sft_step(model, pairs, args):
     """Add the gradients of one step to .grad; return the loss parts and the number of tokens of all ranks.
 
-    Three passes (GradCache, Gao et al. 2021): the contrastive loss needs all embeddings of the global batch at once,
-    but the memory holds the graph of only one micro-batch. pairs: the b pairs of this rank.
+    The contrastive loss needs all embeddings of the global batch at once, but the memory holds the graph of only one
+    micro-batch. Three passes solve this (GradCache, Gao et al. 2021). pairs: the b pairs of this rank.
     """
     embedder = without_ddp(model)
     step = rows_of_step(pairs, args.micro_batch, embedder.device)
     if not args.train_vision:
         embedder.share_vision(step.rows, 2 * args.micro_batch)
 
-    # 1. embed all micro-batches; only the first has a graph, which pass 3 uses again
+    # 1. embed all micro-batches, only the first with a graph: pass 3 reuses it, which saves one forward pass
     embeddings, first_pass = embed_all(model, step, args)  # [2b, 2, D]
 
     # 2. contrastive loss of the global batch, and its gradient for the embeddings of this rank
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
-    # 3. run the other micro-batches again with graphs; backpropagate that gradient and the next-token loss
-    ce = all_sum(backward_all(model, step, gradient, args, first_pass))  # [2]
-
+    # 3. embed the other micro-batches again with graphs; backpropagate that gradient and the next-token loss
+    ce = backward_all(model, step, gradient, args, first_pass)  # [2], this rank's part
+    ce = all_sum(ce)
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
     values = torch.stack([*parts.values()]).tolist()
     num_tokens = sum(len(row.ids) for row in step.rows)
@@ -241,9 +241,9 @@ def rows_of_step(pairs, micro_batch, device):
 def embed_micro_batch(net, step, numbers, next_token):
     """Return the embeddings [n, 2, D] (disc, gen) of one micro-batch and the CE [2] of queries and of targets.
 
-    Without next_token the CE is None. net: the model, inside DDP only for a pass with a graph. numbers: indices of the
-    n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state that no loss reads. Flat
-    indices refer to [n, L] flattened.
+    Without next_token the CE is None. net: the DDP model for a pass with a graph, otherwise the bare embedder. numbers:
+    indices of the n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state that no loss
+    reads. Flat indices refer to [n, L] flattened. The state at index i - 1 predicts the token at index i.
     """
     device = step.side.device
     rows = [step.rows[n] for n in numbers]
@@ -262,20 +262,20 @@ def embed_micro_batch(net, step, numbers, next_token):
 
 
 def embed_all(model, step, args):
-    """Run pass 1; return the embeddings [2b, 2, D] and the result of the first micro-batch with its graph.
-    The first micro-batch is the largest. It runs last, so only its graph is in memory."""
+    """Run pass 1; return the embeddings [2b, 2, D] and (embeddings, CE) of the first micro-batch with their graph.
+    That micro-batch is the largest. It runs last here and first in pass 3, so its graph is alone in memory."""
     embedder = without_ddp(model)
     embeddings = torch.zeros(len(step.rows), 2, embedder.width, device=embedder.device)
     first, *others = zip(step.micro_batches, step.row_indices)
     if uses_embeddings(args):
-        for numbers, indices in others:
+        for micro_batch, indices in others:
             stop_if_asked()
             with torch.no_grad():
-                embeddings[indices], _ = embed_micro_batch(embedder, step, numbers, next_token=False)
+                embeddings[indices], _ = embed_micro_batch(embedder, step, micro_batch, next_token=False)
     stop_if_asked()
-    numbers, indices = first
-    with no_gradient_sync(model, is_last=not others):
-        first_pass = embed_micro_batch(model, step, numbers, bool(args.w_ce))
+    micro_batch, indices = first
+    with no_gradient_sync(model, is_last=not others):  # DDP decides in the forward pass whether backward averages
+        first_pass = embed_micro_batch(model, step, micro_batch, bool(args.w_ce))
     embeddings[indices] = first_pass[0].detach()
     return embeddings, first_pass
 
@@ -284,19 +284,18 @@ def contrast(embeddings, pairs, args):
     """Run pass 2 on embeddings [2b, 2, D]; return loss, {name: term} and gradient [2b, 2, D]."""
     rank, world = processes()
     device, b = embeddings.device, len(pairs)
-    ok = require_usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
+    usable = require_usable(pairs).nonzero()[:, 0].to(device)  # indices of usable pairs in the global batch
     keys = gather(torch.tensor([pair.target_key for pair in pairs], device=device))  # [B]
     own_embeddings = torch.cat([embeddings[:b], embeddings[b:]], dim=1).requires_grad_()  # [b, 4, D]
-    global_index = torch.arange(b, device=device) * world + rank  # [b] of this rank's pairs
-    # gather() passes no gradient. Each rank puts its own rows back with gradient, so it gets the derivative of the
-    # global loss with respect to its own embeddings. DDP and FSDP then average over the ranks, which divides by world;
-    # `loss * world` in backward_all undoes that, so the gradient is the sum over ranks, as on one device.
-    gathered = gather(own_embeddings)  # [B, 4, D]
-    gathered = gathered.index_put((global_index,), own_embeddings)
+    global_index = torch.arange(b, device=device) * world + rank  # [b], where gather() puts this rank's pairs
+    # gather() passes no gradient, and none is needed. Every rank computes the same global loss and differentiates it
+    # with respect to its own embeddings only. The weight gradients of all ranks then sum to that of one device.
+    # DDP and FSDP average over the ranks instead of summing, and `loss * world` in backward_all undoes the division.
+    gathered = gather(own_embeddings).index_put((global_index,), own_embeddings)  # [B, 4, D]
     same_target = None
     if args.mask_same_target:
-        same_target = (keys[:, None] == keys[None, :])[ok][:, ok]
-    loss, terms = contrastive_loss(gathered[ok], args, same_target)
+        same_target = (keys[:, None] == keys[None, :])[usable][:, usable]
+    loss, terms = contrastive_loss(gathered[usable], args, same_target)
     (gradient,) = torch.autograd.grad(loss, own_embeddings)
     terms = {name: term.detach() for name, term in terms.items()}
     return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
@@ -306,18 +305,18 @@ def backward_all(model, step, gradient, args, first_pass):
     """Run pass 3; return this rank's part of the CE [2] of queries and of targets."""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
-    for numbers, indices in zip(step.micro_batches, step.row_indices):
+    for micro_batch, indices in zip(step.micro_batches, step.row_indices):
         stop_if_asked()
-        with no_gradient_sync(model, is_last=numbers is step.micro_batches[-1]):
-            if numbers is step.micro_batches[0]:
+        with no_gradient_sync(model, is_last=micro_batch is step.micro_batches[-1]):
+            if micro_batch is step.micro_batches[0]:
                 embeddings, ce = first_pass
             else:
-                embeddings, ce = embed_micro_batch(model, step, numbers, bool(args.w_ce))
+                embeddings, ce = embed_micro_batch(model, step, micro_batch, bool(args.w_ce))
             loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw (chain rule)
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()
                 total_ce += ce.detach()
-            (loss * world).backward()  # undo the average over ranks, see contrast()
+            (loss * world).backward()  # undoes the division by world, see contrast()
     return total_ce
 
 
@@ -354,7 +353,7 @@ def main():
     settings = begin_run(args, lambda file: str(index_rows(file, row_check, args.cache)["digest"]))
     if settings is None:
         return
-    torch.manual_seed(args.seed)  # has no effect: these backbones have no dropout
+    torch.manual_seed(args.seed)  # for backbones with dropout; Qwen's have none
 
     # model: the ViT blocks are frozen; merger and language model are trained
     embedder = Embedder.from_pretrained(args.model, device="cpu" if args.fsdp else device)
