@@ -18,7 +18,6 @@ Shapes: N inputs, S answers to each, D dimensions.
 """
 
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,8 +174,8 @@ def read_answers(path, keys, items):
 
 def ablate_trace(texts):
     """Return {"removed": texts without reasoning, "swapped": texts with the next different reasoning of the list}."""
-    parts = [re.fullmatch("(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
-    reasonings = [part[2] for part in parts if part]
+    parts = [parts_around_reasoning(text) for text in texts]
+    reasonings = [part[1] for part in parts if part]
     n = len(reasonings)
     other = list(reasonings)  # the next different reasoning; the same one if all are equal
     for i in reversed(range(2 * n)):  # twice, because the list is a ring
@@ -185,10 +184,20 @@ def ablate_trace(texts):
     others = iter(other)
     ablated = {"removed": [], "swapped": []}
     for text, part in zip(texts, parts):
-        before, _, after = part.groups() if part else (text, "", "")
+        before, _, after = part or (text, "", "")
         ablated["removed"].append(before + after)
         ablated["swapped"].append(before + (next(others) if part else "") + after)
     return ablated
+
+
+def parts_around_reasoning(text):
+    """Return (text up to <think>, reasoning, text from </think>), None if a tag is missing. A regular expression would
+    take quadratic time on a text that repeats <think>."""
+    start = text.find("<think>") + len("<think>")
+    end = text.find("</think>", start)
+    if "<think>" not in text or end < 0:
+        return None
+    return text[:start], text[start:end], text[end:]
 
 
 def embed_ablated(cache, keys, items, greedy):
