@@ -54,7 +54,8 @@ def after_freeing(blocks):
     return peak_above(needs_100)[0], careless
 
 
-@pytest.mark.parametrize("blocks", [8, 800, 20_000])
+@pytest.mark.parametrize("blocks", [8, pytest.param(800, marks=pytest.mark.slow),
+                                    pytest.param(20_000, marks=pytest.mark.slow)])  # fmt: skip
 def test_freed_memory_hides_no_peak(blocks):
     """A function that only reuses pages that loading has freed still shows its peak. The careless value does not."""
     found, careless = in_fresh_process("test_bench", f"after_freeing({blocks})")

@@ -180,7 +180,7 @@ def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_pat
     assert (tmp_path / "model.safetensors").exists() and len(read_log(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 1), (2, 1)])
+@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes, workers):
     """Bug story: with a disk that does not answer, here or in a worker, no step began any more, so nothing acted on
     SIGTERM."""
