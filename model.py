@@ -355,7 +355,7 @@ class Embedder(nn.Module):
         """
         slots = max(slots, G)
         decoder = Decoder(self.backbone, slots, self.compute_dtype)
-        queue = Waiting(prompts, self.device)
+        queue = PromptQueue(prompts, self.device)
         live = []  # completions, by row of the cache
         ended_of = {}  # prompt -> its ended completions, until all G have ended
 
@@ -533,7 +533,7 @@ class Embedder(nn.Module):
     def read_once(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
         """Yield (prompt, Rollouts) like generate(), but with one rollout each and without decoding. Each prompt's row
         already contains the assistant's text, or has none because only disc is wanted."""
-        queue = Waiting(prompts, self.device)
+        queue = PromptQueue(prompts, self.device)
         while part := queue.take(batch_size, prefill_tokens):
             results = [(prompt, None) for prompt in part if prompt.row is None]
             readable = [prompt for prompt in part if prompt.row is not None]
@@ -608,7 +608,7 @@ class Completion:
         self.ended = token == end_id
 
 
-class Waiting:
+class PromptQueue:
     """A queue of prompts with one item of lookahead."""
 
     def __init__(self, prompts, device):

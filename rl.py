@@ -349,7 +349,7 @@ def anchor_loss(embeddings, ref_embeddings, group_of_embedding, ok):
     return (sums / counts * ok).sum()
 
 
-class Figures:
+class StepMetrics:
     """The metrics of a step, added up over micro-batches and ranks."""
 
     def __init__(self):
@@ -379,7 +379,7 @@ def update(model, reference, batches, args):
     _, world = processes()
     num_ok = sum(float(group.ok) for groups in batches for group in groups)
     num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all ranks, queries and targets
-    metrics = Figures()
+    metrics = StepMetrics()
     for groups in batches:
         stop_if_asked()
         packed = pack_groups(embedder, groups)

@@ -188,22 +188,22 @@ def sft_step(model, pairs, args):
     micro-batch. Three passes solve this (GradCache, Gao et al. 2021). pairs: the b pairs of this rank.
     """
     embedder = without_ddp(model)
-    step = rows_of_step(pairs, args.micro_batch, embedder.device)
+    step_rows = rows_of_step(pairs, args.micro_batch, embedder.device)
     if not args.train_vision:
-        embedder.share_vision(step.rows, 2 * args.micro_batch)
+        embedder.share_vision(step_rows.rows, 2 * args.micro_batch)
 
     # 1. embed all micro-batches, only the first with a graph: pass 3 reuses it, which saves one forward pass
-    embeddings, first_pass = embed_all(model, step, args)  # [2b, 2, D]
+    embeddings, first_result = embed_all(model, step_rows, args)  # [2b, 2, D]
 
     # 2. contrastive loss of the global batch, and its gradient for the embeddings of this rank
     loss, terms, gradient = contrast(embeddings, pairs, args)  # gradient [2b, 2, D]
 
     # 3. embed the other micro-batches again with graphs; backpropagate that gradient and the next-token loss
-    ce = backward_all(model, step, gradient, args, first_pass)  # [2], this rank's part
+    ce = backward_all(model, step_rows, gradient, args, first_result)  # [2], this rank's part
     ce = all_sum(ce)
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
     values = torch.stack([*parts.values()]).tolist()
-    num_tokens = sum(len(row.ids) for row in step.rows)
+    num_tokens = sum(len(row.ids) for row in step_rows.rows)
     return dict(zip(parts, values)), int(all_sum(torch.tensor(num_tokens)))
 
 
@@ -238,15 +238,15 @@ def rows_of_step(pairs, micro_batch, device):
     return StepRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices)
 
 
-def embed_micro_batch(net, step, numbers, next_token):
+def embed_micro_batch(net, step_rows, micro_batch, next_token):
     """Return the embeddings [n, 2, D] (disc, gen) of one micro-batch and the CE [2] of queries and of targets.
 
-    Without next_token the CE is None. net: the DDP model for a pass with a graph, otherwise the bare embedder. numbers:
-    indices of the n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state that no loss
-    reads. Flat indices refer to [n, L] flattened. The state at index i - 1 predicts the token at index i.
+    Without next_token the CE is None. net: the DDP model for a pass with a graph, otherwise the bare embedder.
+    micro_batch: indices of the n rows. If a row has no <disc_emb> or <gen_emb>, its embedding is an arbitrary state
+    that no loss reads. Flat indices refer to [n, L] flattened. The state at index i - 1 predicts the token at index i.
     """
-    device = step.side.device
-    rows = [step.rows[n] for n in numbers]
+    device = step_rows.side.device
+    rows = [step_rows.rows[n] for n in micro_batch]
     batch = without_ddp(net).pad_rows(rows)
     L = batch.ids.shape[1]
     embed_at = [j * L + max(at, 0) for j, row in enumerate(rows) for at in (row.disc_at, row.gen_at)]  # [2n]
@@ -254,30 +254,30 @@ def embed_micro_batch(net, step, numbers, next_token):
         (embed_at,) = int_tensors(device, embed_at)
         return net(batch, embed_at=embed_at).embeddings.view(len(rows), 2, -1), None
     answers = [j * L + t for j, row in enumerate(rows) for t in range(row.n_prompt, len(row.ids))]  # [M]
-    row_of = [n for n, row in zip(numbers, rows) for _ in range(row.n_prompt, len(row.ids))]  # [M]
+    row_of = [n for n, row in zip(micro_batch, rows) for _ in range(row.n_prompt, len(row.ids))]  # [M]
     embed_at, answers, row_of = int_tensors(device, embed_at, answers, row_of)
     out = net(batch, embed_at=embed_at, predict=answers - 1, labels=batch.ids.flatten()[answers])
-    ce = torch.zeros(2, device=device).index_add(0, step.side[row_of], -out.logp * step.ce_weight[row_of])
+    ce = torch.zeros(2, device=device).index_add(0, step_rows.side[row_of], -out.logp * step_rows.ce_weight[row_of])
     return out.embeddings.view(len(rows), 2, -1), ce
 
 
-def embed_all(model, step, args):
+def embed_all(model, step_rows, args):
     """Run pass 1; return the embeddings [2b, 2, D] and (embeddings, CE) of the first micro-batch with their graph.
     That micro-batch is the largest. It runs last here and first in pass 3, so its graph is alone in memory."""
     embedder = without_ddp(model)
-    embeddings = torch.zeros(len(step.rows), 2, embedder.width, device=embedder.device)
-    first, *others = zip(step.micro_batches, step.row_indices)
+    embeddings = torch.zeros(len(step_rows.rows), 2, embedder.width, device=embedder.device)
+    first, *others = zip(step_rows.micro_batches, step_rows.row_indices)
     if uses_embeddings(args):
         for micro_batch, indices in others:
             stop_if_asked()
             with torch.no_grad():
-                embeddings[indices], _ = embed_micro_batch(embedder, step, micro_batch, next_token=False)
+                embeddings[indices], _ = embed_micro_batch(embedder, step_rows, micro_batch, next_token=False)
     stop_if_asked()
     micro_batch, indices = first
     with no_gradient_sync(model, is_last=not others):  # DDP decides in the forward pass whether backward averages
-        first_pass = embed_micro_batch(model, step, micro_batch, bool(args.w_ce))
-    embeddings[indices] = first_pass[0].detach()
-    return embeddings, first_pass
+        first_result = embed_micro_batch(model, step_rows, micro_batch, bool(args.w_ce))
+    embeddings[indices] = first_result[0].detach()
+    return embeddings, first_result
 
 
 def contrast(embeddings, pairs, args):
@@ -301,17 +301,17 @@ def contrast(embeddings, pairs, args):
     return loss.detach(), terms, torch.cat([gradient[:, :2], gradient[:, 2:]])
 
 
-def backward_all(model, step, gradient, args, first_pass):
+def backward_all(model, step_rows, gradient, args, first_result):
     """Run pass 3; return this rank's part of the CE [2] of queries and of targets."""
     _, world = processes()
     total_ce = torch.zeros(2, device=gradient.device)
-    for micro_batch, indices in zip(step.micro_batches, step.row_indices):
+    for micro_batch, indices in zip(step_rows.micro_batches, step_rows.row_indices):
         stop_if_asked()
-        with no_gradient_sync(model, is_last=micro_batch is step.micro_batches[-1]):
-            if micro_batch is step.micro_batches[0]:
-                embeddings, ce = first_pass
+        with no_gradient_sync(model, is_last=micro_batch is step_rows.micro_batches[-1]):
+            if micro_batch is step_rows.micro_batches[0]:
+                embeddings, ce = first_result
             else:
-                embeddings, ce = embed_micro_batch(model, step, micro_batch, bool(args.w_ce))
+                embeddings, ce = embed_micro_batch(model, step_rows, micro_batch, bool(args.w_ce))
             loss = (embeddings * gradient[indices]).sum()  # its gradient is dL/dE dE/dw (chain rule)
             if args.w_ce:
                 loss = loss + args.w_ce * ce.sum()

@@ -7,7 +7,7 @@ from conftest import MODELS, encoded, generate_all, inputs, random_backbone, scr
 from torch.nn.functional import rms_norm
 
 import model as model_file
-from model import Embedder, Prompt, Waiting
+from model import Embedder, Prompt, PromptQueue
 from support import decode
 from support.backbones import fuse_norms
 from support.decode import Decoder
@@ -171,7 +171,7 @@ def test_waiting_prompts_are_taken_up_to_a_number_of_tokens(writer):
     lengths = [len(row.ids) for row in rows]
     unreadable = Prompt("bad", None, problem="no such file")
     given = iter([Prompt(n, row) for n, row in enumerate(rows)] + [unreadable])
-    waiting = Waiting(given, "cpu")
+    waiting = PromptQueue(given, "cpu")
     assert [p.key for p in waiting.take(9, 1)] == [0]
     two = max(lengths[1:3])
     assert [p.key for p in waiting.take(9, 2 * two)] == [1, 2]
