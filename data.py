@@ -39,7 +39,7 @@ from torch.utils.data import Dataset
 
 from support.backbones import FRAME_RATE, QWEN2_VL
 from support.distributed import forked_loader
-from support.files import Rows
+from support.files import Rows, dataset_of
 from support.formats import (
     DISC,
     GEN,
@@ -258,6 +258,7 @@ class Pair:
     ok: bool
     reason: str  # reason of the skip
     name: str
+    dataset: str
 
 
 class PairData(Dataset):
@@ -289,12 +290,13 @@ class PairData(Dataset):
 
     def __getitem__(self, i):
         name, row = self.rows[i]
+        about = {"name": name, "dataset": dataset_of(row)}
         try:
             query, _ = self.encode_side(row, "qry", name)
             target, key = self.encode_side(row, "pos", name)
         except Skip as error:
-            return Pair(self.stand_in(name), self.stand_in(name), 0, ok=False, reason=str(error), name=name)
-        return Pair(query, target, key, ok=True, reason="", name=name)
+            return Pair(self.stand_in(name), self.stand_in(name), 0, ok=False, reason=str(error), **about)
+        return Pair(query, target, key, ok=True, reason="", **about)
 
     def encode_side(self, row, side, name):
         """Return the Row and the identity of its content."""

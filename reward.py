@@ -7,7 +7,7 @@ Each of P pairs has a query p and its target; G rollouts are sampled for each si
     R_emb   = |S+ ∩ top_G(S+ ∪ S-)| / G  *  (mean S+ - mean S-)   = share * gap
     R_form  = 1 if the text holds <think>..</think>..<answer>..<gen_emb> in this order, else 0
     R       = R_form + R_emb
-    A       = (R - mean_G R) / (std_G R + 1e-4)               std unbiased, over the G rollouts of one prompt
+    A       = (R - mean_G R) / (std_G R + floor)              std unbiased, over the G rollouts of one prompt
 
 and the same with swapped roles for the rollouts of the target.
 
@@ -19,7 +19,7 @@ Edge cases (the paper does not define them; tests/test_reward.py fixes them):
 - An invalid own rollout has R_emb 0. S+ and S- exclude invalid rollouts of the other side, but the divisor of the
   share stays G. Without a valid positive the reward is 0. Without a valid negative, mean S- counts as 0.
 - Negatives win ties at the border of top_G, so a positive must be strictly better than a negative to displace it.
-- If all rewards of a group are equal, or it has one rollout, A is exactly 0 and not rounding noise divided by 1e-4.
+- If all rewards of a group are equal, or it has one rollout, A is exactly 0, not rounding noise divided by the floor.
 
 Shapes: P pairs, G rollouts per side, D dimensions, N = P*G rollouts of one side.
 """
@@ -122,13 +122,17 @@ def total_reward(weights: dict, texts, own, other, valid=None, same_target=None)
     return total, parts
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Return A, [P, G] -> [P, G]: compare every rollout with the mean of its group."""
+def group_advantages(rewards: Tensor, floor=1e-4) -> Tensor:
+    """Return A, [P, G] -> [P, G]: compare every rollout with the mean of its group.
+
+    floor: added to the standard deviation. With the paper's 1e-4, rewards that differ by thousandths give advantages as
+    large as rewards that differ by 1. With a larger floor, a group counts by how much its rewards differ.
+    """
     if rewards.shape[1] == 1:  # the unbiased std of one value is undefined
         return torch.zeros_like(rewards)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [P, 1]
     centred = rewards - rewards.mean(1, keepdim=True)
-    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).where(spread > 0, 0.0)
+    return (centred / (rewards.std(1, keepdim=True) + floor)).where(spread > 0, 0.0)
 
 
 def _unit(x: Tensor, valid: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class Settings:
     beta: float = setting(0.04, "weight of the KL term")
     reward_weights: list[str] = field(default_factory=list, metadata={
         "help": "NAME=WEIGHT of rewards in reward.py; default: format=1 embedding=1 share=0 gap=0; 0: only logged"})
+    std_floor: float = setting(1e-4, "added to the standard deviation of a group's rewards")
     w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
     beta2: float = setting(0.999, "AdamW's second beta")
@@ -419,8 +420,12 @@ def update(model, reference, batches, args):
     return totals
 
 
+SMALL_SPREAD = 0.05  # rewards of a group that differ by less: all rollouts have the same rank, only the gap differs
+
+
 def summary(rewards, parts, advantages, rollouts, ok):
-    """Return the metrics of one step: means over the global batch of rewards, lengths and shares.
+    """Return the metrics of one step: means over the global batch of rewards, lengths and shares. small_spread_share is
+    the share of the squared advantages that comes from groups with a small spread of rewards.
 
     rewards and each of parts [2, p, G]; advantages [2p, G]; rollouts: 2p, queries first; ok bool [p]."""
     p = len(ok)
@@ -440,6 +445,10 @@ def summary(rewards, parts, advantages, rollouts, ok):
         out[f"{name}_target"] = mean(x[1])
     out["invalid_share"] = mean(invalid.float().mean(0))
     out["no_spread_share"] = mean(no_spread.float().mean(0))
+    squares = advantages.square().sum(-1).view(2, p)
+    close = rewards.amax(-1) - rewards.amin(-1) < SMALL_SPREAD  # [2, p]
+    of_close, of_all = all_sum(torch.stack([(squares * close).sum(), squares.sum()]))
+    out["small_spread_share"] = of_close / of_all.clamp(min=1e-9)
     out = {"reward": (out["reward_query"] + out["reward_target"]) / 2, **out}
     return {name: float(x) for name, x in out.items()}
 
@@ -500,7 +509,7 @@ def main():
 
             # reward and advantage
             rewards, parts = rewards_of(embedder, rollouts, pairs, args)  # [2, p, G]
-            advantages = group_advantages(rewards.flatten(0, 1))  # [2p, G]
+            advantages = group_advantages(rewards.flatten(0, 1), args.std_floor)  # [2p, G]
             reward_sum = float(all_sum(rewards.sum()))  # checked below, because group_advantages turns NaN into 0
             metrics = summary(rewards, parts, advantages, rollouts, ok)
             metrics["rollout_s"] = loop.seconds()

@@ -255,7 +255,8 @@ class Loop:
         """Log the step, update the bar, and save a checkpoint if one is due. tokens: count over all ranks."""
         if step == self.start and processes()[0] == 0:
             self.take_over()
-        line = {"step": step + 1, **figures, "skipped": self.list_skipped(step, pairs), "nonfinite": self.nonfinite}
+        line = {"step": step + 1, "dataset": pairs[0].dataset, **figures}
+        line |= {"skipped": self.list_skipped(step, pairs), "nonfinite": self.nonfinite}
         line |= self.speed_figures(step, tokens)
         if processes()[0] == 0:
             self.log.write(json.dumps(line) + "\n")

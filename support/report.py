@@ -492,7 +492,7 @@ def lineage(folder):
 def read_curves(path):
     """Return {"steps": the last step, "curves": {name: [[step, x], ...]}} of a log.jsonl.
 
-    A curve has at most CURVE_POINTS points. Each is the mean over the same number of steps.
+    A curve has at most CURVE_POINTS points. Each is the mean over the datasets of one stretch of steps.
     """
     points = {}
     last = 0
@@ -503,10 +503,21 @@ def read_curves(path):
         last = row["step"]
         for name, x in row.items():
             if name not in NO_CURVE and isinstance(x, (int, float)) and math.isfinite(x):
-                points.setdefault(name, []).append((row["step"], x))
-    curves = {}
-    for name, of_name in points.items():
-        parts = np.array_split(np.array(of_name), min(len(of_name), CURVE_POINTS))
-        means = [part.mean(0) for part in parts]
-        curves[name] = [[round(step), float(f"{x:.4g}")] for step, x in means]
-    return {"steps": last, "curves": curves}
+                points.setdefault(name, []).append((row["step"], x, row.get("dataset", "")))
+    return {"steps": last, "curves": {name: mean_over_datasets(of_name) for name, of_name in points.items()}}
+
+
+def mean_over_datasets(points):
+    """Return [[step, x], ...] of the points [(step, x, dataset), ...]: a step has one dataset, and datasets differ more
+    than a curve moves. A stretch has about three steps of each dataset. A dataset without a step in it keeps its last
+    mean."""
+    num_datasets = len({dataset for *_, dataset in points})
+    most = len(points) if num_datasets == 1 else max(2, len(points) // (3 * num_datasets))
+    latest = {}  # dataset -> mean of x
+    curve = []
+    for stretch in np.array_split(np.arange(len(points)), min(len(points), most, CURVE_POINTS)):
+        steps, values, datasets = zip(*(points[i] for i in stretch))
+        for name in set(datasets):
+            latest[name] = fmean(x for x, dataset in zip(values, datasets) if dataset == name)
+        curve.append([round(fmean(steps)), float(f"{fmean(latest.values()):.4g}")])
+    return curve
