@@ -1,5 +1,4 @@
-"""Checkpoints: state, shapes, kills during a save, other files in the folder, and data.py export.
-Run: pytest tests/test_checkpoint.py"""
+"""Checkpoints: state, shapes, kills during a save, other files in the folder, and data.py export."""
 
 import copy
 import os
@@ -33,9 +32,10 @@ def test_shapes_are_tested_when_tensors_are_restored(tmp_path):
         checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(torch.nn.Linear(3, 4)))
 
 
-@pytest.mark.parametrize("file, content", [("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"),
-                                           ("meta.json", b"[]"), ("meta.json", b'{"step": 2}'),
-                                           ("part-0.safetensors", None)])  # fmt: skip
+@pytest.mark.parametrize("file, content", [
+    ("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"), ("meta.json", b"[]"),
+    ("meta.json", b'{"step": 2}'), ("part-0.safetensors", None),
+])  # fmt: skip
 def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file, content):
     """Broken by a disk, not by a kill. The message has the --resume that continues."""
     model = torch.nn.Linear(3, 4)
@@ -66,8 +66,7 @@ def test_only_our_own_files_are_cleared_away(tmp_path):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypatch, capsys, fsdp):
-    """data.py export of step 2 of 3 writes the weights of that checkpoint, from shards too. eval.py's message for a
-    checkpoint names the command. A folder that has a model is not overwritten, and other folders are no checkpoints."""
+    """data.py export writes the weights of a checkpoint, from shards too, and overwrites no model."""
     argv = flags(tiny_dir, world, tmp_path / "run", steps=3, save_every=2, fsdp=fsdp)
     run_processes(sft, argv, 2) if fsdp else run_here(sft, argv, monkeypatch)
     checkpoint = tmp_path / "run/checkpoints/step-2"
@@ -90,8 +89,7 @@ def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypa
 
 
 def test_thirty_kills_around_the_save(tmp_path):
-    """A child trains and saves without a pause and is killed 30 times in the middle of writing, renaming and deleting.
-    Every resume finds a checkpoint no older than before, with exactly the state of its step."""
+    """Every resume after a kill finds a checkpoint no older than before, with exactly the state of its step."""
     model, optimizer = small()
     want = {0: [p.clone() for p in model.parameters()]}
     for step in range(1, 500):
@@ -108,16 +106,14 @@ def test_thirty_kills_around_the_save(tmp_path):
                 os.write(writing, b".")  # a save begins
                 save_checkpoint(tmp_path, model, optimizer, step, {"a": 1}, keep=2)
             os._exit(0)
-        saves = rng.choice([1, 2, 3])
-        for _ in range(saves):
+        for _ in range(saves := rng.choice([1, 2, 3])):
             os.read(reading, 1)
         time.sleep(rng.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
-        left = list(tmp_path.glob("checkpoints/*"))
-        torn += len(left) > len(list_checkpoints(tmp_path))
+        torn += len(list(tmp_path.glob("checkpoints/*"))) > len(list_checkpoints(tmp_path))
         model, optimizer = small()
         step = load_checkpoint("auto", tmp_path, model, optimizer, {"a": 1})
         assert reached + saves - 1 <= step and len(list_checkpoints(tmp_path)) <= 3
@@ -158,8 +154,7 @@ def train(model, optimizer, steps):
 
 
 def test_checkpoint_restores_model_and_optimizer(tmp_path):
-    """A loaded checkpoint continues bit for bit, with frozen parameters and AdamW's counters. Only `keep` checkpoints
-    stay."""
+    """A loaded checkpoint continues bit for bit, with frozen parameters. Only `keep` checkpoints stay."""
     model, optimizer = small()
     for step in (1, 2, 3, 10):
         train(model, optimizer, 1)
@@ -180,15 +175,14 @@ def test_checkpoint_restores_model_and_optimizer(tmp_path):
 def test_checkpoint_of_the_other_optimizer(tmp_path, fused):
     """A checkpoint of AdamW's fused form, which GPUs run, goes on in the plain one and the reverse."""
     model, _ = small()
-    args = SimpleNamespace(lr=0.1, beta2=0.999)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, SimpleNamespace(lr=0.1, beta2=0.999))
     assert optimizer.defaults["fused"] is False  # on the CPU
-    forms = {False: optimizer, True: torch.optim.AdamW(trained(model), args.lr, weight_decay=0.0, fused=True)}
+    forms = {False: optimizer, True: torch.optim.AdamW(trained(model), 0.1, weight_decay=0.0, fused=True)}
     train(model, forms[fused], 2)
     save_checkpoint(tmp_path, model, forms[fused], 2, {})
     assert load_checkpoint("auto", tmp_path, model, forms[not fused], {}) == 2
     other = copy.deepcopy(model)
-    same = torch.optim.AdamW(trained(other), args.lr, weight_decay=0.0, fused=fused)
+    same = torch.optim.AdamW(trained(other), 0.1, weight_decay=0.0, fused=fused)
     load_checkpoint("auto", tmp_path, other, same, {})
     train(model, forms[not fused], 3)
     train(other, same, 3)
