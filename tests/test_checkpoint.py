@@ -24,12 +24,12 @@ from support.program import BadInput
 
 def test_shapes_are_tested_when_tensors_are_restored(tmp_path):
     """Bug story: a stored Linear(3, 4) was loaded into a Linear(3, 6) silently."""
-    small, large = torch.nn.Linear(3, 4), torch.nn.Linear(3, 6)
-    save_checkpoint(tmp_path, small, torch.optim.AdamW(small.parameters()), 1, {})
+    model, large = torch.nn.Linear(3, 4), torch.nn.Linear(3, 6)
+    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), 1, {})
     with pytest.raises(BadInput, match=r"model/weight has shape \[4, 3\], the model \[6, 3\]"):
         load_checkpoint("auto", tmp_path, large, torch.optim.AdamW(large.parameters()), {})
     with pytest.raises(BadInput, match=r"model/0.weight has shape None, the model \[4, 3\]"):
-        checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(torch.nn.Linear(3, 4)))
+        checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(model))
 
 
 @pytest.mark.parametrize("file, content", [
@@ -47,21 +47,6 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file,
     with pytest.raises(BadInput, match=f"step-2: this checkpoint is broken .*--resume {older} for the one before"):
         load_checkpoint("auto", tmp_path, model, torch.optim.AdamW(model.parameters()), {})
     assert load_checkpoint(older, tmp_path, model, torch.optim.AdamW(model.parameters()), {}) == 1
-
-
-def test_only_our_own_files_are_cleared_away(tmp_path):
-    """Bug story: notes.txt in checkpoints/ ended the save, a copy named step-2-best was deleted as the oldest."""
-    model = torch.nn.Linear(3, 4)
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {}, keep=1)
-        if step == 1:
-            (tmp_path / "checkpoints/notes.txt").write_text("mine")
-            shutil.copytree(tmp_path / "checkpoints/step-1", tmp_path / "checkpoints/step-1-best")
-            (tmp_path / "checkpoints/step-best").mkdir()
-            (tmp_path / "checkpoints/step-9").mkdir()  # as a kill leaves one
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["notes.txt", "step-1-best", "step-3", "step-best"]
-    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -122,20 +107,25 @@ def test_thirty_kills_around_the_save(tmp_path):
     assert torn > 2  # the kills did hit savings
 
 
-def test_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
-    """A kill while an old checkpoint is deleted leaves a folder that resume refuses and the next save clears away."""
-    model, optimizer = small()
+def test_which_folders_are_cleared_away(tmp_path, monkeypatch):
+    """Bug story: notes.txt in checkpoints/ ended the save, and a copy named step-2-best was deleted."""
+    (model, optimizer), folder = small(), tmp_path / "checkpoints"
     train(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, 1, {})
-    with monkeypatch.context() as patch:
+    (folder / "notes.txt").write_text("mine")
+    shutil.copytree(folder / "step-1", folder / "step-1-best")
+    (folder / "step-best").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint_file.shutil, "rmtree", die_softly)
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
+        save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2]
     with pytest.raises(FileNotFoundError, match="step-1.*no complete checkpoint"):
-        load_checkpoint(tmp_path / "checkpoints/step-1", tmp_path, *small(), {})
+        load_checkpoint(folder / "step-1", tmp_path, *small(), {})
+    (folder / "step-9").mkdir()  # as a kill leaves one
     save_checkpoint(tmp_path, model, optimizer, 3, {}, keep=5)
-    assert sorted(path.name for path in tmp_path.glob("checkpoints/*")) == ["step-2", "step-3"]
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [2, 3] and not (folder / "step-1").exists()
+    save_checkpoint(tmp_path, model, optimizer, 4, {}, keep=1)
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "step-1-best", "step-best", "step-4"}
 
 
 def small(seed=0):
