@@ -1,5 +1,4 @@
-"""Several ranks on a CPU: gradients, shards, kills and resumes, nodes that differ, torchrun.
-Run: pytest tests/test_scale.py"""
+"""Several ranks on a CPU: gradients, shards, kills and resumes, nodes that differ, torchrun."""
 
 import json
 import os
@@ -121,16 +120,6 @@ def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
     assert lines[1]["kl"] > 0.02, "the update is too small to show a decode with old weights"
 
 
-def test_six_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypatch):
-    """The losses of 6 steps at learning rate 1e-5 are the same to 1e-3 on one and two ranks."""
-    more = dict(batch_size=6, steps=6, lr=1e-5)
-    run_here(sft, flags(tiny_dir, world, tmp_path / "one", micro_batch=6, **more), monkeypatch)
-    run_processes(sft, flags(tiny_dir, world, tmp_path / "two", micro_batch=2, **more))
-    one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
-    assert len(one) == 6 and one[0] != one[-1]
-    assert two[0] == pytest.approx(one[0], rel=1e-5) and two == pytest.approx(one, rel=1e-3)
-
-
 @pytest.mark.parametrize("stage, processes, more", [
     ("sft", 2, {}), ("rl", 1, {}), ("rl", 2, {"fsdp": True}),
     pytest.param("sft", 2, {"fsdp": True}, marks=pytest.mark.slow), pytest.param("rl", 2, {}, marks=pytest.mark.slow),
@@ -214,11 +203,6 @@ def log_lines(out):
     return log.read_text().splitlines() if log.exists() else []
 
 
-def has_ended(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or ") Z" in stat.read_text()  # a zombie that nobody has asked for yet
-
-
 def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
@@ -238,8 +222,9 @@ def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
         for pid in [process.pid, *(started if k else [])]:
             os.kill(pid, signal.SIGKILL)
         process.communicate()  # returns when nobody holds its output any more
-        for pid in started:
-            wait_for(lambda pid=pid: has_ended(pid))
+        for pid in started:  # gone, or a zombie that nobody has asked for yet
+            stat = Path(f"/proc/{pid}/stat")
+            wait_for(lambda stat=stat: not stat.exists() or ") Z" in stat.read_text())
         if processes > 1 and k == 0:
             assert list_checkpoints(cut)[-1][0] == json.loads(log_lines(cut)[-1])["step"]
     process = start_script(world, "sft.py", processes, *argv)
@@ -258,24 +243,12 @@ def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
     assert read_log(cut) == read_log(tmp_path / "whole")
 
 
-def nodes_of_their_own(tmp_path):
-    """before(rank) for run_processes: each rank is a node with a folder of its own."""
-
-    def before(rank):
-        os.environ["LOCAL_RANK"] = "0"
-        (tmp_path / str(rank)).mkdir(exist_ok=True)
-        os.chdir(tmp_path / str(rank))
-
-    return before
-
-
 @pytest.mark.parametrize("differs, told", [
     ("pairs", "content of --pairs"), ("data", "content of --data"), ("model", "content of --model"),
     ("flag", "lr 0.001 -> 0.5"),
 ])  # fmt: skip
 def test_nodes_must_have_the_same(writer_dir, world, tmp_path, capfd, differs, told):
-    """Bug stories: annotate ended in a KeyError. Megatron-LM#907: a node with the rows in another order, or with other
-    weights, trained on."""
+    """Bug story (Megatron-LM#907): a node with other rows or weights trained on, and annotate ended in a KeyError."""
     rows = json.loads((world / "rl.json").read_text())
     other_rows = {"pairs": rows[1:], "data": rows[::-1]}.get(differs, rows)
     for rank, own_rows in enumerate((rows, other_rows)):
@@ -283,10 +256,10 @@ def test_nodes_must_have_the_same(writer_dir, world, tmp_path, capfd, differs, t
         (tmp_path / f"{rank}/rl.json").write_text(json.dumps(own_rows))
     if differs == "model":
         changed_copy(writer_dir, tmp_path / "1/model", lambda tensors: tensors["model.norm.weight"].mul_(1.5))
-    own = nodes_of_their_own(tmp_path)
 
-    def before(rank):
-        own(rank)
+    def before(rank):  # each rank is a node with a folder of its own
+        os.environ["LOCAL_RANK"] = "0"
+        os.chdir(tmp_path / str(rank))
         if rank and differs == "flag":
             real = rl.parse_args
             rl.parse_args = lambda *given: real(*given, [*map(str, argv), "--lr", "0.5"])
