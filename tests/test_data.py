@@ -1,5 +1,4 @@
-"""data.py: prompts and labels against the chat template, rows of files, batches, and unreadable input.
-Run: pytest tests/test_data.py"""
+"""data.py: prompts and labels against the chat template, rows of files, batches, and unreadable input."""
 
 import json
 import os
