@@ -1,5 +1,4 @@
-"""Embedder.embed(): the forms of its inputs, its arguments, and what its results do not depend on.
-Run: pytest tests/test_embed.py"""
+"""Embedder.embed(): the forms of its inputs, its arguments, and what its results do not depend on."""
 
 import numpy as np
 import pytest
@@ -41,8 +40,7 @@ def test_arguments_of_embed(embedder, more, message):
 
 
 def test_forms_of_inputs(embedder, tmp_path, monkeypatch):
-    """Every form with one sensible meaning gives the embeddings of the long form. Bug story: embed("photo.png")
-    embedded these nine letters."""
+    """Every form with one sensible meaning works. Bug story: embed("photo.png") embedded these nine letters."""
     picture(0).save(path := tmp_path / "photo.png")
     text, image = embedder.embed([{"text": "a"}, {"images": [str(path)]}], mode="disc").disc
     for given, want in [("a", text), (["a"], text), (("a",), text), ({"text": "a"}, text), (iter(["a"]), text),
@@ -89,8 +87,7 @@ def test_embed_leaves_the_modes_as_they_were(writer_dir):
 
 
 def test_a_sample_depends_on_content_and_seed_only(writer):
-    """Bug stories: the seed was the input's position, so another list gave another sample. temperature=np.float32(1)
-    was refused, and seed=np.int64(3) drew other samples than seed=3."""
+    """Bug stories: the seed was the input's position, and seed=np.int64(3) drew other samples than seed=3."""
     items, sample = inputs(), dict(samples=3, temperature=1.0, seed=5, max_new_tokens=12)
     texts = writer.embed(items, **sample).texts
     assert writer.embed(items[::-1], **sample).texts == texts[::-1]
