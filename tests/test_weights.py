@@ -1,5 +1,4 @@
-"""Model folders: the right weights or a message, the two tokens, every file in the digest, plain transformers.
-Run: pytest tests/test_weights.py"""
+"""Model folders: the right weights or a message, the two tokens, every file in the digest, plain transformers."""
 
 import json
 import shutil
@@ -123,8 +122,7 @@ SPLITS = (lambda c: c.update(split_special_tokens=True), r"splits control tokens
     ("tokenizer_config.json", *SPLITS),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_computed(tiny_dir, tmp_path, file, change, message):
-    """Bug stories: transformers fills missing tensors with random numbers, and the run trained on. Layers with sliding
-    attention were decoded as full ones, and weights beyond a smaller config were dropped, all silently."""
+    """Bug stories: missing tensors were random numbers, sliding attention ran as full, all without a word."""
     path = changed_copy(tiny_dir, tmp_path / "m", change, file)
     with pytest.raises(BadInput, match=f"(?s){message}") as error:
         Embedder.from_pretrained(path)
@@ -192,8 +190,7 @@ def test_token_rows(tiny_dir, tmp_path, tied, room):
 
 
 def test_a_model_with_the_tokens_is_left_as_it_is(tiny_dir, tmp_path):
-    """Bug story: a second initialisation would reset both trained rows at every stage. In a text each of the two is one
-    ordinary token."""
+    """Bug story: a second initialisation would reset both trained rows. Each token is one ordinary token."""
     model = Embedder.from_pretrained(tiny_dir)
     with torch.no_grad():
         for p in model.parameters():
