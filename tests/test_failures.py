@@ -1,5 +1,4 @@
-"""Errors, signals and full disks: a run ends, says why, and saves its last complete step.
-Run: pytest tests/test_failures.py"""
+"""Errors, signals and full disks: a run ends, says why, and saves its last complete step."""
 
 import json
 import os
@@ -90,7 +89,12 @@ def test_a_failed_run_ends_and_saves(tiny_dir, writer_dir, world, tmp_path, stag
     assert not pids(tmp_path / "out"), "a process lives on"
 
 
-EVAL_WORKER = "import support.cache\nsupport.cache.encode_input = lambda *_, **__: 1 / 0"
+EVAL_WORKER = """
+def failing(*given, **more):
+    raise RuntimeError("boom")
+import support.cache
+support.cache.encode_input = failing
+"""
 EVAL_INTERRUPT = """
 import support.cache
 real = support.cache.embed_inputs
@@ -102,7 +106,7 @@ support.cache.embed_inputs = once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch, code, told", [(EVAL_WORKER, 1, "by zero"), (EVAL_INTERRUPT, 130, "interrupted")])
+@pytest.mark.parametrize("patch, code, told", [(EVAL_WORKER, 1, "boom"), (EVAL_INTERRUPT, 130, "interrupted")])
 def test_a_failed_evaluation_ends(tiny_dir, tmp_path, patch, code, told):
     """The same for eval.py: an error in a background worker, and Ctrl-C."""
     write_local_task(tmp_path)
@@ -116,7 +120,7 @@ def test_a_failed_evaluation_ends(tiny_dir, tmp_path, patch, code, told):
     ("sft", ["--data", "gone.json"]), ("sft", ["--model", "no/model/here", "--data", "{rows}"]),
     ("sft", ["--data", "{rows}", "--batch_size", "40"]), ("rl", ["--data", "{rows}", "--model", "{model}"]),
     ("sft", ["--data", "{rows}", "--out", "{rows}"]), ("eval", ["--root", "/gone"]),
-    ("eval", ["--root", "{root}", "--tasks", "nothing", "--model", "{model}"]),
+    ("eval", ["--root", "{root}", "--tasks", "nothing", "--model", "{model}"]), ("sft", ["--stepz", "3"]),
     ("sft", ["--data", "{rows}", "--model", "{config}"]), ("rl", ["--model", "runs/nowhere"]),
 ])  # fmt: skip
 def test_expected_errors_are_one_sentence(world, tiny_dir, tmp_path, stage, argv):
@@ -144,26 +148,37 @@ def test_a_broken_stream_does_not_end_a_run(tiny_dir, world, tmp_path, stream):
     assert run.returncode == 0 and (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
-    """The save of step 4 fails halfway. The error is raised, step 2 stays, and no half-written file fills the disk."""
+def infinite_loss(real, *given):
+    loss, *parts = real(*given)
+    return loss * float("inf"), *parts
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkeypatch, capsys):
+    """The save of step 4 fails halfway: step 2 stays, and no half-written file. Bug story: after a loss that is not
+    finite only the disk was named, not the step and its rows."""
     real, calls = checkpoint_file.save_file, []
 
     def full(tensors, path):
         calls.append(path)
         if len(calls) > 1:
             Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "No space left on device", path.name)
         real(tensors, path)
 
     monkeypatch.setattr(checkpoint_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=6, save_every=2), monkeypatch)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"] and len(calls) == 3
+    on_call(sft, "contrastive_loss", 2, infinite_loss, monkeypatch.setattr)
+    with pytest.raises(SystemExit) as end:
+        run_here(sft, flags(tiny_dir, world, tmp_path / "other", steps=3, save_every=50), monkeypatch)
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and "step 2: loss inf" in printed and "--skip_nonfinite" in printed
+    assert "saving failed: part-0.safetensors: No space left" in printed and "nothing new was saved" in printed
 
 
 def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_path, monkeypatch):
-    """The model cannot be written: the last step is a checkpoint, from which the same command completes. Bug story:
-    with --fsdp rank 0 alone has only a part, and the last steps were lost."""
+    """The model cannot be written: the last step is a checkpoint. Bug story: with --fsdp the last steps were lost."""
     argv = flags(tiny_dir, world, tmp_path, steps=3, save_every=50)
     sharded = [*argv, "--out", tmp_path / "sharded", "--fsdp", True]
     with monkeypatch.context() as patch:
@@ -275,8 +290,7 @@ def test_a_second_run_is_refused(tiny_dir, world, tmp_path):
 
 
 def test_errors_that_show_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
-    """A disk that cannot hold the checkpoints. Bug story: a row whose marks do not fit its media ended the run when its
-    turn came."""
+    """A disk that cannot hold the checkpoints, and (bug story) a row whose marks do not fit its media."""
     monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("no step before the check"))
     rows = json.loads((world / "sft.json").read_text())
     rows[11]["pos"]["image"] = ["images/0.png", "images/1.png"]
@@ -289,29 +303,8 @@ def test_errors_that_show_before_the_first_step(tiny_dir, world, tmp_path, monke
         run_here(sft, flags(tiny_dir, world, tmp_path), monkeypatch)
 
 
-def infinite_loss(real, *given):
-    loss, *parts = real(*given)
-    return loss * float("inf"), *parts
-
-
-def test_the_reason_of_a_stop_is_heard_when_saving_fails(tiny_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug story: a loss that is not finite, then a full disk: only the disk was named, not the step and its rows."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device", "part-0.safetensors")
-
-    on_call(sft, "contrastive_loss", 2, infinite_loss, monkeypatch.setattr)
-    monkeypatch.setattr(checkpoint_file, "save_file", full)
-    with pytest.raises(SystemExit) as end:
-        run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=50), monkeypatch)
-    printed = capsys.readouterr().err
-    assert end.value.code == 1 and "step 2: loss inf" in printed and "--skip_nonfinite" in printed
-    assert "saving failed: part-0.safetensors: No space left" in printed and "nothing new was saved" in printed
-
-
 def test_rl_ends_where_nothing_can_be_learned(writer_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug stories: with a wrong --media_root AdamW's momentum moved the weights all the same. A NaN among the rewards
-    has no spread, so its group silently got the advantage 0."""
+    """Bug stories: with a wrong --media_root momentum moved the weights. A NaN reward gave advantage 0."""
 
     def poisoned(real, *given):
         rewards, parts = real(*given)
