@@ -82,7 +82,7 @@ def test_a_failed_run_ends_and_saves(tiny_dir, writer_dir, world, tmp_path, stag
     given_flags, model = (flags, tiny_dir) if stage == "sft" else (rl_flags, writer_dir)
     argv = given_flags(model, world, tmp_path / "out", steps=5, save_every=50, workers=1)
     got, output, seconds = start(stage, argv, patch, **more)
-    assert got == codes and told in output and seconds < 40, output
+    assert got == codes and told in output and seconds < 200, output
     assert "Traceback" not in output or told in (ZERO, ENDED), output
     steps = [n for n, _ in list_checkpoints(tmp_path / "out")]
     assert len(steps) == min(1, len(saved)) and set(steps) <= set(saved)
@@ -112,7 +112,7 @@ def test_a_failed_evaluation_ends(tiny_dir, tmp_path, patch, code, told):
     write_local_task(tmp_path)
     argv = ["--model", tiny_dir, "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1, "--max_new_tokens", 8]
     codes, output, seconds = start("eval", argv, patch)
-    assert codes == [code] and seconds < 40 and told in output
+    assert codes == [code] and seconds < 200 and told in output
 
 
 @pytest.mark.slow

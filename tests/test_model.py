@@ -258,6 +258,38 @@ def test_gradient_checkpointing_changes_nothing(tiny_dir):
     assert_same_gradients(found[0][2], found[1][2])
 
 
+def generate_slowly(model, row, seed, g, max_new_tokens, temperature=1.0):
+    """What Embedder.generate computes, without a cache: a full pass for every token. Return the token ids and the
+    generative embedding [D], or None without a <gen_emb>."""
+    written, gen = [], None
+    for u in row_uniforms(seed, g, max_new_tokens + 1):
+        ids = np.concatenate([row.ids, np.array(written, row.ids.dtype)])
+        positions = mrope_positions(ids, row.grids, model.media_ids, model.family)
+        batch = model.pad_rows([replace(row, ids=ids, positions=positions)])
+        x, deepstack = model.embed_tokens(batch, model.vision_states_of(batch))  # [1, L, D]
+        hidden = model.run_language_model(x, deepstack, batch.positions)[0]  # [L, D]
+        if written and written[-1] == model.gen_id:
+            gen = F.normalize(hidden[-1], dim=-1)
+        if model.end_id in written or len(written) == max_new_tokens:
+            break
+        logits = sampling_logits(model.backbone.lm_head(hidden[-1:]), model.banned, temperature)
+        written.append(int(sample(logits, [u])[0][0]))
+    return written, gen
+
+
+@torch.no_grad()
+def test_generate_equals_the_slow_loop(writer):
+    """The tokens are the same, the embeddings to rounding, for prompts of every kind decoded side by side."""
+    rows = encoded(writer, inputs(), answered=False)
+    done = generate_all(writer, rows, G=2, max_new_tokens=20, slots=3)  # the seed of row n is n
+    for n, row in enumerate(rows):
+        for g in range(2):
+            ids, gen = generate_slowly(writer, row, n, g, 20)
+            assert done[n].ids[g] == ids and bool(done[n].valid[g]) == (gen is not None)
+            torch.testing.assert_close(done[n].gen[g], torch.zeros(128) if gen is None else gen, **CLOSE)
+    assert any(r.valid.any() for r in done.values())
+
+
 def test_cached_decode_equals_full_forward(writer):
     """Tokens, log p and both embeddings of the decode loop are those of one pass of transformers."""
     rows, seen = encoded(writer, inputs(), answered=False), set()

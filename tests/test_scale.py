@@ -120,6 +120,16 @@ def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
     assert lines[1]["kl"] > 0.02, "the update is too small to show a decode with old weights"
 
 
+def test_six_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypatch):
+    """The losses of 6 steps at learning rate 1e-5 are the same to 1e-3 on one and two ranks."""
+    more = dict(batch_size=6, steps=6, lr=1e-5)
+    run_here(sft, flags(tiny_dir, world, tmp_path / "one", micro_batch=6, **more), monkeypatch)
+    run_processes(sft, flags(tiny_dir, world, tmp_path / "two", micro_batch=2, **more))
+    one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 6 and one[0] != one[-1]
+    assert two[0] == pytest.approx(one[0], rel=1e-5) and two == pytest.approx(one, rel=1e-3)
+
+
 @pytest.mark.parametrize("stage, processes, more", [
     ("sft", 2, {}), ("rl", 1, {}), ("rl", 2, {"fsdp": True}),
     pytest.param("sft", 2, {"fsdp": True}, marks=pytest.mark.slow), pytest.param("rl", 2, {}, marks=pytest.mark.slow),
