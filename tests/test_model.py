@@ -1,6 +1,7 @@
 """model.py against transformers' own forward pass and against itself without a cache."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,9 +26,10 @@ from transformers import AutoModelForImageTextToText
 
 import model as model_file
 import support.head as head_file
+from data import mrope_positions
 from model import Embedder, row_uniforms, sample
 from support.formats import DISC
-from support.head import TokenLogp
+from support.head import TokenLogp, sampling_logits
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
