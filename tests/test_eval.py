@@ -42,7 +42,8 @@ def test_metrics_equal_the_published_code():
 
 
 def test_ties_keep_the_candidates_order():
-    """The published tie cases, ranked from one-dimensional embeddings, give the stable order and its scores."""
+    """The published tie cases, ranked from one-dimensional embeddings, give the stable order and its scores. Copies of
+    one embedding in 300 columns never swap: rounding of the matrix product does not order them."""
     cases = [c for c in json.loads((DATA / "metric_cases.json").read_text())["cases"] if "similarities" in c]
     assert cases
     for case in cases:
@@ -52,6 +53,13 @@ def test_ties_keep_the_candidates_order():
         assert ranked == case["order_stable"]
         got = ev.ranking_metrics([case["candidates"][i] for i in ranked], case["label"], case["rel_scores"])
         assert got == pytest.approx(case["scores_if_stable"], abs=1e-12)
+
+    rng = np.random.default_rng(0)
+    distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
+    queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
+    for ranked in ev.rank_candidates(queries, distinct[copies], ok[:20], ok, depth=300):
+        for which in range(7):
+            assert [i for i in ranked if copies[i] == which] == np.flatnonzero(copies == which).tolist()
 
 
 def test_aggregation_case():
@@ -83,16 +91,6 @@ def test_four_by_four_with_ties():
     assert m["precision@5"] == pytest.approx(2 / 5) and m["recall@5"] == 1
     assert m["f1@5"] == pytest.approx(4 / 7)
     assert m["map@5"] == pytest.approx((1 / 2 + 2 / 4) / 2) and m["mrr@10"] == 1 / 2
-
-
-def test_equal_candidates_tie_in_all_columns():
-    """Copies of one embedding in 300 columns never swap: rounding of the matrix product does not order them."""
-    rng = np.random.default_rng(0)
-    distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
-    queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
-    for ranked in ev.rank_candidates(queries, distinct[copies], ok[:20], ok, depth=300):
-        for which in range(7):
-            assert [i for i in ranked if copies[i] == which] == np.flatnonzero(copies == which).tolist()
 
 
 def test_invalid_generations_are_misses():
@@ -130,7 +128,7 @@ def two_query_task(**changes):
     return ev.Task(**(fields | changes))
 
 
-def arrays(gen, disc=None, valid=None):
+def arrays(gen=((X,), (Y,)), disc=(X, Y), valid=None):
     gen = np.array(gen, np.float32)  # [N, S, D]
     out = {"gen": gen, "valid": np.ones(gen.shape[:2], bool) if valid is None else np.array(valid),
            "problem": np.array([""] * len(gen))}  # fmt: skip
@@ -138,25 +136,25 @@ def arrays(gen, disc=None, valid=None):
 
 
 def test_modes_by_hand():
-    """Query 0 is right in gen only, query 1 in disc only: each mode scores 1/2, the oracle 1. Mixed modes swap axes."""
-    queries = arrays([[X], [X]], disc=[Y, Y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
-    candidates = arrays([[X], [Y]], disc=[X, Y])
+    """Query 0 is right in gen only, query 1 in disc only: each mode scores 1/2, the oracle 1. Mixed modes swap axes. If
+    disc prefers a by far and gen prefers b by little, fused ranks a first, as the surer of the two does."""
+    queries, candidates = arrays([[X], [X]], disc=[Y, Y]), arrays()  # gen: right, wrong; disc: wrong, right
     entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert [entry[m]["hit@1"] for m in ("disc", "gen", "oracle")] == [0.5, 0.5, 1.0]
     assert columns["gen"] == [1, 0] and columns["disc"] == [0, 1] and columns["oracle"] == [1, 1]
     assert "pass@k" not in entry
-    swapped = arrays([[X], [Y]], disc=[Y, X])  # disc candidates the wrong way round
-    entry, columns, _ = ev.score_task(two_query_task(), queries, swapped)
+    columns = ev.score_task(two_query_task(), queries, arrays(disc=[Y, X]))[1]  # disc candidates the wrong way round
     assert columns["gen_disc"] == [0, 1]  # gen queries say x, which is now candidate b
     assert columns["disc_gen"] == [0, 1]  # disc queries say y, which is gen candidate b
+    columns = ev.score_task(two_query_task(), arrays([[[0.6, 0.8]], [[0.0, 1.0]]]), candidates)[1]
+    assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
 
 
 def test_samples_by_hand():
     """Four samples with 1 and 2 hits, one of them invalid: pass@k from the counts."""
-    queries, candidates = arrays([[X], [Y]], disc=[X, Y]), arrays([[X], [Y]], disc=[X, Y])
     valid = [[True] * 4, [True, True, True, False]]
-    sampled = arrays([[X, Y, Y, Y], [Y, Y, X, [0.0, 0.0]]], valid=valid)
-    entry, _, _ = ev.score_task(two_query_task(), queries, candidates, sampled)
+    sampled = arrays([[X, Y, Y, Y], [Y, Y, X, [0.0, 0.0]]], disc=None, valid=valid)
+    entry, _, _ = ev.score_task(two_query_task(), arrays(), arrays(), sampled)
     assert list(entry["pass@k"]) == ["1", "2", "4"]
     assert entry["pass@k"]["1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert entry["pass@k"]["2"] == pytest.approx((3 / 6 + 5 / 6) / 2)
@@ -182,41 +180,25 @@ def unit(x):
 
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
-    """Query 1 and candidate a have no <gen_emb>: in fused disc decides, without a miss. Such a candidate has half of
-    its disc cosine. A query without a disc embedding is a miss."""
+    """Query 1 and candidate a have no <gen_emb>: gen misses both queries, disc none, and oracle and fused take disc.
+    Such a candidate has half of its disc cosine in fused. A query without a disc embedding is a miss."""
     nan = [math.nan] * 2
-    queries = arrays([[X], [nan]], disc=[X, Y], valid=[[True], [False]])
-    candidates = arrays([[nan], [Y]], disc=[X, Y], valid=[[False], [True]])
-    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
-    assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
-    assert entry["tied"]["fused"] == 0
+    for lost_query, lost_candidate in ((Y, X), (nan, nan)):
+        queries = arrays([[X], [lost_query]], valid=[[True], [False]])
+        candidates = arrays([[lost_candidate], [Y]], valid=[[False], [True]])
+        entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
+        assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == columns["fused"] == [1, 1]
+        assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
+        assert entry["gen"]["recall@10"] == 0 and entry["tied"]["fused"] == 0
     near = arrays([[nan], [[0.8, 0.6]]], disc=[X, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
-    assert ev.score_task(two_query_task(), arrays([[X], [Y]], disc=[X, Y]), near)[1]["fused"] == [0, 1]
+    assert ev.score_task(two_query_task(), arrays(), near)[1]["fused"] == [0, 1]
     queries["disc"][1] = math.nan
     assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
 
 
-def test_fused_takes_the_surer_of_both():
-    """disc prefers a by far and gen prefers b by little: fused ranks a first, as the better of the two does."""
-    queries = arrays([[[0.6, 0.8]], [[0.0, 1.0]]], disc=[X, Y])
-    candidates = arrays([[X], [Y]], disc=[X, Y])
-    columns = ev.score_task(two_query_task(), queries, candidates)[1]
-    assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
-
-
-def test_invalid_query_and_candidate_in_a_task():
-    """Query 1 and candidate a have no gen embedding: gen misses both queries, disc none, and the oracle takes disc."""
-    queries = arrays([[X], [Y]], disc=[X, Y], valid=[[True], [False]])
-    candidates = arrays([[X], [Y]], disc=[X, Y], valid=[[False], [True]])
-    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
-    assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == [1, 1]
-    assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
-    assert entry["gen"]["recall@10"] == 0
-
-
 def test_unreadable_input_is_a_miss_in_every_mode():
     """An unreadable image has no disc embedding either, so the oracle misses too."""
-    queries, candidates = (arrays([[X], [Y]], disc=[X, Y]) for _ in range(2))
+    queries, candidates = arrays(), arrays()
     queries["problem"], queries["valid"][1] = np.array(["", "q.jpg: truncated"]), False
     columns = ev.score_task(two_query_task(), queries, candidates)[1]
     assert columns["disc"] == columns["gen"] == columns["oracle"] == columns["disc_gen"] == [1, 0]
@@ -229,8 +211,7 @@ def test_graded_task_has_the_published_value_beside_ours():
     task = two_query_task(name="ViDoSeek-doc", main_metric="ndcg_linear@5", candidates={9: {}, 8: {}})
     for query in task.queries:
         query |= {"labels": [9, 8], "grades": [3, 1]}
-    both = arrays([[X], [Y]], disc=[X, Y])
-    entry, *_ = ev.score_task(task, both, both)
+    entry, *_ = ev.score_task(task, arrays(), arrays())
     low = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
     assert entry["gen"]["ndcg_linear@5"] == pytest.approx((1 + low) / 2)  # query 0 ranks 9, 8; query 1 ranks 8, 9
     assert entry["published_ndcg"]["gen"]["ndcg_linear@5"] == pytest.approx((low + 1) / 2)
@@ -242,8 +223,7 @@ def test_local_task_ranks_its_own_list():
     """A query of a local task ranks its own candidates only. A label outside the list is a miss."""
     task = two_query_task(eval_type="local")
     task.queries[0]["candidates"], task.queries[1]["candidates"] = ["b"], ["b", "a"]
-    both = arrays([[X], [Y]], disc=[X, Y])
-    assert ev.score_task(task, both, both)[1]["disc"] == [0, 1]
+    assert ev.score_task(task, arrays(), arrays())[1]["disc"] == [0, 1]
 
 
 def test_paired_change():
@@ -370,6 +350,12 @@ def write_local_task(root):
     (root / "tasks/test/local.json").write_text(json.dumps(task))
 
 
+def run_local(root, model, *flags):
+    """Run eval.py on the local task of a root and return the content of scores.json."""
+    ev.main(list(map(str, ["--model", model, "--root", root, "--out", root / "out", "--workers", 0, *flags])))
+    return json.loads((root / "out" / model.name / "scores.json").read_text())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     """Bug story: NaN compares as neither better nor worse, so a model of NaN weights kept the order of the lists, which
@@ -377,9 +363,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     for how many queries."""
     write_local_task(tmp_path)
     model = changed_copy(tiny_dir, tmp_path / "dead", lambda tensors: tensors["model.norm.weight"].fill_(value))
-    ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
-             "--max_new_tokens", "4", "--samples", "2"])  # fmt: skip
-    entry = json.loads((tmp_path / "out/dead/scores.json").read_text())["tasks"]["test/local"]
+    entry = run_local(tmp_path, model, "--max_new_tokens", 4, "--samples", 2)["tasks"]["test/local"]
     printed = capsys.readouterr().out
     if value == 0:
         assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
@@ -412,18 +396,15 @@ def test_ties_for_the_first_place_are_counted():
         {"input": {}, "labels": ["low"], "grades": None, "candidates": ["low", "right", "wrong"]},
     ], dict.fromkeys(keys, {}))  # fmt: skip
 
-    def arrays(x):
-        return {"disc": x, "gen": x[:, None], "valid": np.ones((len(x), 1), bool), "problem": np.array([""] * len(x))}
-
-    entry, *_ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
+    embeddings = np.array([best, best, best, low])
+    entry, *_ = ev.score_task(task, arrays(embeddings[:, None], embeddings), arrays(c[:, None], c))
     assert entry["tied"]["disc"] == 2
 
 
 def test_ablation_where_nothing_is_valid(tiny_dir, tmp_path, capsys):
     """Bug story: --ablate trace of a model that never writes <gen_emb> ended in a KeyError after all the work."""
     write_local_task(tmp_path)
-    argv = ["--model", str(tiny_dir), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"]
-    ev.main([*argv, "--max_new_tokens", "2", "--ablate", "trace"])
+    run_local(tmp_path, tiny_dir, "--max_new_tokens", 2, "--ablate", "trace")
     assert "no input has a valid answer, so there is no reasoning to take out" in capsys.readouterr().out
 
 
@@ -433,9 +414,8 @@ def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
     model = shutil.copytree(writer_dir, tmp_path / "model")
 
     def encoded():
-        ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
-                 "--samples", "0", "--max_new_tokens", "8", "--report_queries", "0"])  # fmt: skip
-        return json.loads((tmp_path / "out/model/scores.json").read_text())["encoded"]["greedy"]
+        scores = run_local(tmp_path, model, "--samples", 0, "--max_new_tokens", 8, "--report_queries", 0)
+        return scores["encoded"]["greedy"]
 
     assert encoded() == 8 and encoded() == 0
     config = json.loads((model / "tokenizer_config.json").read_text())
