@@ -24,9 +24,6 @@ def test_every_bench_runs(command):
     assert "\n|---|" in done.stdout, done.stdout
 
 
-# ---- peak memory -----------------------------------------------------------------------------------------------
-
-
 def after_freeing(blocks):
     """Return the peak MiB of a function that needs 100, after 200 MiB in `blocks` pieces were used and freed.
 
