@@ -91,26 +91,28 @@ def test_four_by_four_with_ties():
     assert m["precision@5"] == pytest.approx(2 / 5) and m["recall@5"] == 1
     assert m["f1@5"] == pytest.approx(4 / 7)
     assert m["map@5"] == pytest.approx((1 / 2 + 2 / 4) / 2) and m["mrr@10"] == 1 / 2
-
-
-def test_invalid_generations_are_misses():
-    """An invalid query ranks nothing and an invalid candidate is not ranked, even if all are. Lists keep repeats."""
-    x, ok, no = np.eye(3, dtype=np.float32), np.ones(3, bool), np.zeros(3, bool)
-    assert ev.rank_candidates(x, x, np.array([True, False, True]), np.array([False, True, True])) == [
-        [1, 2], [], [2, 1]]  # fmt: skip
-    assert ev.rank_candidates(x, x, ok, no) == [[], [], []]
-    lists = [np.array([2, 0, 0]), np.array([2]), np.array([1, 0])]
-    assert ev.rank_candidates(x, x, ok, ok, lists) == [[0, 0, 2], [2], [1, 0]]
-
-
-def test_labels_and_grades():
-    """A surplus grade is an error. A repeated label counts once, with its higher grade. A bare key is one label."""
+    # a surplus grade is an error, a repeated label counts once, with its higher grade, and a bare key is one label
     with pytest.raises(ValueError, match="2 grades for 1 labels"):
         ev.ranking_metrics(["a"], ["a"], [1, 2])
     assert ev.ranking_metrics(["b", "a"], ["a", "a", "b"], [1, 3, 2]) == ev.ranking_metrics(
         ["b", "a"], ["b", "a"], [2, 3])  # fmt: skip
     assert ev.ranking_metrics([7, 8], 8) == ev.ranking_metrics(["7", "8"], "8")
     assert list(ev.ranking_metrics([], ["a"])) == ev.METRICS
+
+
+def test_invalid_generations_are_misses():
+    """An invalid query ranks nothing and an invalid candidate is not ranked, even if all are. Lists keep repeats. By
+    hand, query 0 is NaN and candidate 1 is infinite: the others rank as without them."""
+    x, ok, no = np.eye(3, dtype=np.float32), np.ones(3, bool), np.zeros(3, bool)
+    assert ev.rank_candidates(x, x, np.array([True, False, True]), np.array([False, True, True])) == [
+        [1, 2], [], [2, 1]]  # fmt: skip
+    assert ev.rank_candidates(x, x, ok, no) == [[], [], []]
+    lists = [np.array([2, 0, 0]), np.array([2]), np.array([1, 0])]
+    assert ev.rank_candidates(x, x, ok, ok, lists) == [[0, 0, 2], [2], [1, 0]]
+    c, q = np.eye(3), np.array([[1, 0, 0.1], [0, 1, 0.5], [0, 0.1, 1]])
+    q[0], c[1] = np.nan, [0, np.inf, 0]
+    assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
+    assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
 
 
 @pytest.mark.parametrize("n,c,k", [(4, 0, 2), (4, 1, 1), (4, 1, 2), (5, 2, 2), (6, 3, 4), (6, 5, 2), (4, 4, 4)])
@@ -196,14 +198,18 @@ def test_fused_without_a_gen_embedding_is_disc_alone():
     assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
 
 
-def test_unreadable_input_is_a_miss_in_every_mode():
-    """An unreadable image has no disc embedding either, so the oracle misses too."""
+def test_unreadable_inputs_and_labels_outside_the_list_are_misses():
+    """An unreadable image has no disc embedding either, so the oracle misses too. A query of a local task ranks its own
+    candidates only. A label outside the list is a miss."""
     queries, candidates = arrays(), arrays()
     queries["problem"], queries["valid"][1] = np.array(["", "q.jpg: truncated"]), False
     columns = ev.score_task(two_query_task(), queries, candidates)[1]
     assert columns["disc"] == columns["gen"] == columns["oracle"] == columns["disc_gen"] == [1, 0]
     candidates["problem"] = np.array(["c.jpg: truncated", ""])
     assert ev.score_task(two_query_task(), queries, candidates)[1]["disc"] == [0, 0]
+    local = two_query_task(eval_type="local")
+    local.queries[0]["candidates"], local.queries[1]["candidates"] = ["b"], ["b", "a"]
+    assert ev.score_task(local, arrays(), arrays())[1]["disc"] == [0, 1]
 
 
 def test_graded_task_has_the_published_value_beside_ours():
@@ -217,13 +223,6 @@ def test_graded_task_has_the_published_value_beside_ours():
     assert entry["published_ndcg"]["gen"]["ndcg_linear@5"] == pytest.approx((low + 1) / 2)
     assert entry["gen"]["ndcg_linear@1"] == pytest.approx((1 + 1 / 3) / 2)
     assert list(entry["published_ndcg"]) == ["disc", "gen", "fused", "gen_disc", "disc_gen"]
-
-
-def test_local_task_ranks_its_own_list():
-    """A query of a local task ranks its own candidates only. A label outside the list is a miss."""
-    task = two_query_task(eval_type="local")
-    task.queries[0]["candidates"], task.queries[1]["candidates"] = ["b"], ["b", "a"]
-    assert ev.score_task(task, arrays(), arrays())[1]["disc"] == [0, 1]
 
 
 def test_paired_change():
@@ -333,13 +332,6 @@ def test_errors_of_the_command_line(tmp_path):
     assert ev.parse_args(ev.Settings, ev.PRESETS, ["--preset", "2b"]).samples == 0
 
 
-def test_cache_knows_its_version(tiny_dir, monkeypatch):
-    """After CACHE_VERSION is raised, no older embedding is used."""
-    before = cache_file.hash_model(tiny_dir, torch.device("cpu"))
-    monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
-    assert cache_file.hash_model(tiny_dir, torch.device("cpu")) != before
-
-
 def write_local_task(root):
     """Write a local task whose lists begin with the right candidate, as published ones do."""
     queries = [{"input": {"text": f"find {w}"}, "labels": [w],
@@ -374,16 +366,6 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
         assert set(entry["pass@k"].values()) == {0.0}
 
 
-def test_one_embedding_that_is_not_finite_is_a_miss():
-    """By hand: query 0 is NaN, candidate 1 is infinite, and the others rank as without them, in every mode."""
-    c = np.eye(3)
-    q = np.array([[1, 0, 0.1], [0, 1, 0.5], [0, 0.1, 1]])
-    q[0], c[1] = np.nan, [0, np.inf, 0]
-    ok = np.ones(3, bool)
-    assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
-    assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
-
-
 def test_ties_for_the_first_place_are_counted():
     """Bug story: a dead vision tower makes all images equal, and one text more in the list hid it: hit@1 100.0. A right
     and a wrong candidate with the best score count. Two right ones, or ties below the first rank, do not."""
@@ -408,8 +390,9 @@ def test_ablation_where_nothing_is_valid(tiny_dir, tmp_path, capsys):
     assert "no input has a valid answer, so there is no reasoning to take out" in capsys.readouterr().out
 
 
-def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
-    """Bug story (mindmeld#358): the evaluation embedded nothing and printed the old scores."""
+def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path, monkeypatch):
+    """Bug story (mindmeld#358): the evaluation embedded nothing and printed the old scores. After CACHE_VERSION is
+    raised, no older embedding is used."""
     write_local_task(tmp_path)
     model = shutil.copytree(writer_dir, tmp_path / "model")
 
@@ -421,6 +404,8 @@ def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
     config = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4096}))
     assert encoded() == 8 and encoded() == 0
+    monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
+    assert encoded() == 8
 
 
 @pytest.mark.parametrize("blank", [True, False])
