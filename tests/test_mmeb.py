@@ -329,8 +329,22 @@ def test_a_stale_result_is_never_used(own, writer_dir, tmp_path):
     assert encoded(moved) == {"greedy": first}
 
 
-def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys):
-    """A broken and a missing image are reported and miss in all modes. A task without its media is an error."""
+def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys, monkeypatch):
+    """A broken and a missing image are reported and miss in all modes. A task without its media is an error. A disk
+    that fails once must not leave a miss in the cache: the bytes and the input's key stay the same."""
+    real = cache_file.encode_input
+
+    def failing(tokenizer, item, answer, **given):
+        if "VOC2007_2" in "".join(item["images"]):
+            raise Skip("the disk does not answer")
+        return real(tokenizer, item, answer, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_file, "encode_input", failing)
+        assert run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
+    scores = run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
+    assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
+    capsys.readouterr()
     (own / "image-tasks/VOC2007/VOC2007_0.jpg").unlink()
     next((own / "image-tasks/VOC2007").glob("VOC2007_1.*")).write_bytes(b"no image")
     scores = run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
@@ -341,22 +355,6 @@ def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys):
     shutil.rmtree(own / "image-tasks/VOC2007")
     with pytest.raises(ValueError, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
         run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
-
-
-def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
-    """A disk that fails once must not leave a miss in the cache: the bytes and the input's key stay the same."""
-    real = cache_file.encode_input
-
-    def failing(tokenizer, item, answer, **given):
-        if "VOC2007_2" in "".join(item["images"]):
-            raise Skip("the disk does not answer")
-        return real(tokenizer, item, answer, **given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_file, "encode_input", failing)
-        assert run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
-    scores = run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])
-    assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
 
 
 def test_batch_size_and_processes_do_not_change_scores(mini, writer_dir, tmp_path):
@@ -381,16 +379,6 @@ def test_equal_inputs_are_embedded_once(mini, writer_dir, tmp_path):
     assert ["published_ndcg" in entry for entry in scores["tasks"].values()] == [False, True]
 
 
-def test_ablated_texts():
-    """The reasoning is removed or swapped. A text without reasoning, or a single reasoning, is not swapped."""
-    texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
-    got = ablate_trace(texts)
-    assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
-    assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
-                              "<think>a</think>3"]  # fmt: skip
-    assert ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
-
-
 def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys, monkeypatch):
     """Removed and swapped reasoning change the embeddings. A second run takes everything from the cache. Bug story:
     after ablation an answer may have no <gen_emb>. Its zero vector was valid and tied with all candidates, the first of
@@ -401,6 +389,12 @@ def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys, monkeypat
     assert set(ablate) == {"removed", "swapped"} and list(ablate["removed"]["gen"]) == ev.METRICS
     assert 0 < ablate["removed"]["cosine"] < 0.9999
     assert "reasoning removed" in capsys.readouterr().out
+    texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
+    got = ablate_trace(texts)  # a text without reasoning, or a single reasoning, is not swapped
+    assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
+    assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
+                              "<think>a</think>3"]  # fmt: skip
+    assert ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
     again = run(mini, writer_dir, tmp_path / "out", *flags, tasks=["VOC2007"])
     assert again["tasks"] == scores["tasks"] and again["encoded"]["greedy"] == 0
     monkeypatch.setattr(reasoner_file, "ablate_trace", lambda texts: {
@@ -534,15 +528,6 @@ def test_killed_reading_resumes(mini, writer_dir, reader_dir, tmp_path, monkeypa
     assert again["tasks"] == undisturbed["tasks"]
 
 
-def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
-    """A model is called "writer" alone and "a-writer" next to "b/writer". Its results are found under both names."""
-    models = [shutil.copytree(writer_dir, tmp_path / folder / "writer") for folder in "ab"]
-    assert run(mini, models[0], tmp_path / "out", tasks=["VOC2007"])["encoded"]["greedy"] > 0
-    ev.main(run_argv(mini, models[0], "--model", *models, "--out", tmp_path / "out", tasks=["VOC2007"]))
-    for name in ("a-writer", "b-writer"):
-        assert json.loads((tmp_path / "out" / name / "scores.json").read_text())["encoded"] == {"greedy": 0}
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda rows: rows[:-2], r"no answer for 2 of \d+ inputs.*--export"),
     (lambda rows: [rows[0] | {"answer": None}, *rows[1:]], r"no answer for 1 of \d+ inputs"),
@@ -578,7 +563,8 @@ def test_a_file_with_refusals(mini, writer_dir, tmp_path, capsys):
 
 
 def test_names_of_model_and_reasoner(mini, writer_dir, reader_dir, tmp_path, monkeypatch):
-    """--reasoner may be the model itself, spelt another way. Bug stories: a name was cut at its last dot, so
+    """--reasoner may be the model itself, spelt another way. A model is called "writer" alone and "a-writer" next to
+    "b/writer", and its results are found under both names. Bug stories: a name was cut at its last dot, so
     Qwen2.5-VL-7B replaced the results of -3B. An empty --reasoner became the working directory."""
     spelt = writer_dir.parent / "." / writer_dir.name
     scores = reason(mini, writer_dir, f"{spelt}/", tmp_path, tasks=["VOC2007"])
@@ -587,6 +573,11 @@ def test_names_of_model_and_reasoner(mini, writer_dir, reader_dir, tmp_path, mon
         shutil.copytree(writer_dir, tmp_path / name)
         ev.main(reason_argv(mini, reader_dir, tmp_path / name, tmp_path / "out", tasks=["VOC2007"]))
         assert (tmp_path / "out" / f"reader-reads-{name}" / "scores.json").exists()
+    models = [shutil.copytree(writer_dir, tmp_path / folder / "writer") for folder in "ab"]
+    assert run(mini, models[0], tmp_path / "ab", tasks=["VOC2007"])["encoded"]["greedy"] > 0
+    ev.main(run_argv(mini, models[0], "--model", *models, "--out", tmp_path / "ab", tasks=["VOC2007"]))
+    for name in ("a-writer", "b-writer"):
+        assert json.loads((tmp_path / "ab" / name / "scores.json").read_text())["encoded"] == {"greedy": 0}
     monkeypatch.chdir(writer_dir)
     ev.main(run_argv(mini, ".", "--out", tmp_path, "--max_new_tokens", 2, tasks=["VOC2007"]))
     assert (tmp_path / writer_dir.name / "scores.json").exists()
