@@ -1,4 +1,4 @@
-"""Draw two figures of the README from the runs of the toy world into assets/.
+"""Draw two figures of the README from the runs of the toy world in runs/ into assets/.
 
     python tests/bench/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
     python tests/figures.py                                     # assets/query.svg and curves.svg, in seconds
@@ -11,7 +11,6 @@ text stays text and its colours follow the reader's light or dark setting. Texts
 because fonts differ in width. assets/rl_step.svg has the same style and is edited by hand.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -320,15 +319,10 @@ def pass_panel(x, passes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench", help=f"folder of  {BENCH}")
-    parser.add_argument("--data", type=Path, default=ROOT / "runs/toy/data", help="the toy world of these runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "assets")
-    args = parser.parse_args()
-    figures = {"curves": curves_figure(read_runs(args.runs)),
-               "query": query_figure(find_query(args.runs / "seed0" / "rl", args.data))}  # fmt: skip
-    for name, svg in figures.items():
-        path = args.out / f"{name}.svg"
+    runs = ROOT / "runs/bench"
+    query = find_query(runs / "seed0/rl", ROOT / "runs/toy/data")
+    for name, svg in {"curves": curves_figure(read_runs(runs)), "query": query_figure(query)}.items():
+        path = ROOT / f"assets/{name}.svg"
         write_file(path, lambda temporary, svg=svg: Path(temporary).write_text(svg, encoding="utf-8"))
         print(f"{path}: {path.stat().st_size:,} bytes")
 
