@@ -274,6 +274,16 @@ def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512,
         yield prompt, Rollouts(F.normalize(at, dim=-1), gen * valid[:, None], valid, [ids] * G, logp, [0] * G)
 
 
+def two_models(root, tiny_dir, *flags):
+    """Write two models and the tasks of write_tasks() with their image, and return the arguments of eval.py."""
+    write_tasks(root)
+    (root / "images").mkdir()
+    picture(0).save(root / "images/x.png")
+    models = [shutil.copytree(tiny_dir, root / name) for name in ("sft", "rl")]
+    argv = ["--model", *models, "--root", root, "--out", root / "out", "--samples", 4, "--workers", 0, *flags]
+    return list(map(str, argv))
+
+
 READ = []  # (samples, text) of every input that was embedded
 
 
@@ -281,17 +291,11 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed. A
     second run embeds nothing and has the same scores."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
-    write_tasks(tmp_path)
-    for model in ("sft", "rl"):
-        shutil.copytree(tiny_dir, tmp_path / model)
+    run, out = two_models(tmp_path, tiny_dir, "--batch_size", "1"), tmp_path / "out"
     weights = load_file(tmp_path / "rl/model.safetensors")
     norm = next(name for name in weights if name.endswith("norm.weight"))
     save_file(weights | {norm: 2 * weights[norm]}, tmp_path / "rl/model.safetensors", {"format": "pt"})
-    out, READ[:] = tmp_path / "out", []
-    (tmp_path / "images").mkdir()
-    picture(0).save(tmp_path / "images/x.png")
-    run = ["--model", str(tmp_path / "sft"), str(tmp_path / "rl"), "--root", str(tmp_path), "--out", str(out),
-           "--samples", "4", "--batch_size", "1", "--workers", "0"]  # fmt: skip
+    READ[:] = []
     ev.main(run)
     assert len([text for G, text in READ if G == 1]) == 2 * 8  # two models, 4 + 4 distinct inputs
     assert len([text for G, text in READ if G == 4]) == 2 * 4
