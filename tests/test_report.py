@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
-from test_eval import arrays, generate_by_text, unit, write_tasks
+from test_eval import arrays, generate_by_text, two_models, unit
 
 import eval as ev
 from model import Embedder
@@ -129,15 +129,8 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """eval.py writes the report for all models, equal byte for byte from the cache alone. A query without <gen_emb>
     ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
-    write_tasks(tmp_path)
-    (tmp_path / "images").mkdir()
-    picture(0).save(tmp_path / "images/x.png")
-    for model in ("sft", "rl"):
-        shutil.copytree(tiny_dir, tmp_path / model)
+    run, out = two_models(tmp_path, tiny_dir), tmp_path / "out"
     (tmp_path / "rl/log.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    out = tmp_path / "out"
-    run = ["--model", str(tmp_path / "sft"), str(tmp_path / "rl"), "--root", str(tmp_path), "--out", str(out),
-           "--samples", "4", "--workers", "0"]  # fmt: skip
     ev.main(run)
     assert f"{out}/report.html: 7 queries of 2 tasks" in capsys.readouterr().out
     data = data_of(out / "report.html")
