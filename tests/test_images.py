@@ -270,21 +270,16 @@ def test_an_animated_file_is_no_frame(embedder, tmp_path, ending):
         with pytest.raises(BadInput, match=rf"{kind} is one object 3 times.*frame.copy\(\)"):
             encode_input(embedder.tokenizer, {kind: frames})
         encode_input(embedder.tokenizer, {kind: [picture(0)] * 3})
-def test_messages_name_no_flag_that_does_not_exist(tmp_path):
-    """Bug story: embed and eval.py asked about --media_root, which they do not have, and annotate and check about
-    --data."""
+def test_what_is_said_of_a_missing_file(tmp_path):
+    """Bug stories: embed and eval.py asked about --media_root, which they do not have, and annotate and check about
+    --data. An é in one character (Linux) and in two (a Mac) look equal, and "no such file" was all that was said."""
     with pytest.raises(Skip, match=r"gone.png: no such file$"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(Skip, match=r"gone.png: no such file \(is --media_root right\?\)"):
         open_image("gone.png", tmp_path)
     with pytest.raises(MissingFile, match=f"gone.json: no such file. Relative paths start from {Path.cwd()}$"):
         read_rows("gone.json")
-
-
-@pytest.mark.parametrize("on_disk, written", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_in_two_unicode_forms(tmp_path, on_disk, written):
-    """Bug story: é in one character (Linux) and in two (a Mac) look equal, and "no such file" was all that was said."""
-    name = "caf\u00e9.png"
-    picture(0).save(tmp_path / unicodedata.normalize(on_disk, name))
-    with pytest.raises(Skip, match=f"no such file; a file with the same visible name.* Unicode form {on_disk}. Write"):
-        open_image(unicodedata.normalize(written, name), tmp_path)
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        picture(0).save(tmp_path / unicodedata.normalize(form, f"{form}\u00e9.png"))
+        with pytest.raises(Skip, match=f"no such file; a file with the same visible name.* Unicode form {form}. Write"):
+            open_image(unicodedata.normalize(other, f"{form}\u00e9.png"), tmp_path)
