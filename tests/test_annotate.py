@@ -52,7 +52,6 @@ def as_minimal(pair):
 def test_four_formats_hold_the_same_pairs(world, tmp_path):
     """SFT, RL, MMEB-train and our own form of the same pairs are read as the same pairs, marks and stand-ins gone. An
     annotated file can be annotated anew: nothing of the old answer or of the prompt's frame is left."""
-
     pairs = read_pairs([world / "rl.json"])
     assert pairs[1] == {"dataset_name": "one", "qry": {"text": "what 1", "images": ["images/1.png"], "video": []},
                         "pos": {"text": "thing 0", "images": [], "video": []}}  # fmt: skip
@@ -63,7 +62,6 @@ def test_four_formats_hold_the_same_pairs(world, tmp_path):
     write_rows(tmp_path / "rl.jsonl", map(formats_file.rl_row, pairs))
     for name in ("own.jsonl", "sft.json", "rl.jsonl"):
         assert read_pairs([tmp_path / name]) == pairs
-
     pictures = [pair | {"dataset_name": "OneTask"} for pair in pairs if not pair["qry"]["video"]]
     table = {"qry": [f"<|image_1|>\n{pair['qry']['text']}\n" for pair in pictures],
              "qry_image_path": [pair["qry"]["images"][0] for pair in pictures],
@@ -72,7 +70,6 @@ def test_four_formats_hold_the_same_pairs(world, tmp_path):
     (tmp_path / "OneTask").mkdir()
     pq.write_table(pa.table(table), tmp_path / "OneTask/original.parquet")
     assert read_pairs([tmp_path / "OneTask/original.parquet"]) == pictures
-
     pairs, rows = read_pairs([world / "sft.json"]), rows_of(world / "sft.json")
     assert len(pairs) == len(rows) == 12
     assert pairs[0]["qry"] == {"text": "what is it", "images": ["images/0.png"], "video": []}
@@ -409,7 +406,6 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert "skips 0 of 12 rows." in table
     assert run_data("check", world / "rl.json", *good, "--batch_size", 7) == 1
     assert "left out: one has 6 rows, fewer than --batch_size 7\n" in capsys.readouterr().out
-
     bad = json.loads(json.dumps(rows))
     bad[0]["qry"]["image"] = "images/missing.png"
     (tmp_path / "broken.png").write_bytes((world / "images/0.png").read_bytes()[:300])
