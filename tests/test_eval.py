@@ -53,7 +53,6 @@ def test_ties_keep_the_candidates_order():
         assert ranked == case["order_stable"]
         got = ev.ranking_metrics([case["candidates"][i] for i in ranked], case["label"], case["rel_scores"])
         assert got == pytest.approx(case["scores_if_stable"], abs=1e-12)
-
     rng = np.random.default_rng(0)
     distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
     queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
@@ -381,7 +380,6 @@ def test_ties_for_the_first_place_are_counted():
         {"input": {}, "labels": ["low"], "grades": None, "candidates": ["right", "wrong"]},
         {"input": {}, "labels": ["low"], "grades": None, "candidates": ["low", "right", "wrong"]},
     ], dict.fromkeys(keys, {}))  # fmt: skip
-
     embeddings = np.array([best, best, best, low])
     entry, *_ = ev.score_task(task, arrays(embeddings[:, None], embeddings), arrays(c[:, None], c))
     assert entry["tied"]["disc"] == 2
