@@ -463,7 +463,6 @@ def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path
         assert entry["disc"] == alone["tasks"][name]["disc"]
         assert entry["invalid"] == own_scores["tasks"][name]["invalid"]
     assert scores["tasks"]["VOC2007"]["invalid"] < 15
-
     file = tmp_path / "answers.jsonl"
     ev.main(["--root", str(mini), "--tasks", *FEW, "--export", str(file)])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
