@@ -93,12 +93,8 @@ def save_random_model(path, model_type):
 
     tokenizer = toy_tokenizer()
     id_of = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
-    ids = {
-        "image_token_id": id_of["<|image_pad|>"],
-        "video_token_id": id_of["<|video_pad|>"],
-        "vision_start_token_id": id_of["<|vision_start|>"],
-        "vision_end_token_id": id_of["<|vision_end|>"],
-    }
+    ids = {f"{name}_token_id": id_of[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+    ids |= {f"{name}_token_id": id_of[f"<|{name}_pad|>"] for name in ("image", "video")}
     tokens = dict(eos_token_id=id_of["<|im_end|>"], pad_token_id=id_of["<|endoftext|>"])
     random_backbone(model_type, len(tokenizer) + 2, tokens, **ids).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -117,7 +113,6 @@ def tiny_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedder(tiny_dir):
-
     return Embedder.from_pretrained(tiny_dir)
 
 
@@ -132,9 +127,7 @@ def inputs():
     ]
 
 
-ANSWERS = [
-    f"<think>{a}</think><answer>{b}<gen_emb>" for a, b in (("a red star", "red star"), ("so, a ring", "blue ring"))
-]
+ANSWERS = ["<think>a red star</think><answer>red star<gen_emb>", "<think>so, a ring</think><answer>blue ring<gen_emb>"]
 
 
 @pytest.fixture(scope="session")
@@ -143,9 +136,7 @@ def writer_dir(tiny_dir, tmp_path_factory):
 
 
 def train_writer(path, tiny_dir, steps=12):
-    """A tiny model after a short training on ANSWERS: sampled at temperature 1, most of its completions have a
-    <gen_emb>, in different places, and some do not. A random model hardly ever writes one."""
-
+    """A tiny model after a short training on ANSWERS: most of its samples have a <gen_emb>, in different places."""
     model = Embedder.from_pretrained(tiny_dir)
     items = [{"text": "what"}, inputs()[1], inputs()[3], {"text": "a longer question"}]
     rows = encoded(model, items)
@@ -163,12 +154,10 @@ def train_writer(path, tiny_dir, steps=12):
 
 @pytest.fixture(scope="session")
 def writer(writer_dir):
-
     return Embedder.from_pretrained(writer_dir)
 
 
 def encoded(model, items, answered=True):
-
     answers = [ANSWERS[n % 2] if answered else None for n in range(len(items))]
     return [encode_input(model.tokenizer, x, answer, blank_image=False, family=model.family)
             for x, answer in zip(items, answers)]  # fmt: skip
@@ -189,8 +178,8 @@ def generate_all(model, rows, seeds=None, script=None, **settings):
 
 @contextlib.contextmanager
 def scripted(model, script, number=lambda prompt: int(prompt.row.name.split()[-1])):
-    """Instead of sampling, model.generate() writes script[n], G lists of token ids, for the prompt of row n (or named
-    "input n")."""
+    """model.generate() writes script[n], G lists of token ids, for the prompt of row n (or named "input n")."""
+
     def append_tokens(completions, hidden, decoder, temperature):
         logits = sampling_logits(decoder.head(hidden.to(decoder.dtype)), model.banned, temperature or 1.0)
         scripts = [script[number(c.prompt)][c.g] for c in completions]
@@ -263,8 +252,8 @@ def assert_same_gradients(got, want, rtol=1e-4):
 
 
 def turn_pair(human, answer, style=0):
-    keys = (("from", "human", "gpt", "value"), ("role", "user", "assistant", "content"))[style]
-    who, user, assistant, text = keys
+    styles = (("from", "human", "gpt", "value"), ("role", "user", "assistant", "content"))
+    who, user, assistant, text = styles[style]
     return [{who: user, text: human}, {who: assistant, text: answer}]
 
 
@@ -311,8 +300,7 @@ def with_a_missing_image(world):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """192 SFT and 96 RL pairs in the published formats with images of two emoji fonts (its README names their
-    licences)."""
+    """192 SFT and 96 RL pairs in the published formats with images of two emoji fonts (licences in its README)."""
     path = tmp_path_factory.mktemp("real")
     shutil.unpack_archive(ROOT / "tests/data/real_data.tar.gz", path)
     return path / "real_data"
@@ -328,7 +316,6 @@ def mini(tmp_path_factory):
 
 def run_here(module, argv, monkeypatch):
     """The script's main() in this process: no second import of torch, and the test may replace its parts."""
-
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     try:
         module.main()
@@ -347,17 +334,8 @@ def on_call(owner, name, n, action, patch=setattr):
     patch(owner, name, acting)
 
 
-def run_killed(module, step_function, call, argv, monkeypatch):
-    """run_here, interrupted as the named function of the module is called for the `call`-th time."""
-    with monkeypatch.context() as patch:
-        on_call(module, step_function, call, die_softly, patch.setattr)
-        with pytest.raises(KeyboardInterrupt):
-            run_here(module, argv, patch)
-
-
 def run_processes(module, argv, processes=2, codes=0, before=lambda rank: None):
-    """Run main() on several ranks with the variables of torchrun, as forks without new imports. before(rank) runs first
-    in each. codes: the exit code of all ranks, or one each."""
+    """Run main() on several ranks, as forks, after before(rank). codes: the exit code of all ranks, or one each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -392,8 +370,7 @@ def read_log(out):
 
 
 def start(stage, argv, patch="", processes=1, script=True, until=60, **more):
-    """Run a stage as processes with the lines of `patch` first. Return (exit codes, output, seconds). script False:
-    only main(), as in somebody's own program. Fail if one does not end within `until` seconds."""
+    """Run a stage (script False: only main()) after the lines of patch. Return (exit codes, output, seconds)."""
     code = f"import sys, os, signal, time\nsys.argv = ['{stage}.py', *sys.argv[1:]]\nimport {stage} as s\n{patch}\n"
     code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # these tests may themselves run under nohup
     code += "from support.program import run_script\nrun_script(s.main)" if script else "s.main()"
@@ -437,7 +414,6 @@ def run_data(*argv):
 
 def check_tasks(root, *tasks):
     """Return the exit code of eval.py --check."""
-
     with pytest.raises(SystemExit) as stop:
         ev.main(["--check", "--root", str(root), *(["--tasks", *tasks] if tasks else [])])
     return stop.value.code
@@ -504,8 +480,7 @@ def changed_copy(source, path, change, file="model.safetensors"):
 
 
 class StepCache:
-    """What transformers' attention calls in a decode step on our slots: new keys and values are written, the first K
-    returned."""
+    """What transformers' attention calls in a decode step: write new keys and values, return the first K."""
 
     def __init__(self, slot_cache, index, K):
         self.slot_cache, self.index, self.K = slot_cache, index, K
@@ -525,11 +500,9 @@ def transformers_read(backbone, bf16=False):
         visible = torch.arange(K, device=index.device) <= index[:, None]
         with torch.autocast(index.device.type, torch.bfloat16, enabled=bf16):
             return backbone.model.language_model(
-                inputs_embeds=backbone.get_input_embeddings()(tokens)[:, None],
-                position_ids=positions.expand(3, -1)[..., None],
-                attention_mask=visible[:, None, None],
+                inputs_embeds=backbone.get_input_embeddings()(tokens)[:, None], use_cache=True,
+                position_ids=positions.expand(3, -1)[..., None], attention_mask=visible[:, None, None],
                 past_key_values=StepCache(decoder.cache, index, K),
-                use_cache=True,
-            ).last_hidden_state[:, 0]
+            ).last_hidden_state[:, 0]  # fmt: skip
 
     return read

@@ -1,4 +1,4 @@
-"""Draw two figures of the README from the runs of the toy world into assets/.
+"""Draw two figures of the README from the runs of the toy world in runs/ into assets/.
 
     python tests/bench/bench.py toy --seeds 3 --recipes rl      # the runs; 51 minutes on 2 cores
     python tests/figures.py                                     # assets/query.svg and curves.svg, in seconds
@@ -11,7 +11,6 @@ text stays text and its colours follow the reader's light or dark setting. Texts
 because fonts differ in width. assets/rl_step.svg has the same style and is edited by hand.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -34,9 +33,6 @@ from support.program import BadInput, MissingFile, run_script  # noqa: E402
 BENCH = "python tests/bench/bench.py toy --seeds 3 --recipes rl"
 TASK = "test/ground"  # queries and candidates are images, and it takes some reasoning
 SIDE = 24  # free at the borders
-
-# ---------------------------------------------------------------------------------------------------------------
-# A query
 
 
 class Candidate(NamedTuple):
@@ -63,7 +59,6 @@ def find_query(model_folder, data):
     if (0, 1, 1) not in outcomes:
         raise BadInput(f"{results / 'per_query.json'}: no query of {TASK} is right in gen and fused, wrong in disc")
     q = outcomes.index((0, 1, 1))
-
     task = load_task(TASK, data)
     inputs = DistinctInputs([task])
     caches = sorted((results / "cache").glob("greedy-*"), key=lambda folder: folder.stat().st_mtime)
@@ -74,7 +69,6 @@ def find_query(model_folder, data):
     query_row = inputs.query_rows[0][q : q + 1]
     queries = greedy_sides({name: x[query_row] for name, x in arrays.items()})
     candidates = greedy_sides({name: x[inputs.candidate_rows[0]] for name, x in arrays.items()})
-
     query = task.queries[q]
     keys = list(task.candidates)
     ranked = {}
@@ -91,11 +85,9 @@ def find_query(model_folder, data):
     return Example(file, query["input"]["text"], found["texts"][query_row[0]][0], ranked, hits)
 
 
-MODES = {  # mode: its colour, what it is
-    "disc": ("a", "before any reasoning"),
-    "gen": ("b", "after the reasoning"),
-    "fused": ("c", "mean of both similarities"),
-}
+# mode: its colour, what it is
+MODES = {"disc": ("a", "before any reasoning"), "gen": ("b", "after the reasoning"),
+         "fused": ("c", "mean of both similarities")}  # fmt: skip
 
 
 def query_figure(example):
@@ -109,21 +101,16 @@ def query_figure(example):
     parts.append(picture(SIDE + 24, 64, 168, 168, example.file))
     for i, asked in enumerate(textwrap.wrap(f"{example.text} <disc_emb>", 34)):
         parts.append(text(SIDE, 258 + 20 * i, asked, "code"))
-
     x = 330
     parts.append(text(x, 34, "What the model writes", "strong"))
     parts.append(rect(x, 46, WIDTH - SIDE - x, 24 + 20 * len(written)))
     for i, row in enumerate(written):
         parts.append(text(x + 14, 72 + 20 * i, row, "code"))
     y = 100 + 20 * len(written)
-    notes = [
-        "The walk, then the cells of the row at its end, then the summary.",
-        "The embedding disc is read at <disc_emb>, at the end of the prompt, and",
-        "gen at <gen_emb>, at the end of the summary.",
-    ]
-    for i, row in enumerate(notes):
+    for i, row in enumerate(("The walk, then the cells of the row at its end, then the summary.",
+                             "The embedding disc is read at <disc_emb>, at the end of the prompt, and",
+                             "gen at <gen_emb>, at the end of the summary.")):  # fmt: skip
         parts.append(text(x, y + 22 * i, row, "small dim"))
-
     top = max(310, y + 70)
     parts.append(line([(SIDE, top - 10), (WIDTH - SIDE, top - 10)]))
     for i, (mode, (colour, meaning)) in enumerate(MODES.items()):
@@ -166,10 +153,6 @@ def ranking(x, y, mode, colour, meaning, example):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Curves
-
-
 class Runs(NamedTuple):
     """The logs and scores of all seeds, in the order of the seeds."""
 
@@ -183,16 +166,15 @@ def read_runs(folder):
     seeds = sorted(folder.glob("seed*"))
     if not seeds:
         raise MissingFile(f"{folder} holds no seed0, seed1, ..: make the runs with  {BENCH}")
-    passes = {}
-    for stage in ("sft", "rl"):
-        passes[stage] = []
+    passes = {"sft": [], "rl": []}
+    for stage, of_seeds in passes.items():
         for seed in seeds:
             overall = read_json(seed / stage / "eval" / stage / "scores.json")["overall"]
-            named = {name: x for name, x in overall.items() if name.startswith("pass@")}
-            passes[stage].append({int(name.removeprefix("pass@")): x for name, x in named.items()})
+            ks = {int(name.removeprefix("pass@")): name for name in overall if name.startswith("pass@")}
+            of_seeds.append({k: overall[name] for k, name in ks.items()})
     settings = read_json(seeds[0] / "sft" / "args.json")["settings"]
-    tau_end = settings["tau_steps"], settings["tau"]
-    return Runs([read_log(seed / "sft") for seed in seeds], [read_log(seed / "rl") for seed in seeds], passes, tau_end)
+    logs = {stage: [read_log(seed / stage) for seed in seeds] for stage in passes}
+    return Runs(logs["sft"], logs["rl"], passes, (settings["tau_steps"], settings["tau"]))
 
 
 def read_text(path):
@@ -210,10 +192,7 @@ def read_log(folder):
 
 
 def running_mean(log, name, window):
-    """Return [(step, mean of the last `window` steps)], at every fifth of a window.
-
-    Steps have one task each, and tasks differ more than the curve moves.
-    """
+    """Return [(step, mean of the last `window` steps)], at every fifth of a window. Each step has another task."""
     values = [row[name] for row in log]
     ends = range(window, len(values) + 1, max(1, window // 5))
     return [(log[end - 1]["step"], fmean(values[end - window : end])) for end in ends]
@@ -253,6 +232,11 @@ class Panel:
     def curve(self, points, colour, dash=""):
         self.parts.append(line([self.at(*point) for point in points], f"line-{colour}", dash))
 
+    def key(self, across, name, colour, dash):
+        x = self.left + across
+        self.parts.append(line([(x, 60), (x + 20, 60)], f"line-{colour}", dash))
+        self.parts.append(text(x + 25, 64, name, "small"))
+
 
 SEED_LINES = [("a", ""), ("b", "7 3"), ("c", "2 3")]  # colour and dash of each seed, then again from the first
 
@@ -272,9 +256,7 @@ def seeds_panel(x, title, curves, ys, log):
     for s, curve in enumerate(curves):
         colour, dash = SEED_LINES[s % 3]
         panel.curve(curve, colour, dash)
-        key = panel.left + 74 * s
-        panel.parts.append(line([(key, 60), (key + 20, 60)], f"line-{colour}", dash))
-        panel.parts.append(text(key + 25, 64, f"seed {s}", "small"))
+        panel.key(74 * s, f"seed {s}", colour, dash)
     return panel
 
 
@@ -289,7 +271,6 @@ def curves_figure(runs):
         sft.parts.append(line([(x, sft.top), (x, sft.top + sft.height)], "line-dim", "3 4"))
         sft.parts.append(text(x + 6, sft.top + 18, "from here on", "small dim"))
         sft.parts.append(text(x + 6, sft.top + 35, f"tau = {tau:g}", "small dim"))
-
     rewards = [running_mean(log, "reward", 50) for log in runs.rl]
     values = [y for curve in rewards for _, y in curve]
     rl = seeds_panel(SIDE + 288, "RL reward, mean of 50 steps", rewards, rounded_range(values, 0.05), False)
@@ -329,9 +310,7 @@ def pass_panel(x, passes):
         panel.parts.append(area([*highest, *reversed(lowest)], colour, opacity=0.18))
         means = {k: 100 * x for k, x in mean_over_seeds(passes[stage]).items()}
         panel.curve(list(means.items()), colour, dash)
-        key = panel.left + 120 * i
-        panel.parts.append(line([(key, 60), (key + 20, 60)], f"line-{colour}", dash))
-        panel.parts.append(text(key + 25, 64, f"after {stage.upper()}", "small"))
+        panel.key(120 * i, f"after {stage.upper()}", colour, dash)
         first, last = panel.at(ks[0], means[ks[0]]), panel.at(ks[-1], means[ks[-1]])
         down = (30, 30) if stage == "sft" else (-46, -12)  # of the two numbers, from the curve
         panel.parts.append(text(first[0] + 6, first[1] + down[0], f"{means[ks[0]]:.1f}", f"small strong {colour}"))
@@ -339,21 +318,11 @@ def pass_panel(x, passes):
     return panel
 
 
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench", help=f"folder of  {BENCH}")
-    parser.add_argument("--data", type=Path, default=ROOT / "runs/toy/data", help="the toy world of these runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "assets")
-    args = parser.parse_args()
-    figures = {
-        "curves": curves_figure(read_runs(args.runs)),
-        "query": query_figure(find_query(args.runs / "seed0" / "rl", args.data)),
-    }
-    for name, svg in figures.items():
-        path = args.out / f"{name}.svg"
+    runs = ROOT / "runs/bench"
+    query = find_query(runs / "seed0/rl", ROOT / "runs/toy/data")
+    for name, svg in {"curves": curves_figure(read_runs(runs)), "query": query_figure(query)}.items():
+        path = ROOT / f"assets/{name}.svg"
         write_file(path, lambda temporary, svg=svg: Path(temporary).write_text(svg, encoding="utf-8"))
         print(f"{path}: {path.stat().st_size:,} bytes")
 

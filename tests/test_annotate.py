@@ -15,9 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, changed_copy, on_call, picture, read_log, run_data, run_here, run_processes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedTokenizerFast as Fast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import data
 import sft
@@ -44,35 +50,26 @@ def as_minimal(pair):
 
 
 def test_four_formats_hold_the_same_pairs(world, tmp_path):
-    """SFT, RL, MMEB-train and our own form of the same pairs are read as the same pairs, marks and stand-ins gone."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
+    """SFT, RL, MMEB-train and our own form of the same pairs are read as the same pairs, marks and stand-ins gone. An
+    annotated file can be annotated anew: nothing of the old answer or of the prompt's frame is left."""
     pairs = read_pairs([world / "rl.json"])
     assert pairs[1] == {"dataset_name": "one", "qry": {"text": "what 1", "images": ["images/1.png"], "video": []},
                         "pos": {"text": "thing 0", "images": [], "video": []}}  # fmt: skip
     assert pairs[0]["qry"]["video"] == ["images/1.png", "images/2.png"]
-    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(as_minimal(pair)) for pair in pairs))
-    assert read_pairs([tmp_path / "own.jsonl"]) == pairs
-
     answers = {"qry": ("so", "x"), "pos": ("so", "x")}
+    write_rows(tmp_path / "own.jsonl", map(as_minimal, pairs))
     write_rows(tmp_path / "sft.json", (formats_file.sft_row(pair, answers) for pair in pairs))
-    assert read_pairs([tmp_path / "sft.json"]) == pairs
     write_rows(tmp_path / "rl.jsonl", map(formats_file.rl_row, pairs))
-    assert read_pairs([tmp_path / "rl.jsonl"]) == pairs
-
+    for name in ("own.jsonl", "sft.json", "rl.jsonl"):
+        assert read_pairs([tmp_path / name]) == pairs
     pictures = [pair | {"dataset_name": "OneTask"} for pair in pairs if not pair["qry"]["video"]]
     table = {"qry": [f"<|image_1|>\n{pair['qry']['text']}\n" for pair in pictures],
              "qry_image_path": [pair["qry"]["images"][0] for pair in pictures],
              "pos_text": [pair["pos"]["text"] for pair in pictures], "pos_image_path": [""] * len(pictures),
              "neg_text": [[]] * len(pictures)}  # fmt: skip
     (tmp_path / "OneTask").mkdir()
-    pyarrow.parquet.write_table(pa.table(table), tmp_path / "OneTask/original.parquet")
+    pq.write_table(pa.table(table), tmp_path / "OneTask/original.parquet")
     assert read_pairs([tmp_path / "OneTask/original.parquet"]) == pictures
-
-
-def test_published_sft_rows_lose_their_reasoning(world):
-    """An annotated file can be annotated anew: nothing of the old answer or of the prompt's frame is left."""
     pairs, rows = read_pairs([world / "sft.json"]), rows_of(world / "sft.json")
     assert len(pairs) == len(rows) == 12
     assert pairs[0]["qry"] == {"text": "what is it", "images": ["images/0.png"], "video": []}
@@ -135,26 +132,27 @@ def test_repetition_is_told_from_prose():
     assert repeated_share("red " * 40) > 0.5 and repeated_share("") == 0
 
 
-def test_each_filter_has_its_reason():
+@pytest.mark.parametrize("change, reason", [
+    ({}, ""), ({"tokens": 201}, "too long"), ({"ended": False}, "too long"), ({"text": "no form"}, "malformed"),
+    ({"text": "<think>a <|image_pad|> b</think>c"}, "stray token"),
+    ({"text": "<think>a <gen_emb> b</think>c"}, "stray token"), ({"text": "<think>a</think>b</s>"}, "stray token"),
+    ({"text": "<think>a</think><answer>b</think></answer>"}, "stray token"),
+    ({"text": "<think>a</think><answer> </answer>"}, "empty summary"),
+    ({"text": f"<think>{'so it is red. ' * 20}</think>c"}, "repetition"), ({"error": "a.png: no such file"}, "media"),
+])  # fmt: skip
+def test_each_filter_has_its_reason(change, reason):
     answer = {"text": f"<think>{ESSAY}</think><answer>fresh bread</answer>", "tokens": 150, "ended": True}
-
-    def reason(**change):
-        return judge(answer | change, max_tokens=200, max_repeat=0.3)[0]
-
-    assert judge(answer, 200, 0.3) == ("", (ESSAY, "fresh bread"))
-    assert reason(tokens=201) == reason(ended=False) == "too long"
-    assert reason(text="no form") == "malformed"
-    assert reason(text="<think>a <|image_pad|> b</think>c") == "stray token"
-    assert reason(text="<think>a <gen_emb> b</think>c") == reason(text="<think>a</think>b</s>") == "stray token"
-    assert reason(text="<think>a</think><answer>b</think></answer>") == "stray token"
-    assert reason(text="<think>a</think><answer> </answer>") == "empty summary"
-    assert reason(text=f"<think>{'so it is red. ' * 20}</think>c") == "repetition"
-    assert judge({"error": "a.png: no such file"}, 200, 0.3)[0] == "media"
+    got, parts = judge(answer | change, max_tokens=200, max_repeat=0.3)
+    assert got == reason and (reason or parts == (ESSAY, "fresh bread"))
 
 
-def annotate(world, out, teacher, *flags, pairs="rl.json"):
-    return run_data("annotate", "--pairs", world / pairs, "--media_root", world, "--teacher", teacher, "--out", out,
-               "--batch_size", 2, "--max_new_tokens", 40, *flags)  # fmt: skip
+def annotate_argv(world, out, teacher, *flags, pairs="rl.json"):
+    return ["annotate", "--pairs", world / pairs, "--media_root", world, "--teacher", teacher, "--out", out,
+            "--batch_size", 2, "--max_new_tokens", 40, *flags]  # fmt: skip
+
+
+def annotate(*given, **more):
+    return run_data(*annotate_argv(*given, **more))
 
 
 @pytest.fixture(scope="module")
@@ -167,24 +165,22 @@ def annotated(world, writer_dir, tmp_path_factory):
 
 def raw_answers(out):
     files = sorted(Path(f"{out}.answers").glob("answers-*"))
-    lines = [line for path in files for line in path.read_text().splitlines()]
-    return {line["key"]: line for line in map(json.loads, lines)}
+    return {line["key"]: line for path in files for line in read_rows(path)}
 
 
 def test_an_own_teacher_annotates_each_side_apart(annotated, world, writer):
     """The SFT file has what the model writes for that side alone, in the form that training reads."""
     rows, pairs = rows_of(annotated), read_pairs([world / "rl.json"])
-    rejected = [json.loads(line) for line in Path(f"{annotated}.answers/rejected.jsonl").read_text().splitlines()]
+    rejected = read_rows(f"{annotated}.answers/rejected.jsonl")
     assert len(rows) + len(rejected) == len(pairs) and len(rows) >= 6
-    good = [pair for i, pair in enumerate(pairs) if i not in {line["row"] for line in rejected}]
+    lost = {line["row"] for line in rejected}
+    good = [pair for i, pair in enumerate(pairs) if i not in lost]
     for row, pair in zip(rows, good):
         for side in ("qry", "pos"):
             human, answer = (turn["value"] for turn in row[side]["conversations"])
             assert human.endswith(f"{pair[side]['text']}\n{DISC}\n{INSTRUCTION}")
-            item = {"text": pair[side]["text"]} | {
-                kind: [world / path for path in pair[side][kind]] for kind in ("images", "video")
-            }
-            (text,) = writer.embed([item], mode="gen", max_new_tokens=40).texts[0]
+            media = {kind: [world / path for path in pair[side][kind]] for kind in ("images", "video")}
+            (text,) = writer.embed([{"text": pair[side]["text"]} | media], mode="gen", max_new_tokens=40).texts[0]
             assert answer == text.removesuffix(GEN) + GEN
     report = Path(f"{annotated}.answers/report.txt").read_text()
     assert re.search(r"all +12 +" + re.escape(f"{len(rows) / 12:.1%}"), report) and "tokens of the kept" in report
@@ -234,8 +230,7 @@ def test_killed_anywhere_and_resumed_the_output_is_the_same(kill, annotated, wor
 
 def test_two_processes_write_the_same_file(annotated, world, writer_dir, tmp_path):
     out = tmp_path / "sft.json"
-    run_processes(data, ["annotate", "--pairs", world / "rl.json", "--media_root", world, "--teacher", writer_dir,
-                         "--out", out, "--batch_size", 2, "--max_new_tokens", 40])  # fmt: skip
+    run_processes(data, annotate_argv(world, out, writer_dir))
     assert len(list(Path(f"{out}.answers").glob("answers-*.jsonl"))) == 2, "both have asked"
     assert out.read_bytes() == annotated.read_bytes()
     assert raw_answers(out) == raw_answers(annotated)
@@ -261,17 +256,32 @@ def test_filters_run_again_without_the_teacher(annotated, world, writer_dir, tmp
     assert "none.jsonl: no rows" in annotate(tmp_path, tmp_path / "none.json", writer_dir, pairs="none.jsonl")
 
 
-def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path):
-    """A missing image, or one 225 times as wide as high, counts as "media", and the run continues."""
+def test_an_unreadable_picture_costs_its_pair_only(world, writer_dir, tmp_path, monkeypatch):
+    """A missing image, or one 225 times as wide as high, counts as "media", and the run continues. Bug story: an image
+    that could not be read for a moment was "media" for ever."""
     (tmp_path / "images").symlink_to(world / "images")
     picture(0, 900, 4).save(tmp_path / "thin.png")
     paths = ("images/0.png", "no.png", "thin.png")
     pairs = [{"qry": {"text": "what", "images": [path]}, "pos": {"text": "thing"}} for path in paths]
     write_rows(tmp_path / "pairs.json", pairs)
-    assert annotate(tmp_path, tmp_path / "sft.json", writer_dir, pairs="pairs.json") == 0
-    rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
+    out = tmp_path / "sft.json"
+    assert annotate(tmp_path, out, writer_dir, pairs="pairs.json") == 0
+    rejected = read_rows(f"{out}.answers/rejected.jsonl")
     assert [(line["row"], line["reasons"]["qry"]) for line in rejected] == [(1, "media"), (2, "media")]
-    assert "no such file" in json.dumps(raw_answers(tmp_path / "sft.json")) and len(rows_of(tmp_path / "sft.json")) == 1
+    assert "no such file" in json.dumps(raw_answers(out)) and len(rows_of(out)) == 1
+    out = tmp_path / "disk.json"
+
+    def failing(_, path, *__, **___):
+        raise Skip(f"{path}: Input/output error")
+
+    with monkeypatch.context() as patch:
+        on_call(annotate_file, "open_image", 1, failing, patch.setattr)
+        assert annotate(world, out, writer_dir) == 0
+    assert ["error" in answer for answer in raw_answers(out).values()].count(True) == 1
+    assert annotate(world, out, writer_dir) == 0
+    assert not any("error" in answer for answer in raw_answers(out).values())
+    monkeypatch.setattr(Embedder, "from_pretrained", None)  # all is answered: the teacher is not loaded
+    assert annotate(world, out, writer_dir) == 0
 
 
 def test_a_plain_qwen2_vl_is_asked_for_the_form(world, tiny_dir, tmp_path, monkeypatch):
@@ -296,11 +306,6 @@ GLM = "<think>\nIt glows.\n</think>\n<answer><|begin_of_box|>red<|end_of_box|></
 @pytest.fixture(scope="module")
 def llava_dir(tmp_path_factory):
     """A tiny LLaVA, model, processor and picture code from transformers, that learned to answer in GLM-4.1V's form."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers import PreTrainedTokenizerFast as Fast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     torch.manual_seed(0)
     plain = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -317,9 +322,8 @@ def llava_dir(tmp_path_factory):
     vision = CLIPVisionConfig(**small, image_size=28, patch_size=14)
     text = LlamaConfig(**small, vocab_size=len(tokenizer), num_key_value_heads=2, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-    )
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id))
     answer = tokenizer(GLM + "</s>", return_tensors="pt").input_ids[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(80):
@@ -338,10 +342,10 @@ def llava_dir(tmp_path_factory):
 
 def test_another_family_by_its_own_processor(world, llava_dir, tmp_path):
     """AutoProcessor and generate() with images, videos as images and plain text, in batches of any size. The answers
-    get our form."""
+    get our form. --temperature: the same seed gives the same answers, another seed gives others."""
     one, four = tmp_path / "one.json", tmp_path / "four.json"
-    assert annotate(world, one, llava_dir, "--batch_size", 1, pairs="sft.json") == 0
-    assert annotate(world, four, llava_dir, "--batch_size", 4, pairs="sft.json") == 0
+    for out, size in ((one, 1), (four, 4)):
+        assert annotate(world, out, llava_dir, "--batch_size", size, pairs="sft.json") == 0
     assert one.read_bytes() == four.read_bytes()
     rows = rows_of(four)
     assert len(rows) >= 6
@@ -349,10 +353,6 @@ def test_another_family_by_its_own_processor(world, llava_dir, tmp_path):
     answers = {row[side]["conversations"][1]["value"] for row in rows for side in ("qry", "pos")}
     assert answers == {f"<think>It glows.</think><answer>red{GEN}"}
     assert any(answer["text"] == GLM for answer in raw_answers(four).values()), "the side file has the raw text"
-
-
-def test_samples_of_a_teacher_are_seeded(world, llava_dir, tmp_path):
-    """--temperature: the same seed gives the same answers, another seed gives others."""
     raw = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         annotate(world, tmp_path / name, llava_dir, "--temperature", 2, "--seed", seed, "--max_new_tokens", 8)
@@ -406,7 +406,6 @@ def test_check_passes_a_good_file_and_counts_what_is_bad(world, tiny_dir, tmp_pa
     assert "skips 0 of 12 rows." in table
     assert run_data("check", world / "rl.json", *good, "--batch_size", 7) == 1
     assert "left out: one has 6 rows, fewer than --batch_size 7\n" in capsys.readouterr().out
-
     bad = json.loads(json.dumps(rows))
     bad[0]["qry"]["image"] = "images/missing.png"
     (tmp_path / "broken.png").write_bytes((world / "images/0.png").read_bytes()[:300])
@@ -445,12 +444,12 @@ def test_the_chain_on_real_pictures(writer_dir, real, tmp_path):
     write_rows(tmp_path / "pairs.json", map(as_minimal, read_pairs([real / "sft.json"])[::3]))
 
     def start(out, due=None):
-        """Runs the chain -> (exit code, what it printed); due: is it time to kill it?"""
+        """Run the chain and return (exit code, what it printed). due: whether it is time to kill the chain."""
         names = f"PAIRS={tmp_path}/pairs.json MEDIA={real} TEACHER={writer_dir} OUT={out}"
         script = "\n".join([names, *commands]).replace("python ", f"{sys.executable} ")
         with open(log, "w") as file:
-            child = subprocess.Popen(["bash", "-c", script], cwd=ROOT, start_new_session=True, stdout=file,
-                                     stderr=subprocess.STDOUT)  # fmt: skip
+            to_log = dict(stdout=file, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(["bash", "-c", script], cwd=ROOT, start_new_session=True, **to_log)
             while child.poll() is None:
                 if due and due():
                     os.killpg(child.pid, signal.SIGKILL)
@@ -497,88 +496,58 @@ def test_answers_belong_to_the_bytes_of_the_media(world, writer_dir, tmp_path, m
     (tmp_path / "4.png").rename(root / "images/4.png")
     assert annotate(world, out, writer_dir, "--media_root", root) == 0
     assert raw_answers(out) == second, "the old answers about this image are still there"
-    rejected = [json.loads(line) for line in (tmp_path / "sft.json.answers/rejected.jsonl").read_text().splitlines()]
+    rejected = read_rows(f"{out}.answers/rejected.jsonl")
     assert all(line["reasons"].get("qry") != "media" for line in rejected)
-
-
-def test_an_error_of_the_disk_is_asked_again(world, writer_dir, tmp_path, monkeypatch):
-    """Bug story: an image that could not be read for a moment was "media" for ever."""
-
-    def failing(_, path, *__, **___):
-        raise Skip(f"{path}: Input/output error")
-
-    with monkeypatch.context() as patch:
-        on_call(annotate_file, "open_image", 1, failing, patch.setattr)
-        assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
-    errors = [key for key, answer in raw_answers(tmp_path / "sft.json").items() if "error" in answer]
-    assert len(errors) == 1
-    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
-    assert not any("error" in answer for answer in raw_answers(tmp_path / "sft.json").values())
-    monkeypatch.setattr(Embedder, "from_pretrained", None)  # all is answered: the teacher is not loaded
-    assert annotate(world, tmp_path / "sft.json", writer_dir) == 0
 
 
 def test_rejected_rows_have_their_answers(tmp_path):
     """Bug story: rejected.jsonl said "malformed" without the answer, so that nobody could see why."""
-    pair = {"dataset_name": "m", "qry": {"text": "a", "images": [], "video": []},
-            "pos": {"text": "b", "images": [], "video": []}}  # fmt: skip
-    write_rows(tmp_path / "pairs.json", [pair])
-    answers = {"qry": {"text": "no form at all", "tokens": 4, "ended": True},
-               "pos": {"text": "<think>so</think><answer>b", "tokens": 4, "ended": True}}  # fmt: skip
-    lines = [{"key": annotate_file.side_key(side, pair[side], {}), **answer} for side, answer in answers.items()]
+    pair = {"dataset_name": "m"} | {side: {"text": side, "images": [], "video": []} for side in ("qry", "pos")}
+    texts = {"qry": "no form at all", "pos": "<think>so</think><answer>b"}
+    lines = [{"key": annotate_file.side_key(side, pair[side], {}), "text": text, "tokens": 4, "ended": True}
+             for side, text in texts.items()]  # fmt: skip
     write_rows(tmp_path / "answers-0.jsonl", lines)
     args = Namespace(out=tmp_path / "sft.json", max_tokens=100, max_repeat=0.3)
     annotate_file.filter_answers([pair], tmp_path, {}, args)
     assert read_rows(args.out) == []
-    (line,) = (json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines())
+    (line,) = read_rows(tmp_path / "rejected.jsonl")
     assert line["reasons"] == {"qry": "malformed"} and line["answers"]["qry"] == lines[0]
-
-
-def split_answer_before(text):
-    text = re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip()
-    form = r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*"
-    match = re.fullmatch(form, text, re.DOTALL)
-    if not match or not match[1].strip():
-        return None
-    return tuple(part.strip("\n") for part in match.groups())
-
-
-def parts_of_answer_before(text):
-    parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", text, re.DOTALL)
-    return {"reasoning": parts[1].strip(), "summary": parts[2].strip()} if parts else {"text": text}
-
-
-def ablate_trace_before(texts):
-    parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
-    reasonings = [part[2] for part in parts if part]
-    ablated = {"removed": [], "swapped": []}
-    following = 0
-    for text, part in zip(texts, parts):
-        if not part:
-            ablated["removed"].append(text)
-            ablated["swapped"].append(text)
-            continue
-        following += 1
-        others = (x for x in reasonings[following:] + reasonings[:following] if x != part[2])
-        ablated["removed"].append(part[1] + part[3])
-        ablated["swapped"].append(part[1] + next(others, part[2]) + part[3])
-    return ablated
 
 
 PIECES = ("<think>", "</think>", "<answer>", "</answer>", "<gen_emb>", "<|begin_of_box|>", " ", "\n", "\t", "\x1c",
           "\u2003", "a", "b", "<", ">")  # fmt: skip
 
 
+def ablate_trace_before(texts):
+    parts = [re.fullmatch(r"(.*?<think>)(.*?)(</think>.*)", text, re.DOTALL) for text in texts]
+    reasonings = [part[2] for part in parts if part]
+    ablated = {"removed": texts[:], "swapped": texts[:]}
+    following = 0
+    for n, part in enumerate(parts):
+        if part:
+            following += 1
+            others = (x for x in reasonings[following:] + reasonings[:following] if x != part[2])
+            ablated["removed"][n] = part[1] + part[3]
+            ablated["swapped"][n] = part[1] + next(others, part[2]) + part[3]
+    return ablated
+
+
 def test_the_filters_give_what_they_gave():
     """The regular expressions from before give equal results on 20,000 strings made of their parts."""
+    split = re.compile(r"(?:<think>)?(.*?)</think>\s*(?:<answer>)?(.*?)(?:<gen_emb>|</answer>|\s)*", re.DOTALL)
+    form = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)(<gen_emb>)?(</answer>)?\s*", re.DOTALL)
     rng = random.Random(0)
     found = 0
     for _ in range(20_000):
         text = "".join(rng.choices(PIECES, k=rng.randrange(10)))
         if rng.random() < 0.5:
             text = f"<think>{text}</think>{rng.choice(PIECES)}<answer>{''.join(rng.choices(PIECES, k=5))}"
-        assert split_answer(text) == split_answer_before(text), text
-        assert parts_of_answer(text) == parts_of_answer_before(text), text
+        match = split.fullmatch(re.sub(r"<\|(begin|end)_of_box\|>", "", text).strip())
+        split_before = match and match[1].strip() and tuple(part.strip("\n") for part in match.groups())
+        assert split_answer(text) == (split_before or None), text
+        parts = form.fullmatch(text)
+        before = {"reasoning": parts[1].strip(), "summary": parts[2].strip()} if parts else {"text": text}
+        assert parts_of_answer(text) == before, text
         found += split_answer(text) is not None
     assert found > 3_000
     for _ in range(2_000):
@@ -598,24 +567,23 @@ def test_the_filters_take_linear_time(text):
     assert got["swapped"][:2] == ["<think>b</think>"] * 2 and got["swapped"][-1] == "<think>a</think>"
 
 
-def pair(path, text="what", target="images/blank.jpg"):
-    return {"dataset_name": "d", "qry": {"text": text, "images": [path]},
-            "pos": {"text": f"thing {text}", "images": [target] if target else []}}  # fmt: skip
+BLANK = "images/blank.jpg"
 
 
-@pytest.mark.parametrize("sft, pairs", [
-    (pair("images/{}.png"), pair("./images/{}.png")), (pair("images/{}.png"), pair("images//{}.png")),
-    (pair("images/{}.png"), pair("images/../images/{}.png")),
-    (pair("images/{}.png"), pair("images/{}.png", target="MMEB-train/images/blank.jpg")),
-    (pair("images/{}.png"), pair("images/{}.png", target="./blank.jpg")),
-    (pair("images/{}.png"), pair("images/{}.png", target="")),
+def pair(path, target=BLANK):
+    return {"dataset_name": "d", "qry": {"text": "what", "images": [path]},
+            "pos": {"text": "thing what", "images": [target] if target else []}}  # fmt: skip
+
+
+@pytest.mark.parametrize("path, target", [
+    ("./images/{}.png", BLANK), ("images//{}.png", BLANK), ("images/../images/{}.png", BLANK),
+    ("images/{}.png", "MMEB-train/images/blank.jpg"), ("images/{}.png", "./blank.jpg"), ("images/{}.png", ""),
 ])  # fmt: skip
-def test_the_rl_subset_knows_a_path_in_any_spelling(tmp_path, sft, pairs):
+def test_the_rl_subset_knows_a_path_in_any_spelling(tmp_path, path, target):
     """Bug story: with ./ before the paths, or another folder before images/blank.jpg, all pairs of the SFT file were
     drawn again for RL. The five pairs that are not in it are left. Only the authors' blank image is removed."""
-    for name, form, numbers in (("sft", sft, range(20)), ("pairs", pairs, range(25))):
-        rows = [json.loads(json.dumps(form).replace("{}", str(i))) for i in numbers]
-        write_rows(tmp_path / f"{name}.json", rows)
+    for name, form, n in (("sft", pair("images/{}.png"), 20), ("pairs", pair(path, target), 25)):
+        write_rows(tmp_path / f"{name}.json", [json.loads(json.dumps(form).replace("{}", str(i))) for i in range(n)])
     assert run_data("rl-subset", "--pairs", tmp_path / "pairs.json", "--sft", tmp_path / "sft.json", "--out",
                     tmp_path / "rl.json", "--size", 100) == 0  # fmt: skip
     drawn = read_rows(tmp_path / "rl.json")

@@ -1,21 +1,18 @@
 """The commands of bench.py still run, and freed memory does not hide the peak that they measure.
-
-    python -m pytest tests/test_bench.py
-"""
+Run: pytest tests/test_bench.py"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from bench_common import in_fresh_process
+from bench_common import in_fresh_process, peak_above, status
 from conftest import ROOT
-
-COMMANDS = ["toy", "data", "rollout", "rl", "memory", "kills"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["toy", "data", "rollout", "rl", "memory", "kills"])
 def test_every_bench_runs(command):
     """A broken command could not print its table again."""
     done = subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), command, "--tiny"], cwd=ROOT,
@@ -24,25 +21,17 @@ def test_every_bench_runs(command):
     assert "\n|---|" in done.stdout, done.stdout
 
 
-# ---- peak memory -----------------------------------------------------------------------------------------------
-
-
 def after_freeing(blocks):
     """Return the peak MiB of a function that needs 100, after 200 MiB in `blocks` pieces were used and freed.
 
     The second value is the peak above the resident memory, measured without the care of peak_above.
     """
-    from pathlib import Path
-
-    from bench_common import peak_above, status
-
     def needs_100():
         return len([bytearray(b"x") * (2**20 // 4) for _ in range(400)])
 
-    def fill():
+    def fill():  # what it returns comes after the freed pieces, so that malloc cannot shrink its heap from the end
         parts = [bytearray(b"x") * (200 * 2**20 // blocks) for _ in range(blocks)]
-        keep = bytearray(300_000)  # after them, so that malloc cannot shrink its heap from the end
-        return len(parts), keep
+        return len(parts), bytearray(300_000)
 
     bytearray(b"x") * (30 * 2**20)  # freed at once: from now on malloc puts blocks of up to 30 MiB into its heap
     kept = fill()

@@ -1,5 +1,4 @@
-"""Checkpoints: state, shapes, kills during a save, other files in the folder, and data.py export.
-Run: pytest tests/test_checkpoint.py"""
+"""Checkpoints: state, shapes, kills during a save, other files in the folder, and data.py export."""
 
 import copy
 import os
@@ -25,17 +24,18 @@ from support.program import BadInput
 
 def test_shapes_are_tested_when_tensors_are_restored(tmp_path):
     """Bug story: a stored Linear(3, 4) was loaded into a Linear(3, 6) silently."""
-    small, large = torch.nn.Linear(3, 4), torch.nn.Linear(3, 6)
-    save_checkpoint(tmp_path, small, torch.optim.AdamW(small.parameters()), 1, {})
+    model, large = torch.nn.Linear(3, 4), torch.nn.Linear(3, 6)
+    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), 1, {})
     with pytest.raises(BadInput, match=r"model/weight has shape \[4, 3\], the model \[6, 3\]"):
         load_checkpoint("auto", tmp_path, large, torch.optim.AdamW(large.parameters()), {})
     with pytest.raises(BadInput, match=r"model/0.weight has shape None, the model \[4, 3\]"):
-        checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(torch.nn.Linear(3, 4)))
+        checkpoint_file.restore(tmp_path / "checkpoints/step-1", torch.nn.Sequential(model))
 
 
-@pytest.mark.parametrize("file, content", [("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"),
-                                           ("meta.json", b"[]"), ("meta.json", b'{"step": 2}'),
-                                           ("part-0.safetensors", None)])  # fmt: skip
+@pytest.mark.parametrize("file, content", [
+    ("part-0.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("meta.json", b"{"), ("meta.json", b"[]"),
+    ("meta.json", b'{"step": 2}'), ("part-0.safetensors", None),
+])  # fmt: skip
 def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file, content):
     """Broken by a disk, not by a kill. The message has the --resume that continues."""
     model = torch.nn.Linear(3, 4)
@@ -49,25 +49,9 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tmp_path, file,
     assert load_checkpoint(older, tmp_path, model, torch.optim.AdamW(model.parameters()), {}) == 1
 
 
-def test_only_our_own_files_are_cleared_away(tmp_path):
-    """Bug story: notes.txt in checkpoints/ ended the save, a copy named step-2-best was deleted as the oldest."""
-    model = torch.nn.Linear(3, 4)
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), step, {}, keep=1)
-        if step == 1:
-            (tmp_path / "checkpoints/notes.txt").write_text("mine")
-            shutil.copytree(tmp_path / "checkpoints/step-1", tmp_path / "checkpoints/step-1-best")
-            (tmp_path / "checkpoints/step-best").mkdir()
-            (tmp_path / "checkpoints/step-9").mkdir()  # as a kill leaves one
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["notes.txt", "step-1-best", "step-3", "step-best"]
-    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
-
-
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypatch, capsys, fsdp):
-    """data.py export of step 2 of 3 writes the weights of that checkpoint, from shards too. eval.py's message for a
-    checkpoint names the command. A folder that has a model is not overwritten, and other folders are no checkpoints."""
+    """data.py export writes the weights of a checkpoint, from shards too, and overwrites no model."""
     argv = flags(tiny_dir, world, tmp_path / "run", steps=3, save_every=2, fsdp=fsdp)
     run_processes(sft, argv, 2) if fsdp else run_here(sft, argv, monkeypatch)
     checkpoint = tmp_path / "run/checkpoints/step-2"
@@ -90,8 +74,7 @@ def test_a_checkpoint_becomes_a_model_folder(tiny_dir, world, tmp_path, monkeypa
 
 
 def test_thirty_kills_around_the_save(tmp_path):
-    """A child trains and saves without a pause and is killed 30 times in the middle of writing, renaming and deleting.
-    Every resume finds a checkpoint no older than before, with exactly the state of its step."""
+    """Every resume after a kill finds a checkpoint no older than before, with exactly the state of its step."""
     model, optimizer = small()
     want = {0: [p.clone() for p in model.parameters()]}
     for step in range(1, 500):
@@ -108,16 +91,14 @@ def test_thirty_kills_around_the_save(tmp_path):
                 os.write(writing, b".")  # a save begins
                 save_checkpoint(tmp_path, model, optimizer, step, {"a": 1}, keep=2)
             os._exit(0)
-        saves = rng.choice([1, 2, 3])
-        for _ in range(saves):
+        for _ in range(saves := rng.choice([1, 2, 3])):
             os.read(reading, 1)
         time.sleep(rng.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
-        left = list(tmp_path.glob("checkpoints/*"))
-        torn += len(left) > len(list_checkpoints(tmp_path))
+        torn += len(list(tmp_path.glob("checkpoints/*"))) > len(list_checkpoints(tmp_path))
         model, optimizer = small()
         step = load_checkpoint("auto", tmp_path, model, optimizer, {"a": 1})
         assert reached + saves - 1 <= step and len(list_checkpoints(tmp_path)) <= 3
@@ -126,20 +107,25 @@ def test_thirty_kills_around_the_save(tmp_path):
     assert torn > 2  # the kills did hit savings
 
 
-def test_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
-    """A kill while an old checkpoint is deleted leaves a folder that resume refuses and the next save clears away."""
-    model, optimizer = small()
+def test_which_folders_are_cleared_away(tmp_path, monkeypatch):
+    """Bug story: notes.txt in checkpoints/ ended the save, and a copy named step-2-best was deleted."""
+    (model, optimizer), folder = small(), tmp_path / "checkpoints"
     train(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, 1, {})
-    with monkeypatch.context() as patch:
+    (folder / "notes.txt").write_text("mine")
+    shutil.copytree(folder / "step-1", folder / "step-1-best")
+    (folder / "step-best").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint_file.shutil, "rmtree", die_softly)
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
+        save_checkpoint(tmp_path, model, optimizer, 2, {}, keep=1)
     assert [n for n, _ in list_checkpoints(tmp_path)] == [2]
     with pytest.raises(FileNotFoundError, match="step-1.*no complete checkpoint"):
-        load_checkpoint(tmp_path / "checkpoints/step-1", tmp_path, *small(), {})
+        load_checkpoint(folder / "step-1", tmp_path, *small(), {})
+    (folder / "step-9").mkdir()  # as a kill leaves one
     save_checkpoint(tmp_path, model, optimizer, 3, {}, keep=5)
-    assert sorted(path.name for path in tmp_path.glob("checkpoints/*")) == ["step-2", "step-3"]
+    assert [n for n, _ in list_checkpoints(tmp_path)] == [2, 3] and not (folder / "step-1").exists()
+    save_checkpoint(tmp_path, model, optimizer, 4, {}, keep=1)
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "step-1-best", "step-best", "step-4"}
 
 
 def small(seed=0):
@@ -158,8 +144,7 @@ def train(model, optimizer, steps):
 
 
 def test_checkpoint_restores_model_and_optimizer(tmp_path):
-    """A loaded checkpoint continues bit for bit, with frozen parameters and AdamW's counters. Only `keep` checkpoints
-    stay."""
+    """A loaded checkpoint continues bit for bit, with frozen parameters. Only `keep` checkpoints stay."""
     model, optimizer = small()
     for step in (1, 2, 3, 10):
         train(model, optimizer, 1)
@@ -180,15 +165,14 @@ def test_checkpoint_restores_model_and_optimizer(tmp_path):
 def test_checkpoint_of_the_other_optimizer(tmp_path, fused):
     """A checkpoint of AdamW's fused form, which GPUs run, goes on in the plain one and the reverse."""
     model, _ = small()
-    args = SimpleNamespace(lr=0.1, beta2=0.999)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, SimpleNamespace(lr=0.1, beta2=0.999))
     assert optimizer.defaults["fused"] is False  # on the CPU
-    forms = {False: optimizer, True: torch.optim.AdamW(trained(model), args.lr, weight_decay=0.0, fused=True)}
+    forms = {False: optimizer, True: torch.optim.AdamW(trained(model), 0.1, weight_decay=0.0, fused=True)}
     train(model, forms[fused], 2)
     save_checkpoint(tmp_path, model, forms[fused], 2, {})
     assert load_checkpoint("auto", tmp_path, model, forms[not fused], {}) == 2
     other = copy.deepcopy(model)
-    same = torch.optim.AdamW(trained(other), args.lr, weight_decay=0.0, fused=fused)
+    same = torch.optim.AdamW(trained(other), 0.1, weight_decay=0.0, fused=fused)
     load_checkpoint("auto", tmp_path, other, same, {})
     train(model, forms[not fused], 3)
     train(other, same, 3)

@@ -1,5 +1,4 @@
-"""The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills.
-Run: pytest tests/test_decode.py"""
+"""The decode step of support/decode.py against transformers' own, and what surrounds it: slots and prefills."""
 
 import pytest
 import torch
@@ -64,8 +63,7 @@ def test_large_weights_are_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_bf16_step_rounds_as_autocast(model_type, monkeypatch):
-    """bf16 over fp32 weights rounds as transformers does under autocast. Bug story: Qwen3's norms of queries and keys
-    were rounded between norm and rotation, and log-probabilities were off by 0.009 instead of 0.0003."""
+    """Bug story: Qwen3's norms of queries and keys were rounded too early, which moved log p by 0.009."""
     backbone = random_backbone(model_type)
     fuse_norms(backbone)
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: rms_norm(x.float(), norm.weight.shape,
@@ -76,24 +74,19 @@ def test_bf16_step_rounds_as_autocast(model_type, monkeypatch):
     assert (ours - theirs).norm() < 0.05 * (theirs - exact).norm() < 0.005 * exact.norm()
 
 
-def test_rollouts_equal_those_of_transformers_step(writer, monkeypatch):
-    """All sampled tokens of a seeded rollout are the same, with prompts of all kinds that enter and leave the slots."""
-    rows = encoded(writer, inputs(), answered=False)
-    settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=6)
-    ours = generate_all(writer, rows, **settings)
-    monkeypatch.setattr(Decoder, "run", transformers_read(writer.backbone))
-    theirs = generate_all(writer, rows, **settings)
-    assert len({tuple(ids) for r in ours.values() for ids in r.ids}) > 6
-    for n in ours:
-        assert ours[n].ids == theirs[n].ids
-        torch.testing.assert_close(ours[n].gen, theirs[n].gen, **CLOSE)
+def assert_same_rollouts(got, want):
+    for n in want:
+        assert got[n].ids == want[n].ids
+        for name in ("disc", "gen"):
+            torch.testing.assert_close(getattr(got[n], name), getattr(want[n], name), **CLOSE)
 
 
-def test_added_rows_and_keys_change_nothing(writer, monkeypatch):
-    """What a GPU does for its graphs: a step of more rows (token 0 into free slots) and of more keys than there are."""
+def test_rollouts_equal_those_of_other_steps(writer, monkeypatch):
+    """The same tokens with transformers' step, and with added rows and keys, as a GPU's graphs have."""
     rows = encoded(writer, inputs(), answered=False)
     settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=8)
-    plain = generate_all(writer, rows, **settings)
+    ours = generate_all(writer, rows, **settings)
+    assert len({tuple(ids) for r in ours.values() for ids in r.ids}) > 6
     real, sizes = Decoder.run, set()
 
     def padded(self, given, K):
@@ -102,89 +95,58 @@ def test_added_rows_and_keys_change_nothing(writer, monkeypatch):
         sizes.add((A, R))
         return real(self, torch.nn.functional.pad(given, (0, R - A)), self.cache.capacity)[:A]
 
-    monkeypatch.setattr(Decoder, "run", padded)
-    again = generate_all(writer, rows, **settings)
+    for run in (transformers_read(writer.backbone), padded):
+        monkeypatch.setattr(Decoder, "run", run)
+        assert_same_rollouts(generate_all(writer, rows, **settings), ours)
     assert any(R > A for A, R in sizes)
-    for n in plain:
-        assert again[n].ids == plain[n].ids
-        torch.testing.assert_close(again[n].gen, plain[n].gen, **CLOSE)
-
-
-def test_prefill_in_parts_changes_nothing(writer, monkeypatch):
-    """--prefill_tokens bounds a pass over prompts; a longer prompt goes alone. The results stay the same."""
-    rows = encoded(writer, inputs(), answered=False)
-    whole = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10)
-    passes, real = [], Decoder.begin_prefill
-
-    def counted(self, *given, **more):
-        passes.append(0)
-        return real(self, *given, **more)
-
-    monkeypatch.setattr(Decoder, "begin_prefill", counted)
-    parts = generate_all(writer, rows, G=2, max_new_tokens=16, slots=10, prefill_tokens=60)
-    assert len(passes) > 2
-    for n in whole:
-        assert parts[n].ids == whole[n].ids
-        torch.testing.assert_close(parts[n].gen, whole[n].gen, **CLOSE)
 
 
 def test_reading_ahead_changes_nothing(writer, monkeypatch):
-    """Waiting rows move into a free slot with their keys and values, with fewer prefills and steps. Story: in 8 slots
-    each prompt had a pass of its own, a quarter slower at 90 tokens."""
+    """Waiting rows move into a free slot, with fewer prefills and steps. --prefill_tokens only adds prefills."""
     rows = encoded(writer, inputs(), answered=False) * 4
     lengths = [3 + 5 * n % 11 for n in range(len(rows))]  # different ones, so that the order of the rows changes
     script = [[[7] * n + [writer.gen_id]] for n in lengths]
     prefill, step = Decoder.begin_prefill, Decoder.step
-    caches, decoded = [], []  # of each prefill its cache, of each step its number of rows
+    found = []  # per run its rollouts, the slots of each prefill's cache, the number of rows of each step
 
     def counted_prefill(self, *given, **more):
-        caches.append(prefill(self, *given, **more))
-        return caches[-1]
+        cache = prefill(self, *given, **more)
+        found[-1][1].append(cache.slots)
+        return cache
 
     def counted_step(self, tokens, *given):
-        decoded.append(len(tokens))
+        found[-1][2].append(len(tokens))
         return step(self, tokens, *given)
 
     monkeypatch.setattr(Decoder, "begin_prefill", counted_prefill)
     monkeypatch.setattr(Decoder, "step", counted_step)
-    monkeypatch.setattr(model_file, "AHEAD", 0)
-    plain = generate_all(writer, rows, script=script, slots=4)
-    assert caches[0].slots == 4
-    plain_prefills = len(caches)
-    plain_steps = len(decoded)
-    caches.clear()
-    decoded.clear()
-    monkeypatch.setattr(model_file, "AHEAD", 2)
-    ahead = generate_all(writer, rows, script=script, slots=4)
-    assert caches[0].slots == 6
-    assert len(caches) < plain_prefills / 1.5
-    assert len(decoded) < plain_steps
-    for n in range(len(rows)):
-        assert ahead[n].ids == plain[n].ids == script[n]
-        for name in ("disc", "gen"):
-            torch.testing.assert_close(getattr(ahead[n], name), getattr(plain[n], name), **CLOSE)
+    for ahead, more in ((0, {}), (2, {}), (2, dict(prefill_tokens=60))):
+        monkeypatch.setattr(model_file, "AHEAD", ahead)
+        found.append(({}, [], []))
+        found[-1][0].update(generate_all(writer, rows, script=script, slots=4, **more))
+    (plain, plain_slots, plain_steps), (ahead, slots, steps), (parts, parts_slots, _) = found
+    assert plain_slots[0] == 4 and slots[0] == 6
+    assert len(slots) < len(plain_slots) / 1.5 and len(steps) < len(plain_steps) and len(slots) < len(parts_slots)
+    assert [plain[n].ids for n in range(len(rows))] == script
+    for other in (ahead, parts):
+        assert_same_rollouts(other, plain)
 
 
 def test_waiting_prompts_are_taken_up_to_a_number_of_tokens(writer):
     """Padded tokens count, one prompt always goes, and none is lost or taken twice."""
     rows = encoded(writer, inputs(), answered=False)
-    lengths = [len(row.ids) for row in rows]
-    unreadable = Prompt("bad", None, problem="no such file")
-    given = iter([Prompt(n, row) for n, row in enumerate(rows)] + [unreadable])
+    given = iter([Prompt(n, row) for n, row in enumerate(rows)] + [Prompt("bad", None, problem="no such file")])
     waiting = PromptQueue(given, "cpu")
-    assert [p.key for p in waiting.take(9, 1)] == [0]
-    two = max(lengths[1:3])
-    assert [p.key for p in waiting.take(9, 2 * two)] == [1, 2]
-    assert [p.key for p in waiting.take(1, 10_000)] == [3]
-    assert waiting.take(0, 10_000) == []
+    two = 2 * max(len(row.ids) for row in rows[1:3])
+    for n, tokens, keys in ((9, 1, [0]), (9, two, [1, 2]), (1, 10_000, [3]), (0, 10_000, [])):
+        assert [p.key for p in waiting.take(n, tokens)] == keys
     assert next(given).key == 4, "a prompt was read that nobody had asked for"
-    assert [p.key for p in waiting.take(9, 10_000)] == ["bad"]
-    assert waiting.take(9, 10_000) == []
+    for keys in (["bad"], []):
+        assert [p.key for p in waiting.take(9, 10_000)] == keys
 
 
 def test_step_casts_no_weight(writer_dir, monkeypatch):
-    """In bf16 the fp32 weights are rounded once per generate(). Bug stories: autocast's cache takes no frozen weight,
-    so a frozen model cast all of them in every step. The loop's autocast leaked to its caller."""
+    """Bug stories: a frozen model cast all weights in every step. The loop's autocast leaked to its caller."""
     model, largest = Embedder.from_pretrained(writer_dir), []  # largest: numbers of the largest cast of each step
     model.bf16 = True
     rows = encoded(model, inputs()[:2], answered=False)

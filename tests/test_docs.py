@@ -1,8 +1,6 @@
 """README and docs/ against the code: every path, function, flag and link that they name exists. docs/departures.md has
 every numbered departure of a script. The code reads every flag. Every test file states what it proves.
-
-    python -m pytest tests/test_docs.py
-"""
+Run: pytest tests/test_docs.py"""
 
 import ast
 import re
@@ -111,25 +109,21 @@ def test_every_flag_is_read(script):
 
 def test_departures_are_complete():
     """docs/departures.md names each numbered departure of each script, and no other."""
-    numbered = set()
+    numbered, named = set(), set()
     for path in SIX:
         items = re.findall(r"^ ?(\d)\. ", ast.get_docstring(tree_of(path), clean=False), re.MULTILINE)
         numbered |= {(path.name, number) for number in items}
     page = " ".join((ROOT / "docs/departures.md").read_text(encoding="utf-8").split())
-    named = set()
     for script, numbers in re.findall(r"`(\w+\.py)` (\d(?: and \d)*)", page):
         named |= {(script, number) for number in re.findall(r"\d", numbers)}
     assert named == numbered
 
 
-def test_test_files_say_what_they_prove_and_how_to_run_them():
+def test_the_form_of_tests_and_readme():
+    """A test file says what it proves and how to run it. The README has at most 200 lines of at most 110 characters."""
     for path in (ROOT / "tests").glob("*.py"):
         says = ast.get_docstring(tree_of(path))
         assert says, f"{path.name} has no docstring"
         assert not path.name.startswith("test_") or f"pytest tests/{path.name}" in says, path.name
-
-
-def test_readme_is_short():
-    """The README has at most 200 lines of at most 110 characters. docs/ has the rest."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200 and max(map(len, lines)) <= 110

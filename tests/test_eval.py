@@ -42,7 +42,8 @@ def test_metrics_equal_the_published_code():
 
 
 def test_ties_keep_the_candidates_order():
-    """The published tie cases, ranked from one-dimensional embeddings, give the stable order and its scores."""
+    """The published tie cases, ranked from one-dimensional embeddings, give the stable order and its scores. Copies of
+    one embedding in 300 columns never swap: rounding of the matrix product does not order them."""
     cases = [c for c in json.loads((DATA / "metric_cases.json").read_text())["cases"] if "similarities" in c]
     assert cases
     for case in cases:
@@ -52,6 +53,12 @@ def test_ties_keep_the_candidates_order():
         assert ranked == case["order_stable"]
         got = ev.ranking_metrics([case["candidates"][i] for i in ranked], case["label"], case["rel_scores"])
         assert got == pytest.approx(case["scores_if_stable"], abs=1e-12)
+    rng = np.random.default_rng(0)
+    distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
+    queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
+    for ranked in ev.rank_candidates(queries, distinct[copies], ok[:20], ok, depth=300):
+        for which in range(7):
+            assert [i for i in ranked if copies[i] == which] == np.flatnonzero(copies == which).tolist()
 
 
 def test_aggregation_case():
@@ -83,36 +90,28 @@ def test_four_by_four_with_ties():
     assert m["precision@5"] == pytest.approx(2 / 5) and m["recall@5"] == 1
     assert m["f1@5"] == pytest.approx(4 / 7)
     assert m["map@5"] == pytest.approx((1 / 2 + 2 / 4) / 2) and m["mrr@10"] == 1 / 2
-
-
-def test_equal_candidates_tie_in_all_columns():
-    """Copies of one embedding in 300 columns never swap: rounding of the matrix product does not order them."""
-    rng = np.random.default_rng(0)
-    distinct, copies = rng.standard_normal((7, 65)).astype(np.float32), rng.integers(0, 7, 300)
-    queries, ok = rng.standard_normal((20, 65)).astype(np.float32), np.ones(300, bool)
-    for ranked in ev.rank_candidates(queries, distinct[copies], ok[:20], ok, depth=300):
-        for which in range(7):
-            assert [i for i in ranked if copies[i] == which] == np.flatnonzero(copies == which).tolist()
-
-
-def test_invalid_generations_are_misses():
-    """An invalid query ranks nothing and an invalid candidate is not ranked, even if all are. Lists keep repeats."""
-    x, ok, no = np.eye(3, dtype=np.float32), np.ones(3, bool), np.zeros(3, bool)
-    assert ev.rank_candidates(x, x, np.array([True, False, True]), np.array([False, True, True])) == [
-        [1, 2], [], [2, 1]]  # fmt: skip
-    assert ev.rank_candidates(x, x, ok, no) == [[], [], []]
-    lists = [np.array([2, 0, 0]), np.array([2]), np.array([1, 0])]
-    assert ev.rank_candidates(x, x, ok, ok, lists) == [[0, 0, 2], [2], [1, 0]]
-
-
-def test_labels_and_grades():
-    """A surplus grade is an error. A repeated label counts once, with its higher grade. A bare key is one label."""
+    # a surplus grade is an error, a repeated label counts once, with its higher grade, and a bare key is one label
     with pytest.raises(ValueError, match="2 grades for 1 labels"):
         ev.ranking_metrics(["a"], ["a"], [1, 2])
     assert ev.ranking_metrics(["b", "a"], ["a", "a", "b"], [1, 3, 2]) == ev.ranking_metrics(
         ["b", "a"], ["b", "a"], [2, 3])  # fmt: skip
     assert ev.ranking_metrics([7, 8], 8) == ev.ranking_metrics(["7", "8"], "8")
     assert list(ev.ranking_metrics([], ["a"])) == ev.METRICS
+
+
+def test_invalid_generations_are_misses():
+    """An invalid query ranks nothing and an invalid candidate is not ranked, even if all are. Lists keep repeats. By
+    hand, query 0 is NaN and candidate 1 is infinite: the others rank as without them."""
+    x, ok, no = np.eye(3, dtype=np.float32), np.ones(3, bool), np.zeros(3, bool)
+    assert ev.rank_candidates(x, x, np.array([True, False, True]), np.array([False, True, True])) == [
+        [1, 2], [], [2, 1]]  # fmt: skip
+    assert ev.rank_candidates(x, x, ok, no) == [[], [], []]
+    lists = [np.array([2, 0, 0]), np.array([2]), np.array([1, 0])]
+    assert ev.rank_candidates(x, x, ok, ok, lists) == [[0, 0, 2], [2], [1, 0]]
+    c, q = np.eye(3), np.array([[1, 0, 0.1], [0, 1, 0.5], [0, 0.1, 1]])
+    q[0], c[1] = np.nan, [0, np.inf, 0]
+    assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
+    assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
 
 
 @pytest.mark.parametrize("n,c,k", [(4, 0, 2), (4, 1, 1), (4, 1, 2), (5, 2, 2), (6, 3, 4), (6, 5, 2), (4, 4, 4)])
@@ -130,7 +129,7 @@ def two_query_task(**changes):
     return ev.Task(**(fields | changes))
 
 
-def arrays(gen, disc=None, valid=None):
+def arrays(gen=((X,), (Y,)), disc=(X, Y), valid=None):
     gen = np.array(gen, np.float32)  # [N, S, D]
     out = {"gen": gen, "valid": np.ones(gen.shape[:2], bool) if valid is None else np.array(valid),
            "problem": np.array([""] * len(gen))}  # fmt: skip
@@ -138,25 +137,25 @@ def arrays(gen, disc=None, valid=None):
 
 
 def test_modes_by_hand():
-    """Query 0 is right in gen only, query 1 in disc only: each mode scores 1/2, the oracle 1. Mixed modes swap axes."""
-    queries = arrays([[X], [X]], disc=[Y, Y])  # gen: a, a (right, wrong); disc: b, b (wrong, right)
-    candidates = arrays([[X], [Y]], disc=[X, Y])
+    """Query 0 is right in gen only, query 1 in disc only: each mode scores 1/2, the oracle 1. Mixed modes swap axes. If
+    disc prefers a by far and gen prefers b by little, fused ranks a first, as the surer of the two does."""
+    queries, candidates = arrays([[X], [X]], disc=[Y, Y]), arrays()  # gen: right, wrong; disc: wrong, right
     entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
     assert [entry[m]["hit@1"] for m in ("disc", "gen", "oracle")] == [0.5, 0.5, 1.0]
     assert columns["gen"] == [1, 0] and columns["disc"] == [0, 1] and columns["oracle"] == [1, 1]
     assert "pass@k" not in entry
-    swapped = arrays([[X], [Y]], disc=[Y, X])  # disc candidates the wrong way round
-    entry, columns, _ = ev.score_task(two_query_task(), queries, swapped)
+    columns = ev.score_task(two_query_task(), queries, arrays(disc=[Y, X]))[1]  # disc candidates the wrong way round
     assert columns["gen_disc"] == [0, 1]  # gen queries say x, which is now candidate b
     assert columns["disc_gen"] == [0, 1]  # disc queries say y, which is gen candidate b
+    columns = ev.score_task(two_query_task(), arrays([[[0.6, 0.8]], [[0.0, 1.0]]]), candidates)[1]
+    assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
 
 
 def test_samples_by_hand():
     """Four samples with 1 and 2 hits, one of them invalid: pass@k from the counts."""
-    queries, candidates = arrays([[X], [Y]], disc=[X, Y]), arrays([[X], [Y]], disc=[X, Y])
     valid = [[True] * 4, [True, True, True, False]]
-    sampled = arrays([[X, Y, Y, Y], [Y, Y, X, [0.0, 0.0]]], valid=valid)
-    entry, _, _ = ev.score_task(two_query_task(), queries, candidates, sampled)
+    sampled = arrays([[X, Y, Y, Y], [Y, Y, X, [0.0, 0.0]]], disc=None, valid=valid)
+    entry, _, _ = ev.score_task(two_query_task(), arrays(), arrays(), sampled)
     assert list(entry["pass@k"]) == ["1", "2", "4"]
     assert entry["pass@k"]["1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert entry["pass@k"]["2"] == pytest.approx((3 / 6 + 5 / 6) / 2)
@@ -182,46 +181,34 @@ def unit(x):
 
 
 def test_fused_without_a_gen_embedding_is_disc_alone():
-    """Query 1 and candidate a have no <gen_emb>: in fused disc decides, without a miss. Such a candidate has half of
-    its disc cosine. A query without a disc embedding is a miss."""
+    """Query 1 and candidate a have no <gen_emb>: gen misses both queries, disc none, and oracle and fused take disc.
+    Such a candidate has half of its disc cosine in fused. A query without a disc embedding is a miss."""
     nan = [math.nan] * 2
-    queries = arrays([[X], [nan]], disc=[X, Y], valid=[[True], [False]])
-    candidates = arrays([[nan], [Y]], disc=[X, Y], valid=[[False], [True]])
-    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
-    assert columns["gen"] == [0, 0] and columns["fused"] == [1, 1]
-    assert entry["tied"]["fused"] == 0
+    for lost_query, lost_candidate in ((Y, X), (nan, nan)):
+        queries = arrays([[X], [lost_query]], valid=[[True], [False]])
+        candidates = arrays([[lost_candidate], [Y]], valid=[[False], [True]])
+        entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
+        assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == columns["fused"] == [1, 1]
+        assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
+        assert entry["gen"]["recall@10"] == 0 and entry["tied"]["fused"] == 0
     near = arrays([[nan], [[0.8, 0.6]]], disc=[X, [0.8, 0.6]], valid=[[False], [True]])  # a: 1 / 2 against 0.8
-    assert ev.score_task(two_query_task(), arrays([[X], [Y]], disc=[X, Y]), near)[1]["fused"] == [0, 1]
+    assert ev.score_task(two_query_task(), arrays(), near)[1]["fused"] == [0, 1]
     queries["disc"][1] = math.nan
     assert ev.score_task(two_query_task(), queries, candidates)[1]["fused"] == [1, 0]
 
 
-def test_fused_takes_the_surer_of_both():
-    """disc prefers a by far and gen prefers b by little: fused ranks a first, as the better of the two does."""
-    queries = arrays([[[0.6, 0.8]], [[0.0, 1.0]]], disc=[X, Y])
-    candidates = arrays([[X], [Y]], disc=[X, Y])
-    columns = ev.score_task(two_query_task(), queries, candidates)[1]
-    assert columns["gen"] == [0, 1] and columns["disc"] == columns["fused"] == columns["oracle"] == [1, 1]
-
-
-def test_invalid_query_and_candidate_in_a_task():
-    """Query 1 and candidate a have no gen embedding: gen misses both queries, disc none, and the oracle takes disc."""
-    queries = arrays([[X], [Y]], disc=[X, Y], valid=[[True], [False]])
-    candidates = arrays([[X], [Y]], disc=[X, Y], valid=[[False], [True]])
-    entry, columns, _ = ev.score_task(two_query_task(), queries, candidates)
-    assert columns["gen"] == [0, 0] and columns["disc"] == columns["oracle"] == [1, 1]
-    assert columns["gen_disc"] == [1, 0] and columns["disc_gen"] == [0, 1]
-    assert entry["gen"]["recall@10"] == 0
-
-
-def test_unreadable_input_is_a_miss_in_every_mode():
-    """An unreadable image has no disc embedding either, so the oracle misses too."""
-    queries, candidates = (arrays([[X], [Y]], disc=[X, Y]) for _ in range(2))
+def test_unreadable_inputs_and_labels_outside_the_list_are_misses():
+    """An unreadable image has no disc embedding either, so the oracle misses too. A query of a local task ranks its own
+    candidates only. A label outside the list is a miss."""
+    queries, candidates = arrays(), arrays()
     queries["problem"], queries["valid"][1] = np.array(["", "q.jpg: truncated"]), False
     columns = ev.score_task(two_query_task(), queries, candidates)[1]
     assert columns["disc"] == columns["gen"] == columns["oracle"] == columns["disc_gen"] == [1, 0]
     candidates["problem"] = np.array(["c.jpg: truncated", ""])
     assert ev.score_task(two_query_task(), queries, candidates)[1]["disc"] == [0, 0]
+    local = two_query_task(eval_type="local")
+    local.queries[0]["candidates"], local.queries[1]["candidates"] = ["b"], ["b", "a"]
+    assert ev.score_task(local, arrays(), arrays())[1]["disc"] == [0, 1]
 
 
 def test_graded_task_has_the_published_value_beside_ours():
@@ -229,21 +216,12 @@ def test_graded_task_has_the_published_value_beside_ours():
     task = two_query_task(name="ViDoSeek-doc", main_metric="ndcg_linear@5", candidates={9: {}, 8: {}})
     for query in task.queries:
         query |= {"labels": [9, 8], "grades": [3, 1]}
-    both = arrays([[X], [Y]], disc=[X, Y])
-    entry, *_ = ev.score_task(task, both, both)
+    entry, *_ = ev.score_task(task, arrays(), arrays())
     low = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
     assert entry["gen"]["ndcg_linear@5"] == pytest.approx((1 + low) / 2)  # query 0 ranks 9, 8; query 1 ranks 8, 9
     assert entry["published_ndcg"]["gen"]["ndcg_linear@5"] == pytest.approx((low + 1) / 2)
     assert entry["gen"]["ndcg_linear@1"] == pytest.approx((1 + 1 / 3) / 2)
     assert list(entry["published_ndcg"]) == ["disc", "gen", "fused", "gen_disc", "disc_gen"]
-
-
-def test_local_task_ranks_its_own_list():
-    """A query of a local task ranks its own candidates only. A label outside the list is a miss."""
-    task = two_query_task(eval_type="local")
-    task.queries[0]["candidates"], task.queries[1]["candidates"] = ["b"], ["b", "a"]
-    both = arrays([[X], [Y]], disc=[X, Y])
-    assert ev.score_task(task, both, both)[1]["disc"] == [0, 1]
 
 
 def test_paired_change():
@@ -295,6 +273,16 @@ def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512,
         yield prompt, Rollouts(F.normalize(at, dim=-1), gen * valid[:, None], valid, [ids] * G, logp, [0] * G)
 
 
+def two_models(root, tiny_dir, *flags):
+    """Write two models and the tasks of write_tasks() with their image, and return the arguments of eval.py."""
+    write_tasks(root)
+    (root / "images").mkdir()
+    picture(0).save(root / "images/x.png")
+    models = [shutil.copytree(tiny_dir, root / name) for name in ("sft", "rl")]
+    argv = ["--model", *models, "--root", root, "--out", root / "out", "--samples", 4, "--workers", 0, *flags]
+    return list(map(str, argv))
+
+
 READ = []  # (samples, text) of every input that was embedded
 
 
@@ -302,17 +290,11 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed. A
     second run embeds nothing and has the same scores."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
-    write_tasks(tmp_path)
-    for model in ("sft", "rl"):
-        shutil.copytree(tiny_dir, tmp_path / model)
+    run, out = two_models(tmp_path, tiny_dir, "--batch_size", "1"), tmp_path / "out"
     weights = load_file(tmp_path / "rl/model.safetensors")
     norm = next(name for name in weights if name.endswith("norm.weight"))
     save_file(weights | {norm: 2 * weights[norm]}, tmp_path / "rl/model.safetensors", {"format": "pt"})
-    out, READ[:] = tmp_path / "out", []
-    (tmp_path / "images").mkdir()
-    picture(0).save(tmp_path / "images/x.png")
-    run = ["--model", str(tmp_path / "sft"), str(tmp_path / "rl"), "--root", str(tmp_path), "--out", str(out),
-           "--samples", "4", "--batch_size", "1", "--workers", "0"]  # fmt: skip
+    READ[:] = []
     ev.main(run)
     assert len([text for G, text in READ if G == 1]) == 2 * 8  # two models, 4 + 4 distinct inputs
     assert len([text for G, text in READ if G == 4]) == 2 * 4
@@ -353,13 +335,6 @@ def test_errors_of_the_command_line(tmp_path):
     assert ev.parse_args(ev.Settings, ev.PRESETS, ["--preset", "2b"]).samples == 0
 
 
-def test_cache_knows_its_version(tiny_dir, monkeypatch):
-    """After CACHE_VERSION is raised, no older embedding is used."""
-    before = cache_file.hash_model(tiny_dir, torch.device("cpu"))
-    monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
-    assert cache_file.hash_model(tiny_dir, torch.device("cpu")) != before
-
-
 def write_local_task(root):
     """Write a local task whose lists begin with the right candidate, as published ones do."""
     queries = [{"input": {"text": f"find {w}"}, "labels": [w],
@@ -370,6 +345,12 @@ def write_local_task(root):
     (root / "tasks/test/local.json").write_text(json.dumps(task))
 
 
+def run_local(root, model, *flags):
+    """Run eval.py on the local task of a root and return the content of scores.json."""
+    ev.main(list(map(str, ["--model", model, "--root", root, "--out", root / "out", "--workers", 0, *flags])))
+    return json.loads((root / "out" / model.name / "scores.json").read_text())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     """Bug story: NaN compares as neither better nor worse, so a model of NaN weights kept the order of the lists, which
@@ -377,9 +358,7 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
     for how many queries."""
     write_local_task(tmp_path)
     model = changed_copy(tiny_dir, tmp_path / "dead", lambda tensors: tensors["model.norm.weight"].fill_(value))
-    ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
-             "--max_new_tokens", "4", "--samples", "2"])  # fmt: skip
-    entry = json.loads((tmp_path / "out/dead/scores.json").read_text())["tasks"]["test/local"]
+    entry = run_local(tmp_path, model, "--max_new_tokens", 4, "--samples", 2)["tasks"]["test/local"]
     printed = capsys.readouterr().out
     if value == 0:
         assert entry["disc"]["hit@1"] == 1.0 and entry["tied"]["disc"] == 4 and entry["not_finite"] == 0
@@ -388,16 +367,6 @@ def test_a_dead_model_does_not_score(tiny_dir, tmp_path, capsys, value):
         assert entry["not_finite"] == 8 and "8 of 8 inputs have an embedding that is not finite" in printed
         assert all(entry[mode][metric] == 0 for mode in ev.MODES for metric in ev.METRICS)
         assert set(entry["pass@k"].values()) == {0.0}
-
-
-def test_one_embedding_that_is_not_finite_is_a_miss():
-    """By hand: query 0 is NaN, candidate 1 is infinite, and the others rank as without them, in every mode."""
-    c = np.eye(3)
-    q = np.array([[1, 0, 0.1], [0, 1, 0.5], [0, 0.1, 1]])
-    q[0], c[1] = np.nan, [0, np.inf, 0]
-    ok = np.ones(3, bool)
-    assert ev.rank_candidates(q, c, ok, ok) == [[], [2, 0], [2, 0]]
-    assert ev.rank_candidates(q, c, ok, ok, [np.array([0, 1, 2])] * 3, depth=1) == [[], [2], [2]]
 
 
 def test_ties_for_the_first_place_are_counted():
@@ -411,36 +380,34 @@ def test_ties_for_the_first_place_are_counted():
         {"input": {}, "labels": ["low"], "grades": None, "candidates": ["right", "wrong"]},
         {"input": {}, "labels": ["low"], "grades": None, "candidates": ["low", "right", "wrong"]},
     ], dict.fromkeys(keys, {}))  # fmt: skip
-
-    def arrays(x):
-        return {"disc": x, "gen": x[:, None], "valid": np.ones((len(x), 1), bool), "problem": np.array([""] * len(x))}
-
-    entry, *_ = ev.score_task(task, arrays(np.array([best, best, best, low])), arrays(c))
+    embeddings = np.array([best, best, best, low])
+    entry, *_ = ev.score_task(task, arrays(embeddings[:, None], embeddings), arrays(c[:, None], c))
     assert entry["tied"]["disc"] == 2
 
 
 def test_ablation_where_nothing_is_valid(tiny_dir, tmp_path, capsys):
     """Bug story: --ablate trace of a model that never writes <gen_emb> ended in a KeyError after all the work."""
     write_local_task(tmp_path)
-    argv = ["--model", str(tiny_dir), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"]
-    ev.main([*argv, "--max_new_tokens", "2", "--ablate", "trace"])
+    run_local(tmp_path, tiny_dir, "--max_new_tokens", 2, "--ablate", "trace")
     assert "no input has a valid answer, so there is no reasoning to take out" in capsys.readouterr().out
 
 
-def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path):
-    """Bug story (mindmeld#358): the evaluation embedded nothing and printed the old scores."""
+def test_a_changed_tokenizer_config_is_embedded_again(writer_dir, tmp_path, monkeypatch):
+    """Bug story (mindmeld#358): the evaluation embedded nothing and printed the old scores. After CACHE_VERSION is
+    raised, no older embedding is used."""
     write_local_task(tmp_path)
     model = shutil.copytree(writer_dir, tmp_path / "model")
 
     def encoded():
-        ev.main(["--model", str(model), "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
-                 "--samples", "0", "--max_new_tokens", "8", "--report_queries", "0"])  # fmt: skip
-        return json.loads((tmp_path / "out/model/scores.json").read_text())["encoded"]["greedy"]
+        scores = run_local(tmp_path, model, "--samples", 0, "--max_new_tokens", 8, "--report_queries", 0)
+        return scores["encoded"]["greedy"]
 
     assert encoded() == 8 and encoded() == 0
     config = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4096}))
     assert encoded() == 8 and encoded() == 0
+    monkeypatch.setattr(cache_file, "CACHE_VERSION", cache_file.CACHE_VERSION + 1)
+    assert encoded() == 8
 
 
 @pytest.mark.parametrize("blank", [True, False])

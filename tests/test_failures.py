@@ -1,5 +1,4 @@
-"""Errors, signals and full disks: a run ends, says why, and saves its last complete step.
-Run: pytest tests/test_failures.py"""
+"""Errors, signals and full disks: a run ends, says why, and saves its last complete step."""
 
 import json
 import os
@@ -79,12 +78,11 @@ KILLED_WORKER = "import multiprocessing; os.kill(multiprocessing.active_children
     ]),
 ])  # fmt: skip
 def test_a_failed_run_ends_and_saves(tiny_dir, writer_dir, world, tmp_path, stage, patch, more, codes, told, saved):
-    """Bug story: the loader's workers ignore SIGTERM, and multiprocessing's exit handler sends it and waits for them.
-    Any error kept the process and its GPU for ever, and the last complete step was lost."""
+    """Bug story: the exit handler waited for workers that ignore SIGTERM, so any error hung the run for ever."""
     given_flags, model = (flags, tiny_dir) if stage == "sft" else (rl_flags, writer_dir)
     argv = given_flags(model, world, tmp_path / "out", steps=5, save_every=50, workers=1)
     got, output, seconds = start(stage, argv, patch, **more)
-    assert got == codes and told in output and seconds < 40, output
+    assert got == codes and told in output and seconds < 200, output
     assert "Traceback" not in output or told in (ZERO, ENDED), output
     steps = [n for n, _ in list_checkpoints(tmp_path / "out")]
     assert len(steps) == min(1, len(saved)) and set(steps) <= set(saved)
@@ -114,7 +112,7 @@ def test_a_failed_evaluation_ends(tiny_dir, tmp_path, patch, code, told):
     write_local_task(tmp_path)
     argv = ["--model", tiny_dir, "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1, "--max_new_tokens", 8]
     codes, output, seconds = start("eval", argv, patch)
-    assert codes == [code] and seconds < 40 and told in output
+    assert codes == [code] and seconds < 200 and told in output
 
 
 @pytest.mark.slow
@@ -122,7 +120,7 @@ def test_a_failed_evaluation_ends(tiny_dir, tmp_path, patch, code, told):
     ("sft", ["--data", "gone.json"]), ("sft", ["--model", "no/model/here", "--data", "{rows}"]),
     ("sft", ["--data", "{rows}", "--batch_size", "40"]), ("rl", ["--data", "{rows}", "--model", "{model}"]),
     ("sft", ["--data", "{rows}", "--out", "{rows}"]), ("eval", ["--root", "/gone"]),
-    ("eval", ["--root", "{root}", "--tasks", "nothing", "--model", "{model}"]),
+    ("eval", ["--root", "{root}", "--tasks", "nothing", "--model", "{model}"]), ("sft", ["--stepz", "3"]),
     ("sft", ["--data", "{rows}", "--model", "{config}"]), ("rl", ["--model", "runs/nowhere"]),
 ])  # fmt: skip
 def test_expected_errors_are_one_sentence(world, tiny_dir, tmp_path, stage, argv):
@@ -150,31 +148,47 @@ def test_a_broken_stream_does_not_end_a_run(tiny_dir, world, tmp_path, stream):
     assert run.returncode == 0 and (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkeypatch):
-    """The save of step 4 fails halfway. The error is raised, step 2 stays, and no half-written file fills the disk."""
+def infinite_loss(real, *given):
+    loss, *parts = real(*given)
+    return loss * float("inf"), *parts
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, world, tmp_path, monkeypatch, capsys):
+    """The save of step 4 fails halfway: step 2 stays, and no half-written file. Bug story: after a loss that is not
+    finite only the disk was named, not the step and its rows."""
     real, calls = checkpoint_file.save_file, []
 
     def full(tensors, path):
         calls.append(path)
         if len(calls) > 1:
             Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "No space left on device", path.name)
         real(tensors, path)
 
     monkeypatch.setattr(checkpoint_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=6, save_every=2), monkeypatch)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"] and len(calls) == 3
+    on_call(sft, "contrastive_loss", 2, infinite_loss, monkeypatch.setattr)
+    with pytest.raises(SystemExit) as end:
+        run_here(sft, flags(tiny_dir, world, tmp_path / "other", steps=3, save_every=50), monkeypatch)
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and "step 2: loss inf" in printed and "--skip_nonfinite" in printed
+    assert "saving failed: part-0.safetensors: No space left" in printed and "nothing new was saved" in printed
 
 
 def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_path, monkeypatch):
-    """The model's folder cannot be written: the last step is a checkpoint, from which the same command completes."""
+    """The model cannot be written: the last step is a checkpoint. Bug story: with --fsdp the last steps were lost."""
     argv = flags(tiny_dir, world, tmp_path, steps=3, save_every=50)
+    sharded = [*argv, "--out", tmp_path / "sharded", "--fsdp", True]
     with monkeypatch.context() as patch:
         patch.setattr(Embedder, "save_pretrained", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_here(sft, argv, patch)
-    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
+        patch.setattr(sft, "save_model", lambda *_: 1 / 0)
+        run_processes(sft, sharded, 2, codes=1)
+    for out in (tmp_path, tmp_path / "sharded"):
+        assert [n for n, _ in list_checkpoints(out)] == [3]
     monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("all steps are done"))
     run_here(sft, argv, monkeypatch)
     assert (tmp_path / "model.safetensors").exists() and len(read_log(tmp_path)) == 3
@@ -182,8 +196,7 @@ def test_an_error_in_the_final_save_keeps_the_last_step(tiny_dir, world, tmp_pat
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes, workers):
-    """Bug story: with a disk that does not answer, here or in a worker, no step began any more, so nothing acted on
-    SIGTERM."""
+    """Bug story: with a disk that does not answer, here or in a worker, nothing acted on SIGTERM any more."""
     real, calls = data_file.PairData.__getitem__, []
 
     def getitem(self, i):
@@ -207,8 +220,7 @@ def test_a_signal_ends_the_waiting_for_data(tiny_dir, world, tmp_path, processes
 
 
 def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp_path, monkeypatch):
-    """Out of memory inside the optimiser: its weights are between two steps and must not be saved. Weights and log of
-    the resumed run are those of an unbroken one."""
+    """Out of memory inside the optimiser: its half updated weights are not saved, and the resumed run loses nothing."""
     more = dict(steps=4, save_every=2)
     run_here(sft, flags(tiny_dir, world, tmp_path / "whole", **more), monkeypatch)
 
@@ -227,8 +239,7 @@ def test_an_error_in_the_update_leaves_nothing_half_updated(tiny_dir, world, tmp
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_dir, world, tmp_path, monkeypatch):
-    """Bug story: a weight that became NaN was saved over the last good checkpoint and as the final model, with exit
-    code 0."""
+    """Bug story: a weight that became NaN was saved over the last good checkpoint and as the final model."""
 
     def broken(real, self, *given):
         real(self, *given)
@@ -256,9 +267,7 @@ def test_nohup_stays(monkeypatch):
 
 @pytest.mark.slow
 def test_a_second_run_is_refused(tiny_dir, world, tmp_path):
-    """Bug story: two runs in one --out mixed their logs, and one of them died of the other's clean-up. The kernel holds
-    the lock, so a killed holder leaves none. Without a git binary the commit is null. In a log file progress is plain
-    lines, without carriage returns."""
+    """Bug story: two runs in one --out mixed their logs. A killed holder leaves no lock."""
     argv = flags(tiny_dir, world, tmp_path, steps=2)
     held, done = os.pipe(), os.pipe()
     child = os.fork()
@@ -280,58 +289,39 @@ def test_a_second_run_is_refused(tiny_dir, world, tmp_path):
     assert len(bars) >= 2 and "2/2" in bars[-1] and not any("\r" in line for line in bars)
 
 
-def test_the_disk_is_looked_at_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
-    """A checkpoint's size is known, so a disk that cannot hold it stops the run before the first step."""
+def test_errors_that_show_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
+    """A disk that cannot hold the checkpoints, and (bug story) a row whose marks do not fit its media."""
+    monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("no step before the check"))
+    rows = json.loads((world / "sft.json").read_text())
+    rows[11]["pos"]["image"] = ["images/0.png", "images/1.png"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="data.json, row 11, pos.*marks"):
+        run_here(sft, flags(tiny_dir, world, tmp_path / "run", data=tmp_path / "data.json"), monkeypatch)
     usage = checkpoint_file.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint_file.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
-    monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("no step before the check"))
     with pytest.raises(BadInput, match="has 0.0 GB free, this run needs .* GB: up to 3 checkpoints"):
         run_here(sft, flags(tiny_dir, world, tmp_path), monkeypatch)
 
 
-def infinite_loss(real, *given):
-    loss, *parts = real(*given)
-    return loss * float("inf"), *parts
+def test_rl_ends_where_nothing_can_be_learned(writer_dir, world, tmp_path, monkeypatch, capsys):
+    """Bug stories: with a wrong --media_root momentum moved the weights. A NaN reward gave advantage 0."""
 
+    def poisoned(real, *given):
+        rewards, parts = real(*given)
+        return rewards.index_fill(1, torch.tensor([0]), float("nan")), parts
 
-def test_the_reason_of_a_stop_is_heard_when_saving_fails(tiny_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug story: a loss that is not finite, then a full disk: only the disk was named, not the step and its rows."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device", "part-0.safetensors")
-
-    on_call(sft, "contrastive_loss", 2, infinite_loss, monkeypatch.setattr)
-    monkeypatch.setattr(checkpoint_file, "save_file", full)
-    with pytest.raises(SystemExit) as end:
-        run_here(sft, flags(tiny_dir, world, tmp_path, steps=3, save_every=50), monkeypatch)
-    printed = capsys.readouterr().err
-    assert end.value.code == 1 and "step 2: loss inf" in printed and "--skip_nonfinite" in printed
-    assert "saving failed: part-0.safetensors: No space left" in printed and "nothing new was saved" in printed
-
-
-def test_rl_ends_where_no_pair_can_be_used(writer_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug story: a wrong --media_root: nothing was learned, and AdamW's momentum moved the weights all the same."""
-    argv = rl_flags(writer_dir, world, tmp_path / "out", steps=2, media_root=tmp_path)
-    with pytest.raises(SystemExit) as end:
-        run_here(rl, argv, monkeypatch)
-    assert end.value.code == 1 and "no pair of this batch can be used" in capsys.readouterr().err
-    assert not (tmp_path / "out/model.safetensors").exists()
-
-
-def test_a_sharded_run_keeps_its_last_step(tiny_dir, world, tmp_path):
-    """Bug story: the final model could not be written, rank 0 alone has only a part, and the last steps were lost."""
-
-    def before(rank):
-        sft.save_model = lambda *_: 1 / 0
-
-    argv = flags(tiny_dir, world, tmp_path, steps=3, fsdp=True)
-    run_processes(sft, argv, 2, codes=1, before=before)
-    assert [n for n, _ in list_checkpoints(tmp_path)] == [3]
+    on_call(rl, "rewards_of", 1, poisoned, monkeypatch.setattr)
+    for more, said in ((dict(steps=2, media_root=tmp_path), ["no pair of this batch can be used"]),
+                       (dict(steps=1), ["sum of rewards nan: not finite", "rl.json, row"])):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            run_here(rl, rl_flags(writer_dir, world, tmp_path / str(more["steps"]), **more), monkeypatch)
+        printed = capsys.readouterr().err
+        assert end.value.code == 1 and all(text in printed for text in said), printed
+        assert not (tmp_path / f"{more['steps']}/model.safetensors").exists()
 
 
 def test_files_have_the_mode_of_the_umask(tiny_dir, world, tmp_path, monkeypatch):
-    """Bug story: safetensors creates files for their owner only. A colleague got "No such file" for a finished
-    model."""
+    """Bug story: safetensors creates files for their owner only, so a colleague found no model."""
     before = os.umask(0o027)
     try:
         run_here(sft, flags(tiny_dir, world, tmp_path, steps=1), monkeypatch)
@@ -344,8 +334,7 @@ def test_files_have_the_mode_of_the_umask(tiny_dir, world, tmp_path, monkeypatch
 
 
 def test_signals_reach_the_loader_too(tiny_dir, world, tmp_path):
-    """Bug story: schedulers signal the whole process group. torch's loader then raised because its workers had died,
-    and nothing was saved."""
+    """Bug story: schedulers signal the whole process group. torch's loader raised, and nothing was saved."""
 
     def signal_all():
         from multiprocessing import active_children
@@ -364,8 +353,7 @@ def test_signals_reach_the_loader_too(tiny_dir, world, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_not_finite_stops_before_the_update(tiny_dir, world, tmp_path, capfd, processes):
-    """A gradient that is not finite ends the run on all ranks. The message has all rows of the batch, and the state
-    before it is saved. --skip_nonfinite drops that step and counts it."""
+    """A gradient that is not finite ends the run on all ranks and names the rows. --skip_nonfinite drops that step."""
 
     def before(rank):
         if rank == processes - 1:
@@ -384,24 +372,8 @@ def test_not_finite_stops_before_the_update(tiny_dir, world, tmp_path, capfd, pr
     assert all(torch.isfinite(x).all() for x in weights(tmp_path).values())
 
 
-def test_reward_that_is_not_finite_stops(writer_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug story: a NaN among the rewards has no spread, so its group silently got the advantage 0."""
-    real = rl.rewards_of
-
-    def poisoned(*given):
-        rewards, parts = real(*given)
-        return rewards.index_fill(1, torch.tensor([0]), float("nan")), parts
-
-    monkeypatch.setattr(rl, "rewards_of", poisoned)
-    with pytest.raises(SystemExit):
-        run_here(rl, rl_flags(writer_dir, world, tmp_path, steps=1), monkeypatch)
-    printed = capsys.readouterr().err
-    assert "sum of rewards nan: not finite" in printed and "rl.json, row" in printed
-
-
 def test_share_of_skipped_rows(tiny_dir, world, tmp_path, monkeypatch, capsys):
-    """Half of the images are missing: the run stops past --max_skipped with a reason and the list, and saves its state.
-    A higher bound continues."""
+    """Half of the images are missing: the run stops past --max_skipped with the list. A higher bound continues."""
     rows = json.loads((world / "sft.json").read_text())
     for row in rows[::2]:
         row["qry"]["image"] = "images/gone.png"
@@ -416,16 +388,5 @@ def test_share_of_skipped_rows(tiny_dir, world, tmp_path, monkeypatch, capsys):
     assert "6 of 12 rows" in printed and "gone.png" in printed and "--max_skipped" in printed
     assert [n for n, _ in list_checkpoints(tmp_path / "run")] == [2]
     run_here(sft, argv + ["--max_skipped", 0.6], monkeypatch)
-    log = read_log(tmp_path / "run")
-    assert [line["skipped"] for line in log] == [3, 3, 3, 3]
+    assert [line["skipped"] for line in read_log(tmp_path / "run")] == [3, 3, 3, 3]
     assert len((tmp_path / "run/skipped.jsonl").read_text().splitlines()) == 12
-
-
-def test_errors_of_rows_show_before_the_first_step(tiny_dir, world, tmp_path, monkeypatch):
-    """Bug story: a row whose marks do not fit its media ended the run when its turn came."""
-    rows = json.loads((world / "sft.json").read_text())
-    rows[11]["pos"]["image"] = ["images/0.png", "images/1.png"]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(sft, "sft_step", lambda *_: pytest.fail("no step before the check"))
-    with pytest.raises(ValueError, match="data.json, row 11, pos.*marks"):
-        run_here(sft, flags(tiny_dir, world, tmp_path / "run", data=tmp_path / "data.json"), monkeypatch)

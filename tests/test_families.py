@@ -1,6 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: the equality tests of the other files again, on tiny random models of these families, and
-what only they have: times in the text, windows, DeepStack. test_families_slow.py has shards and the stages on real
-pictures. Run: pytest tests/test_families.py"""
+"""Qwen2.5-VL and Qwen3-VL: the equality tests of the other files again, and times in the text, windows, DeepStack."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from conftest import encoded, picture, random_backbone, save_random_model, train_writer, transformers_forward
+from conftest import encoded, picture, random_backbone, save_random_model, train_writer
 
 # these take their models from the fixtures below
 from test_embed import (  # noqa: F401
@@ -19,8 +16,6 @@ from test_embed import (  # noqa: F401
     test_pictures_change_the_answer,
 )
 from test_model import (  # noqa: F401
-    CLOSE,
-    everything,
     test_a_model_can_be_pickled,
     test_cached_decode_equals_full_forward,
     test_forward_equals_transformers,
@@ -77,35 +72,19 @@ def writer(writer_dir):
     return Embedder.from_pretrained(writer_dir)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("left", [False, True])
-def test_videos_of_four_and_five_frames_equal_transformers(embedder, left):
-    """An even and an odd number of frames."""
-    items = [{"text": "n", "video": [picture(i, 120, 60 + n) for i in range(n)]} for n in (4, 5)]
-    rows = encoded(embedder, items)
-    for (embeddings, _), (hidden, _) in zip(everything(embedder, rows), transformers_forward(embedder, rows, left)):
-        torch.testing.assert_close(embeddings, F.normalize(hidden, dim=-1), **CLOSE)
-
-
-def video_text(family, num_frames, processor):
-    """What transformers' own processor makes of the place of a video of one-token frames."""
-    steps = -(-num_frames // family.depth)
-    frames = VideoMetadata(total_num_frames=num_frames, fps=FRAME_RATE, frames_indices=[*range(num_frames)])
-    given = {"video_grid_thw": np.array([[steps, family.merge, family.merge]]), "video_metadata": [frames]}
-    return processor.replace_video_token(given, 0)
-
-
 @pytest.mark.parametrize("num_frames", [1, 2, 4, 5])
 def test_text_of_a_video_is_that_of_the_processor(embedder, num_frames):
-    """Qwen3-VL writes the mean time of the frames before each step of a video, Qwen2.5-VL none. transformers'
-    processor, which needs torchvision to be made, is asked for the text only."""
+    """Qwen3-VL writes the mean time before each step of a video, Qwen2.5-VL none."""
     family = embedder.family
     name = family.model_class.replace("ForConditionalGeneration", "Processor")
-    processor = object.__new__(getattr(transformers, name))
+    processor = object.__new__(getattr(transformers, name))  # to be made it needs torchvision
     processor.video_processor = SimpleNamespace(merge_size=family.merge, temporal_patch_size=family.depth)
     processor.video_token, processor.vision_start_token = "<|video_pad|>", "<|vision_start|>"
     processor.vision_end_token = "<|vision_end|>"
-    want = video_text(family, num_frames, processor)
+    frames = VideoMetadata(total_num_frames=num_frames, fps=FRAME_RATE, frames_indices=[*range(num_frames)])
+    steps = -(-num_frames // family.depth)  # of one token each
+    grids = np.array([[steps, family.merge, family.merge]])
+    want = processor.replace_video_token({"video_grid_thw": grids, "video_metadata": [frames]}, 0)
     if not family.timestamps:  # it leaves the two tokens around the place of a video to the chat template
         want = f"<|vision_start|>{want}<|vision_end|>"
     item = {"text": "x", "video": [picture(i, 20, 20) for i in range(num_frames)]}
@@ -119,34 +98,27 @@ def test_text_of_a_video_is_that_of_the_processor(embedder, num_frames):
 @pytest.mark.parametrize("size", [(300, 200), (17, 400), (1, 1)])
 def test_patches_of_a_picture_are_those_of_the_processor(writer, writer_dir, size):
     """The image processor of a saved folder makes the same patches and grids."""
-    family = writer.family
-    low, high = family.image_pixels
-    image = picture(3, *size)
-    patches, grid = patchify([image], min_pixels=low, max_pixels=high, family=family)
+    image, (low, high) = picture(3, *size), writer.family.image_pixels
+    patches, grid = patchify([image], min_pixels=low, max_pixels=high, family=writer.family)
     processor = AutoImageProcessor.from_pretrained(writer_dir, backend="pil")
     want = processor(image, return_tensors="pt")
     assert torch.equal(patches, want["pixel_values"]) and torch.equal(grid, want["image_grid_thw"][0])
 
 
-def test_bounds_of_pixels_are_equal_numbers_of_tokens():
-    """1 to 3,009 tokens a picture, 4 to 32 a frame, whatever a token's side is."""
+def test_numbers_of_the_families():
+    """Every family has the same bounds in tokens. Qwen2.5-VL's positions a second are in config.json."""
     for family in FAMILIES.values():
         for bounds, tokens in ((family.image_pixels, (1, 3009)), (family.video_pixels, (4, 32))):
             assert tuple(pixels // family.token_side**2 for pixels in bounds) == tokens
-
-
-def test_time_counts_as_the_config_says(tmp_path):
-    """Qwen2.5-VL's positions a second are in config.json: 2 in the released models, 4 here."""
-    backbone = random_backbone("qwen2_5_vl")
-    assert family_of(backbone.config).time_step == 4
-    backbone.config.vision_config.tokens_per_second = 2
-    assert family_of(backbone.config) == FAMILIES["qwen2_5_vl"]
+    config = random_backbone("qwen2_5_vl").config
+    assert family_of(config).time_step == 4
+    config.vision_config.tokens_per_second = 2
+    assert family_of(config) == FAMILIES["qwen2_5_vl"]
     assert family_of(random_backbone("qwen3_vl").config) is FAMILIES["qwen3_vl"]
 
 
 def test_deepstack_states_are_added_as_by_transformers():
-    """add_states at flat indices, or with a mask, is transformers' own method: sum and gradients. Story: with its mask
-    the host waited ten times in each micro-batch of an update on a GPU."""
+    """Story: with transformers' mask the host waited ten times in each micro-batch of an update on a GPU."""
     language_model = random_backbone("qwen3_vl").model.language_model
     hidden, states = torch.randn(2, 9, 5), torch.randn(4, 5)
     mask = torch.zeros(2, 9, dtype=torch.bool)
@@ -162,8 +134,7 @@ def test_deepstack_states_are_added_as_by_transformers():
 
 
 def test_placed_vision_states_are_not_kept(embedder):
-    """Placing the vision states among the tokens keeps no copy for the backward pass. Story: index_add and index_copy
-    kept (1 + K) fp32 copies, 1.5 GiB of 16 pages in Qwen3-VL."""
+    """Story: index_add and index_copy kept (1 + K) fp32 copies, 1.5 GiB of 16 pages in Qwen3-VL."""
     tower, kept = embedder.backbone.model.visual, []
     batch = embedder.pad_rows(encoded(embedder, [{"images": [picture(3)]}]))
     states = torch.randn(len(batch.media_at), len(embedder.family.mergers(tower)) * embedder.width, requires_grad=True)

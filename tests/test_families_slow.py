@@ -1,5 +1,4 @@
-"""The three families in shards and as a user starts them; the fast tests of families are in test_families.py.
-Run: pytest tests/test_families_slow.py -m slow"""
+"""The three families in shards and as a user starts them. Run: pytest tests/test_families_slow.py -m slow"""
 
 import json
 import math
@@ -16,8 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("model_type", ["toy base", *MODELS])
 def test_the_stages_on_real_pictures(model_type, real, tmp_path):
-    """Toy base and random models of all families, as users start them: SFT's losses fall in 40 steps, RL begins at
-    KL 0 and stays finite for 5, the check passes, the model annotates as a teacher, and eval.py prints its table."""
+    """Toy base and random models of all families run as users start them: losses fall, RL begins at KL 0."""
     base, sft, rl = ROOT / "assets/toy_base", tmp_path / "sft", tmp_path / "rl"
     if model_type in MODELS:
         base = save_random_model(tmp_path / "base", model_type)

@@ -1,8 +1,5 @@
 """The figures in assets/ are well-formed, safe and readable. On made-up logs, curves have the values of the logs. The
-RL figure names functions of the code.
-
-    python -m pytest tests/test_figures.py
-"""
+RL figure names functions of the code. Run: pytest tests/test_figures.py"""
 
 import json
 import re
@@ -28,13 +25,6 @@ COMMITTED = sorted((ROOT / "assets").glob("*.svg"))
 
 def texts(source):
     return ["".join(node.itertext()) for node in ET.fromstring(source).iter(f"{NAME}text")]
-
-
-# ---- all figures -----------------------------------------------------------------------------------------------
-
-
-def test_the_figures_exist():
-    assert [path.stem for path in COMMITTED] == ["curves", "query", "rl_step"]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -92,11 +82,9 @@ def test_text_is_escaped():
     assert root.find(f".//{NAME}script") is None
 
 
-# ---- the RL step -----------------------------------------------------------------------------------------------
-
-
 def test_rl_step_names_existing_functions():
     """Every name like rl.rollout is a function of that module."""
+    assert [path.stem for path in COMMITTED] == ["curves", "query", "rl_step"]
     source = (ROOT / "assets/rl_step.svg").read_text(encoding="utf-8")
     names = re.findall(r"\b(rl|reward|model)\.(\w+(?:\.\w+)*)", "\n".join(texts(source)))
     assert len(names) >= 12
@@ -105,9 +93,6 @@ def test_rl_step_names_existing_functions():
         for part in name.split("."):
             found = getattr(found, part)
         assert callable(found), name
-
-
-# ---- curves ----------------------------------------------------------------------------------------------------
 
 
 def made_up_runs(folder, seeds=3, steps=100):
@@ -134,13 +119,11 @@ def test_curves_have_the_numbers_of_the_logs(tmp_path):
     assert "after SFT 51.0 at k = 1, 76.0 at k = 2; after RL 63.5 at k = 1, 88.5 at k = 2" in described
 
 
-def test_running_mean():
+def test_scales():
+    """Means over a window, and the places of values in a panel."""
     log = [{"step": n, "x": n} for n in range(1, 11)]
     assert figures.running_mean(log, "x", 5) == [(n, n - 2) for n in range(5, 11)]
     assert figures.running_mean(log, "x", 10) == [(10, 5.5)]
-
-
-def test_a_panel_scales_values():
     panel = figures.Panel(0, "", (0, 1), (10, 100), (False, True))
     left, top, right, bottom = panel.left, panel.top, panel.left + panel.width, panel.top + panel.height
     assert panel.at(0, 1) == (left, bottom) and panel.at(10, 100) == (right, top)
@@ -151,6 +134,8 @@ def test_a_panel_scales_values():
 
 
 def test_errors_name_the_missing_file_and_its_command(tmp_path):
+    with pytest.raises(BadInput, match="no query"):
+        figures.find_query(*made_up_answers(tmp_path, [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0)]))
     with pytest.raises(MissingFile, match="bench.py toy"):
         figures.read_runs(tmp_path)
     made_up_runs(tmp_path)
@@ -158,9 +143,6 @@ def test_errors_name_the_missing_file_and_its_command(tmp_path):
     gone.unlink()
     with pytest.raises(MissingFile, match=f"{gone} does not exist.*bench.py toy"):
         figures.read_runs(tmp_path)
-
-
-# ---- the query -------------------------------------------------------------------------------------------------
 
 
 def made_up_answers(folder, outcomes):
@@ -171,11 +153,10 @@ def made_up_answers(folder, outcomes):
         picture(int(name[1]) + 3 * (name[0] == "q"), 84, 84 if name[0] == "q" else 28).save(data / f"{name}.png")
     asked = [{"input": {"text": f"{HOSTILE} {q}", "images": [f"q{q}.png"]}, "labels": ["right"]} for q in range(2)]
     candidates = {key: {"text": "", "images": [f"c{i}.png"]} for i, key in enumerate(["near", "right", "far"])}
-    task = {"modality": "image", "group": "toy", "eval_type": "global", "main_metric": "hit@1", "queries": asked,
-            "candidates": candidates}  # fmt: skip
+    kind = {"modality": "image", "group": "toy", "eval_type": "global", "main_metric": "hit@1"}
     path = data / "tasks" / f"{figures.TASK}.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(task))
+    path.write_text(json.dumps({**kind, "queries": asked, "candidates": candidates}))
     inputs = DistinctInputs([load_task(figures.TASK, data)])
     unit = np.eye(3)
     disc = [unit[0], unit[0], unit[0], 0.8 * unit[0], unit[1]]  # queries, then candidates: the first is nearest
@@ -197,17 +178,11 @@ def test_query_is_the_first_that_only_reasoning_finds(tmp_path):
     assert example.file.endswith("q1.png") and example.text.endswith(" 1") and "<think> 1" in example.written
     similarities = {mode: [round(c.similarity, 3) for c in ranked] for mode, ranked in example.ranked.items()}
     assert similarities == {"disc": [1, 0.8, 0], "gen": [1, 0.5, 0], "fused": [0.9, 0.75, 0]}
-    right = {mode: [c.right for c in ranked].index(True) for mode, ranked in example.ranked.items()}
+    right = {mode: figures.index_of_right(ranked) for mode, ranked in example.ranked.items()}
     assert right == {"disc": 1, "gen": 0, "fused": 0}
-
     source = figures.query_figure(example)
     shown = texts(source)
     assert {"0.800", "0.900", "right first in 50 % of 2 queries"} <= set(shown)
     assert shown.count("✓ right") == 3
     assert len(ET.fromstring(source).findall(f".//{NAME}image")) == 10
     assert "<script>" not in source
-
-
-def test_no_such_query(tmp_path):
-    with pytest.raises(BadInput, match="no query"):
-        figures.find_query(*made_up_answers(tmp_path, [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0)]))

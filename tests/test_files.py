@@ -106,10 +106,9 @@ def test_index_is_made_once(world, tmp_path, monkeypatch):
     rows come from their place."""
     path, cache = tmp_path / "sft.json", tmp_path / "cache"
     path.write_bytes((world / "sft.json").read_bytes())
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(program_file.os, "replace", lambda *_: die_softly())
-        with pytest.raises(KeyboardInterrupt):
-            index_rows(path, RowCheck("sft"), cache)
+        index_rows(path, RowCheck("sft"), cache)
     first = index_rows(path, RowCheck("sft"), cache)
     with monkeypatch.context() as patch:
         patch.setattr(files_file, "scan_rows", lambda *_: pytest.fail("read again"))

@@ -1,7 +1,6 @@
 """What only a GPU can show: kernels, CUDA graphs, synchronisations, memory, nccl, CPU and GPU alike. Without one it is
 skipped. About two minutes on a card of 80 GB. Run: pytest tests/test_gpu.py"""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -61,21 +60,14 @@ def real_2b():
     return model.train()
 
 
-def test_greedy_texts_equal_the_cpus(writer, writer_dir):
-    """In fp32 the GPU writes the CPU's texts, through graphs of several sizes, and gives its embeddings."""
-    want = writer.embed(inputs(), max_new_tokens=24, batch_size=3)
-    got = on_gpu(writer_dir).embed(inputs(), max_new_tokens=24, batch_size=3)
-    assert got.texts == want.texts
-    torch.testing.assert_close(got.disc, want.disc, **CLOSE)
-    torch.testing.assert_close(got.gen, want.gen, **CLOSE)
-
-
-def test_sampled_texts_equal_the_cpus(writer, writer_dir):
-    """The random numbers are drawn on the host: a seeded rollout has the same tokens."""
+def test_texts_equal_the_cpus(writer, writer_dir):
+    """In fp32 the GPU writes the CPU's texts, greedy and sampled, because the random numbers are drawn on the host."""
     model = on_gpu(writer_dir)
+    want, got = (m.embed(inputs(), max_new_tokens=24, batch_size=3) for m in (writer, model))
+    assert got.texts == want.texts
+    torch.testing.assert_close((got.disc, got.gen), (want.disc, want.gen), **CLOSE)
     settings = dict(G=3, temperature=1.0, max_new_tokens=24, slots=6)
-    want = generate_all(writer, encoded(writer, inputs(), answered=False), **settings)
-    got = generate_all(model, encoded(model, inputs(), answered=False), **settings)
+    want, got = (generate_all(m, encoded(m, inputs(), answered=False), **settings) for m in (writer, model))
     for n in want:
         assert got[n].ids == want[n].ids
         torch.testing.assert_close(got[n].gen.cpu(), want[n].gen, **CLOSE)
@@ -131,6 +123,11 @@ def test_graphs_equal_the_plain_step(writer_dir, monkeypatch):
     script = [[torch.randint(10, 200, (n,), generator=rng).tolist() for n in (300, 40, 520)] for _ in rows]
     settings = dict(G=3, script=script, slots=6)
     replayed = generate_all(model, rows, **settings)
+
+    def plain_step(self, tokens, index, positions):  # without graphs and added rows
+        self.make_room(max(index) + 1)
+        return self.run(torch.tensor([tokens, index, positions]).to(self.device), max(index) + 1)
+
     monkeypatch.setattr(Decoder, "step", plain_step)
     plain = generate_all(model, rows, **settings)
     monkeypatch.setattr(Decoder, "run", transformers_read(model.backbone))
@@ -139,12 +136,6 @@ def test_graphs_equal_the_plain_step(writer_dir, monkeypatch):
         for other in (plain, theirs):
             for a, b in zip(replayed[n].logp, other[n].logp):
                 torch.testing.assert_close(torch.tensor(a), torch.tensor(b), **CLOSE)
-
-
-def plain_step(self, tokens, index, positions):
-    """Decoder.step without graphs and added rows."""
-    self.make_room(max(index) + 1)
-    return self.run(torch.tensor([tokens, index, positions]).to(self.device), max(index) + 1)
 
 
 @pytest.mark.parametrize("R", [1, 8, 64])
@@ -172,8 +163,7 @@ def attention_of(run):
 
 
 def test_attention_kernels(real_2b):
-    """Flash without a mask, the memory-efficient kernel with one, never cuDNN's, which plans for every shape, and never
-    the plain one."""
+    """Flash without a mask, the memory-efficient kernel with one, never cuDNN's or the plain one."""
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     with torch.no_grad():
         batch = real_2b.pad_rows(rows)
@@ -190,8 +180,7 @@ def test_attention_kernels(real_2b):
 
 
 def test_decode_and_update_agree_in_bf16(real_2b):
-    """The ratio of the first step is exactly 1, and the decode loop's log-probabilities are those of the update
-    pass."""
+    """The ratio of the first step is exactly 1. Decode loop and update pass have the same log-probabilities."""
     args = rl.Settings(G=4, micro_batch=2, update_batch=1, max_new_tokens=64)
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     prompts = [replace(row, ids=row.ids[: row.n_prompt], positions=row.positions[:, : row.n_prompt]) for row in rows]
@@ -234,8 +223,7 @@ def test_synchronisations(writer_dir, world):
 
 
 def test_memory_of_training_passes(real_2b):
-    """With fp32 weights (8.2 GiB) and gradients: an SFT micro-batch of 8 pairs, and an RL pass over two prompts of
-    1,500 tokens with 8 completions of 2,048 each."""
+    """With fp32 weights (8.2 GiB): an SFT micro-batch of 8 pairs, an RL pass of 2 x 8 completions of 2,048 tokens."""
     pairs = random_pairs(8, real_2b)
     real_2b.backbone.model.visual.merger.requires_grad_(True)
     assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=8))) < 45
@@ -253,8 +241,7 @@ def test_memory_of_training_passes(real_2b):
 
 
 def test_memory_of_a_long_rollout(real_2b):
-    """64 completions of 1,024 tokens: the allocator holds at most half as much again as is used, and further rollouts
-    no more."""
+    """64 completions of 1,024 tokens: the allocator holds at most half as much again as is used, and no leak."""
     rows = [text_prompt(real_2b, 600 + 30 * k) for k in range(8)]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -268,15 +255,16 @@ def test_memory_of_a_long_rollout(real_2b):
     assert held[-1][0] <= held[1][0] and held[-1][1] <= 1.05 * held[1][1]
 
 
-def test_nccl_with_one_process(writer_dir, world):
+def test_nccl_with_one_process(writer_dir, world, monkeypatch):
     """The collectives, a DDP step and a sharded model that decodes, on nccl: the same texts and gradients as alone."""
     alone = on_gpu(writer_dir)
     want = alone.embed(inputs(), max_new_tokens=16)
     sft.sft_step(alone.train(), pairs_of(alone, world), sft.Settings(micro_batch=2, bf16=False))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "RANK": "0",
-                       "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # fmt: skip
+        port = str(s.getsockname()[1])
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
     start_processes()
     dist.init_process_group("cpu:gloo,cuda:nccl")
     try:
@@ -293,13 +281,10 @@ def test_nccl_with_one_process(writer_dir, world):
         assert got.texts == want.texts
     finally:
         end_processes()
-        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            del os.environ[name]
 
 
 def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
-    """sft.py with loader workers: 4 steps, and 4 steps from the checkpoint of the second, end in the same weights up to
-    rounding. Then two steps of rl.py."""
+    """sft.py resumed after step 2 of 4 ends in the same weights up to rounding. Then two steps of rl.py."""
 
     def start(script, out, *more):
         command = [sys.executable, ROOT / script, "--media_root", world, "--out", out, "--workers", "2", *more]
@@ -309,8 +294,7 @@ def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
 
     flags = ["--data", world / "sft.json", "--model", writer_dir, "--batch_size", 6, "--micro_batch", 3,
              "--steps", 4, "--save_every", 2, "--lr", "1e-3"]  # fmt: skip
-    printed = start("sft.py", tmp_path / "whole", *flags)
-    assert "on cuda" in printed
+    assert "on cuda" in start("sft.py", tmp_path / "whole", *flags)
     (tmp_path / "cut/checkpoints").mkdir(parents=True)
     shutil.copytree(tmp_path / "whole/checkpoints/step-2", tmp_path / "cut/checkpoints/step-2")
     start("sft.py", tmp_path / "cut", *flags)

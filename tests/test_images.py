@@ -35,8 +35,7 @@ def test_patchify_equals_transformers(mode, size):
     image = picture(1, *size, mode=mode)
     x, grid = patchify([image], min_pixels=784, max_pixels=60_000)
     want, want_grid = official(image, 784, 60_000)
-    assert torch.equal(grid, want_grid) and x.dtype == torch.float32
-    assert torch.equal(x, want)
+    assert torch.equal(grid, want_grid) and x.dtype == torch.float32 and torch.equal(x, want)
 
 
 def test_large_and_extreme_images():
@@ -135,8 +134,7 @@ class Failing(Image.Image):
         raise self.error
 
 
-class Panic(BaseException):
-    """As decoders in Rust raise."""
+Panic = type("Panic", (BaseException,), {})  # as decoders in Rust raise
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a"), NotImplementedError("b"), AttributeError("c"), KeyError("d"),
@@ -154,16 +152,14 @@ def test_whatever_a_decoder_raises_is_a_skip(error):
             open_image(broken)
 
 
-@pytest.mark.parametrize("what", ["empty", "pipe", "thin"])
-def test_odd_files_are_skips(tmp_path, what):
+def test_odd_files_are_skips(tmp_path):
     """An image of 0 pixels, a pipe and a very thin image are skips with the file's name."""
-    path = tmp_path / "odd.png"
-    if what == "pipe":
-        os.mkfifo(path)
-    else:
-        Image.new("RGB", (2010, 10)).save(path)
-    with pytest.raises(Skip, match="empty" if what == "empty" else f"{path}"):
-        open_image(Image.new("RGB", (0, 5)) if what == "empty" else path)
+    pipe, thin = tmp_path / "pipe.png", tmp_path / "thin.png"
+    os.mkfifo(pipe)
+    Image.new("RGB", (2010, 10)).save(thin)
+    for image, message in ((Image.new("RGB", (0, 5)), "empty"), (pipe, str(pipe)), (thin, str(thin))):
+        with pytest.raises(Skip, match=message):
+            open_image(image)
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa"])
@@ -223,20 +219,6 @@ def test_orientation_is_left_to_the_user(tmp_path):
     assert open_image(ImageOps.exif_transpose(Image.open(path))).size == (30, 60)
 
 
-def png(path, bits, colour_type, samples, transparent):
-    """Write a PNG of two equal rows by its specification (chunks IHDR, tRNS, IDAT, IEND)."""
-    flat = np.array(samples).ravel()
-    text = "".join(format(x, f"0{bits}b") for x in flat)
-    row = int(text, 2).to_bytes(len(text) // 8, "big")
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", len(samples), 2, bits, colour_type, 0, 0, 0)),
-              (b"tRNS", b"".join(struct.pack(">H", x) for x in np.atleast_1d(transparent))),
-              (b"IDAT", zlib.compress((b"\0" + row) * 2)), (b"IEND", b"")]  # fmt: skip
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-             for kind, data in chunks]  # fmt: skip
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    return path
-
-
 def animated(path, **more):
     """Write an animated file of three colours."""
     first, *others = (Image.new("RGB", (60, 60), colour) for colour in ("red", "green", "blue"))
@@ -256,15 +238,24 @@ def animated(path, **more):
 def test_a_transparent_colour_of_any_depth_is_white(tmp_path, bits, samples, transparent, want):
     """Bug story: grey of 16 bits lost its transparency (4 in place of 255, white), and so did grey of 2 and 4 bits.
     With colours of 16 bits another colour was transparent. By the PNG specification tRNS has the file's depth."""
-    path = png(tmp_path / "x.png", bits, 2 if np.ndim(samples[0]) else 0, samples, transparent)
-    got = np.asarray(open_image(path))[0]
+    text = "".join(format(x, f"0{bits}b") for x in np.ravel(samples))
+    row = int(text, 2).to_bytes(len(text) // 8, "big")
+    colour_type = 2 if np.ndim(samples[0]) else 0
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", len(samples), 2, bits, colour_type, 0, 0, 0)),
+              (b"tRNS", b"".join(struct.pack(">H", x) for x in np.atleast_1d(transparent))),
+              (b"IDAT", zlib.compress((b"\0" + row) * 2)), (b"IEND", b"")]  # fmt: skip
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+             for kind, data in chunks]  # fmt: skip
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    got = np.asarray(open_image(tmp_path / "x.png"))[0]
     assert got.tolist() == (np.array(want) if np.ndim(want[0]) else np.array(want)[:, None].repeat(3, 1)).tolist()
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
 def test_an_animated_file_is_no_frame(embedder, tmp_path, ending):
-    """Bug story: an animated file as a frame of a video gave its first frame silently. As a frame it is a Skip. As an
-    image it shows its first frame, as Pillow's open() does."""
+    """Bug stories: an animated file as a frame of a video gave its first frame silently. As a frame it is a Skip. As an
+    image it shows its first frame, as Pillow's open() does. ImageSequence.Iterator yields one object again and again,
+    so a list of it has one frame many times. A still image may be repeated on purpose."""
     path = animated(tmp_path / f"clip.{ending}", **({"lossless": True} if ending == "webp" else {}))
     with pytest.raises(Skip, match=rf"clip.{ending}: holds 3 images, but one frame of a video must be one"):
         encode_input(embedder.tokenizer, {"video": [picture(0), Image.open(path)]})
@@ -274,33 +265,21 @@ def test_an_animated_file_is_no_frame(embedder, tmp_path, ending):
         assert np.array_equal(np.asarray(open_image(path)), np.asarray(first.convert("RGB")))
     copies = [frame.copy() for frame in ImageSequence.Iterator(Image.open(path))]
     assert len(encode_input(embedder.tokenizer, {"video": copies}).grids) == 1
-
-
-@pytest.mark.parametrize("kind", ["video", "images"])
-def test_one_object_as_all_frames(embedder, tmp_path, kind):
-    """Bug story: ImageSequence.Iterator yields one object again and again, so a list of it has one frame many times. A
-    still image may be repeated on purpose."""
-    frames = list(ImageSequence.Iterator(Image.open(animated(tmp_path / "clip.gif"))))
-    with pytest.raises(BadInput, match=rf"{kind} is one object 3 times.*frame.copy\(\)"):
-        encode_input(embedder.tokenizer, {kind: frames})
-    encode_input(embedder.tokenizer, {kind: [picture(0)] * 3})
-
-
-def test_messages_name_no_flag_that_does_not_exist(tmp_path):
-    """Bug story: embed and eval.py asked about --media_root, which they do not have, and annotate and check about
-    --data."""
+    frames = list(ImageSequence.Iterator(Image.open(path)))
+    for kind in ("video", "images"):
+        with pytest.raises(BadInput, match=rf"{kind} is one object 3 times.*frame.copy\(\)"):
+            encode_input(embedder.tokenizer, {kind: frames})
+        encode_input(embedder.tokenizer, {kind: [picture(0)] * 3})
+def test_what_is_said_of_a_missing_file(tmp_path):
+    """Bug stories: embed and eval.py asked about --media_root, which they do not have, and annotate and check about
+    --data. An é in one character (Linux) and in two (a Mac) look equal, and "no such file" was all that was said."""
     with pytest.raises(Skip, match=r"gone.png: no such file$"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(Skip, match=r"gone.png: no such file \(is --media_root right\?\)"):
         open_image("gone.png", tmp_path)
     with pytest.raises(MissingFile, match=f"gone.json: no such file. Relative paths start from {Path.cwd()}$"):
         read_rows("gone.json")
-
-
-@pytest.mark.parametrize("on_disk, written", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_in_two_unicode_forms(tmp_path, on_disk, written):
-    """Bug story: é in one character (Linux) and in two (a Mac) look equal, and "no such file" was all that was said."""
-    name = "caf\u00e9.png"
-    picture(0).save(tmp_path / unicodedata.normalize(on_disk, name))
-    with pytest.raises(Skip, match=f"no such file; a file with the same visible name.* Unicode form {on_disk}. Write"):
-        open_image(unicodedata.normalize(written, name), tmp_path)
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        picture(0).save(tmp_path / unicodedata.normalize(form, f"{form}\u00e9.png"))
+        with pytest.raises(Skip, match=f"no such file; a file with the same visible name.* Unicode form {form}. Write"):
+            open_image(unicodedata.normalize(other, f"{form}\u00e9.png"), tmp_path)

@@ -95,8 +95,9 @@ def test_all_tasks_load(mini):
     assert all(open_image(path).size for path in seen)
 
 
-def test_rules_beyond_the_given_tasks(mini):
-    """All classes of the list are candidates, and so are the clip folders next to "query". Pages are corrected."""
+def test_rules_beyond_the_given_tasks(mini, own):
+    """All classes of the list are candidates, and so are the clip folders next to "query". Pages are corrected. The
+    published run cuts SmthSmthV2, and no other task, to 1,000 rows."""
     kinetics = ev.load_task("K700", mini)
     assert set(ev.MMEB["K700"]["labels"]) <= set(kinetics.candidates) and len(ev.MMEB["K700"]["labels"]) == 700
     clips = ev.load_task("Charades-STA", mini)
@@ -112,15 +113,11 @@ def test_rules_beyond_the_given_tasks(mini):
     assert "Find a document" not in bare.queries[0]["input"]["text"] and bare.candidates[0]["text"] == ""
     always = ev.load_task("VisRAG_ArxivQA", mini, vidore_instruction=False)
     assert always.queries[0]["input"]["text"].startswith("Find a document image")
-
-
-def test_something_something_has_the_first_thousand_rows(own):
-    """The published run cuts this task, and no other, to 1,000 rows."""
     file = own / "annotations/VLM2Vec/SmthSmthV2/data/test.jsonl"
     row = json.loads(file.read_text().splitlines()[0])
     file.write_text("".join(json.dumps(row | {"pos_text": f"row {i}"}) + "\n" for i in range(1005)))
-    assert [q["labels"] for q in ev.load_task("SmthSmthV2", own).queries][::999] == [["row 0"], ["row 999"]]
-    assert len(ev.load_task("SmthSmthV2", own).queries) == 1000
+    queries = ev.load_task("SmthSmthV2", own).queries
+    assert [q["labels"] for q in queries][::999] == [["row 0"], ["row 999"]] and len(queries) == 1000
 
 
 def test_frames(tmp_path):
@@ -141,7 +138,7 @@ def test_frames(tmp_path):
 
 def test_cards_and_links_are_not_needed(mini, own):
     """Without dataset cards the files are found by their names, without the links of the yaml file in the archives'
-    folders."""
+    folders. Without page archives the pages are written once from the corpus tables, as the official loader does."""
     for card in own.rglob("README.md"):
         card.unlink()
     for name in ev.MMEB:
@@ -156,14 +153,9 @@ def test_cards_and_links_are_not_needed(mini, own):
         link.unlink()
     for name in ev.MMEB:
         task = ev.load_task(name, own)
-        paths = [path for item in [*(q["input"] for q in task.queries), *task.candidates.values()]
-                 for path in media(item)]  # fmt: skip
-        assert all(os.path.isfile(path) for path in paths), name
+        items = [*(q["input"] for q in task.queries), *task.candidates.values()]
+        assert all(os.path.isfile(path) for item in items for path in media(item)), name
         assert len(task.queries) == len(ev.load_task(name, mini).queries)
-
-
-def test_pages_come_out_of_the_annotations(mini, own):
-    """No page archive is needed: pages are written once from the corpus tables, as the official loader does."""
     shutil.rmtree(own / "visdoc-tasks")
     for name in ("ViDoRe_docvqa", "VisRAG_SlideVQA"):  # the first one's corpus has two shards
         got, want = ev.load_task(name, own), ev.load_task(name, mini)
@@ -202,7 +194,7 @@ def test_errors_name_the_file_and_the_remedy(own):
 
 def test_check(own, capsys):
     """Complete files: exit 0. Missing or broken files: exit 1, with names and commands. Bug story: the table was 390
-    columns wide, and each row advised this same command."""
+    columns wide, and each row advised this same command. With one of two files of a corpus missing, a run stops too."""
     tasks = ["I-VG", "CIRR", "MSVD", "VisRAG_PlotQA"]
     assert check_tasks(own, *tasks) == 0
     assert "7 of 7 tasks are complete; 7 do not have the known number" in capsys.readouterr().out
@@ -218,6 +210,14 @@ def test_check(own, capsys):
     assert f"{broken.name}: cannot be read as an image" in rows["RefCOCO"]
     assert f"download --repo-type dataset VLM2Vec/MSVD --local-dir {own}/annotations/VLM2Vec/MSVD" in printed
     assert f"tar xzf {own}/download/image-tasks/mmeb_v1.tar.gz" in printed and "video_ret.tar.gz" not in printed
+    assert check_tasks(own, "ViDoRe_docvqa") == 0
+    (own / "annotations/vidore/docvqa_test_subsampled_beir/corpus/test-00001-of-00002.parquet").unlink()
+    capsys.readouterr()
+    assert check_tasks(own, "ViDoRe_docvqa") == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 files test-* are missing, e.g. test-00001-of-00002.parquet" in printed and "hf download" in printed
+    with pytest.raises(MissingFile, match="test-00001-of-00002.parquet"):
+        ev.load_task("ViDoRe_docvqa", own)
 
 
 def run(root, model, out, *flags, tasks=FEW):
@@ -274,35 +274,27 @@ def test_a_part_of_the_tasks_has_no_overall(mini, writer_dir, tmp_path, capsys):
     assert set(scores["tasks"]["HMDB51"]["pass@k"]) == {"1", "2"}
 
 
-def counting(monkeypatch, log, kill_after=None):
-    """Make Embedder.generate() write every row that it gets to a log file, and kill its process after some rows."""
-    real = Embedder.generate
-
-    def generate(self, prompts, **given):
-        def counted():
-            for prompt in prompts:
-                with open(log, "a") as file:
-                    file.write(prompt.row.name + "\n")
-                if kill_after and len(log.read_text().splitlines()) == kill_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield prompt
-
-        return real(self, counted(), **given)
-
-    monkeypatch.setattr(Embedder, "generate", generate)
-
-
 def test_killed_run_resumes(mini, writer_dir, tmp_path, monkeypatch):
     """kill -9 after 45 of about 100 inputs, and again: the scores of an undisturbed run. A kill costs at most
     --save_every inputs, and the shards have every input once."""
     argv = run_argv(mini, writer_dir, "--save_every", 10)
     undisturbed = run(mini, writer_dir, tmp_path / "undisturbed", "--save_every", 10)
-    N, log = undisturbed["encoded"]["greedy"], tmp_path / "log"
+    N, log, real = undisturbed["encoded"]["greedy"], tmp_path / "log", Embedder.generate
+    moments = [45, 60]
     assert N > 80
-    for kill_after in (45, 60):
-        dies = lambda _, n=kill_after: counting(monkeypatch, log, n)  # noqa: E731
-        run_processes(ev, [*argv, "--out", tmp_path / "killed"], 1, codes=-signal.SIGKILL, before=dies)
-    counting(monkeypatch, log)
+
+    def counted(prompts):
+        for prompt in prompts:
+            with open(log, "a") as file:
+                file.write(prompt.row.name + "\n")
+            if moments and len(log.read_text().splitlines()) == moments[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield prompt
+
+    monkeypatch.setattr(Embedder, "generate", lambda self, prompts, **given: real(self, counted(prompts), **given))
+    while moments:
+        run_processes(ev, [*argv, "--out", tmp_path / "killed"], 1, codes=-signal.SIGKILL)
+        del moments[0]
     again = run(mini, writer_dir, tmp_path / "killed", "--save_every", 10)
     assert N < len(log.read_text().splitlines()) <= N + 2 * 10
     assert 0 < again["encoded"]["greedy"] < N
@@ -337,8 +329,22 @@ def test_a_stale_result_is_never_used(own, writer_dir, tmp_path):
     assert encoded(moved) == {"greedy": first}
 
 
-def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys):
-    """A broken and a missing image are reported and miss in all modes. A task without its media is an error."""
+def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys, monkeypatch):
+    """A broken and a missing image are reported and miss in all modes. A task without its media is an error. A disk
+    that fails once must not leave a miss in the cache: the bytes and the input's key stay the same."""
+    real = cache_file.encode_input
+
+    def failing(tokenizer, item, answer, **given):
+        if "VOC2007_2" in "".join(item["images"]):
+            raise Skip("the disk does not answer")
+        return real(tokenizer, item, answer, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_file, "encode_input", failing)
+        assert run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
+    scores = run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
+    assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
+    capsys.readouterr()
     (own / "image-tasks/VOC2007/VOC2007_0.jpg").unlink()
     next((own / "image-tasks/VOC2007").glob("VOC2007_1.*")).write_bytes(b"no image")
     scores = run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
@@ -349,22 +355,6 @@ def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys):
     shutil.rmtree(own / "image-tasks/VOC2007")
     with pytest.raises(ValueError, match=r"VOC2007: 5 of 5 media files do not exist.*--check"):
         run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
-
-
-def test_a_failed_read_is_tried_again(mini, writer_dir, tmp_path, monkeypatch):
-    """A disk that fails once must not leave a miss in the cache: the bytes and the input's key stay the same."""
-    real = cache_file.encode_input
-
-    def failing(tokenizer, item, answer, **given):
-        if "VOC2007_2" in "".join(item["images"]):
-            raise Skip("the disk does not answer")
-        return real(tokenizer, item, answer, **given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_file, "encode_input", failing)
-        assert run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])["tasks"]["VOC2007"]["unreadable"] == 1
-    scores = run(mini, writer_dir, tmp_path / "out", tasks=["VOC2007"])
-    assert scores["tasks"]["VOC2007"]["unreadable"] == 0 and scores["encoded"] == {"greedy": 1}
 
 
 def test_batch_size_and_processes_do_not_change_scores(mini, writer_dir, tmp_path):
@@ -389,33 +379,27 @@ def test_equal_inputs_are_embedded_once(mini, writer_dir, tmp_path):
     assert ["published_ndcg" in entry for entry in scores["tasks"].values()] == [False, True]
 
 
-def test_ablated_texts():
-    """The reasoning is removed or swapped. A text without reasoning, or a single reasoning, is not swapped."""
-    texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
-    got = ablate_trace(texts)
-    assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
-    assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
-                              "<think>a</think>3"]  # fmt: skip
-    assert ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
-
-
-def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys):
-    """Removed and swapped reasoning change the embeddings. A second run takes everything from the cache."""
-    scores = run(mini, writer_dir, tmp_path / "out", "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys, monkeypatch):
+    """Removed and swapped reasoning change the embeddings. A second run takes everything from the cache. Bug story:
+    after ablation an answer may have no <gen_emb>. Its zero vector was valid and tied with all candidates, the first of
+    which is right: hit@1 of 100."""
+    flags = ["--ablate", "trace", "--max_new_tokens", 24]
+    scores = run(mini, writer_dir, tmp_path / "out", *flags, tasks=["VOC2007"])
     ablate = scores["tasks"]["VOC2007"]["ablate"]
     assert set(ablate) == {"removed", "swapped"} and list(ablate["removed"]["gen"]) == ev.METRICS
     assert 0 < ablate["removed"]["cosine"] < 0.9999
     assert "reasoning removed" in capsys.readouterr().out
-    again = run(mini, writer_dir, tmp_path / "out", "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+    texts = ["<think>a</think><answer>1<gen_emb>", "no thought", "<think>a</think>2", "<think>b\nb</think>3"]
+    got = ablate_trace(texts)  # a text without reasoning, or a single reasoning, is not swapped
+    assert got["removed"] == ["<think></think><answer>1<gen_emb>", "no thought", "<think></think>2", "<think></think>3"]
+    assert got["swapped"] == ["<think>b\nb</think><answer>1<gen_emb>", "no thought", "<think>b\nb</think>2",
+                              "<think>a</think>3"]  # fmt: skip
+    assert ablate_trace(["<think>a</think>"])["swapped"] == ["<think>a</think>"]
+    again = run(mini, writer_dir, tmp_path / "out", *flags, tasks=["VOC2007"])
     assert again["tasks"] == scores["tasks"] and again["encoded"]["greedy"] == 0
-
-
-def test_ablation_without_an_embedding_is_a_miss(mini, writer_dir, tmp_path, monkeypatch):
-    """Bug story: after ablation an answer may have no <gen_emb>. Its zero vector was valid and tied with all
-    candidates, the first of which is right: hit@1 of 100."""
     monkeypatch.setattr(reasoner_file, "ablate_trace", lambda texts: {
         kind: [text.replace("<gen_emb>", "") for text in texts] for kind in ("removed", "swapped")})  # fmt: skip
-    scores = run(mini, writer_dir, tmp_path, "--ablate", "trace", "--max_new_tokens", 24, tasks=["VOC2007"])
+    scores = run(mini, writer_dir, tmp_path / "lost", *flags, tasks=["VOC2007"])
     for got in scores["tasks"]["VOC2007"]["ablate"].values():
         assert got["gen"]["hit@1"] == 0 and got["cosine"] is None
 
@@ -442,18 +426,13 @@ def reader_dir(writer_dir, tmp_path_factory):
     return path
 
 
-def reason(root, model, reasoner, out, *flags, samples=0, tasks=FEW):
+def reason_argv(root, model, reasoner, out, *flags, tasks=FEW):
+    return run_argv(root, model, "--reasoner", reasoner, "--out", out, *flags, tasks=tasks)
+
+
+def reason(root, model, reasoner, out, *flags, tasks=FEW):
     """Run eval.py --reasoner and return the content of scores.json."""
-    ev.main(reason_argv(root, model, reasoner, out, *flags, samples=samples, tasks=tasks))
-    return reason_scores(out, model, reasoner)
-
-
-def reason_argv(root, model, reasoner, out, *flags, samples=0, tasks=FEW):
-    more = ["--reasoner", reasoner, "--out", out, "--samples", samples]
-    return run_argv(root, model, *more, *flags, tasks=tasks)
-
-
-def reason_scores(out, model, reasoner):
+    ev.main(reason_argv(root, model, reasoner, out, *flags, tasks=tasks))
     return scores_of(out, f"{Path(model).name}-reads-{Path(reasoner).stem}")
 
 
@@ -484,7 +463,6 @@ def test_one_model_reasons_another_embeds(mini, writer_dir, reader_dir, tmp_path
         assert entry["disc"] == alone["tasks"][name]["disc"]
         assert entry["invalid"] == own_scores["tasks"][name]["invalid"]
     assert scores["tasks"]["VOC2007"]["invalid"] < 15
-
     file = tmp_path / "answers.jsonl"
     ev.main(["--root", str(mini), "--tasks", *FEW, "--export", str(file)])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -517,14 +495,15 @@ def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_pa
 def test_a_reasoners_samples_are_read(mini, writer_dir, reader_dir, tmp_path):
     """The reasoner writes k answers to each query and the embedder reads them all, on two ranks too. A second run
     embeds nothing."""
-    one = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
+    flags = ["--samples", 2]
+    one = reason(mini, reader_dir, writer_dir, tmp_path / "one", *flags, tasks=["VOC2007"])
     entry = one["tasks"]["VOC2007"]
     assert set(entry["pass@k"]) == {"1", "2"}
-    again = reason(mini, reader_dir, writer_dir, tmp_path / "one", samples=2, tasks=["VOC2007"])
+    again = reason(mini, reader_dir, writer_dir, tmp_path / "one", *flags, tasks=["VOC2007"])
     assert again["tasks"] == one["tasks"] and again["encoded"] == {"answers": 0}
-    run_processes(ev, reason_argv(mini, reader_dir, writer_dir, tmp_path / "two", "--ablate", "trace", samples=2,
-                                  tasks=["VOC2007"]))  # fmt: skip
-    two = reason_scores(tmp_path / "two", reader_dir, writer_dir)["tasks"]["VOC2007"]
+    flags += ["--ablate", "trace"]
+    run_processes(ev, reason_argv(mini, reader_dir, writer_dir, tmp_path / "two", *flags, tasks=["VOC2007"]))
+    two = scores_of(tmp_path / "two", f"reader-reads-{writer_dir.name}")["tasks"]["VOC2007"]
     assert two.pop("ablate")["removed"]["gen"] and two == entry
 
 
@@ -540,20 +519,12 @@ def test_killed_reading_resumes(mini, writer_dir, reader_dir, tmp_path, monkeypa
             yield result
 
     argv = reason_argv(mini, reader_dir, writer_dir, tmp_path / "killed", "--save_every", 10)
-    dies = lambda _: monkeypatch.setattr(Embedder, "read_once", killed)  # noqa: E731
-    run_processes(ev, argv, 1, codes=-signal.SIGKILL, before=dies)
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "read_once", killed)
+        run_processes(ev, argv, 1, codes=-signal.SIGKILL)
     again = reason(mini, reader_dir, writer_dir, tmp_path / "killed")
     assert 0 < again["encoded"]["answers"] < undisturbed["encoded"]["answers"] - 20
     assert again["tasks"] == undisturbed["tasks"]
-
-
-def test_results_are_found_under_another_name(mini, writer_dir, tmp_path):
-    """A model is called "writer" alone and "a-writer" next to "b/writer". Its results are found under both names."""
-    models = [shutil.copytree(writer_dir, tmp_path / folder / "writer") for folder in "ab"]
-    assert run(mini, models[0], tmp_path / "out", tasks=["VOC2007"])["encoded"]["greedy"] > 0
-    ev.main(run_argv(mini, models[0], "--model", *models, "--out", tmp_path / "out", tasks=["VOC2007"]))
-    for name in ("a-writer", "b-writer"):
-        assert json.loads((tmp_path / "out" / name / "scores.json").read_text())["encoded"] == {"greedy": 0}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -591,7 +562,8 @@ def test_a_file_with_refusals(mini, writer_dir, tmp_path, capsys):
 
 
 def test_names_of_model_and_reasoner(mini, writer_dir, reader_dir, tmp_path, monkeypatch):
-    """--reasoner may be the model itself, spelt another way. Bug stories: a name was cut at its last dot, so
+    """--reasoner may be the model itself, spelt another way. A model is called "writer" alone and "a-writer" next to
+    "b/writer", and its results are found under both names. Bug stories: a name was cut at its last dot, so
     Qwen2.5-VL-7B replaced the results of -3B. An empty --reasoner became the working directory."""
     spelt = writer_dir.parent / "." / writer_dir.name
     scores = reason(mini, writer_dir, f"{spelt}/", tmp_path, tasks=["VOC2007"])
@@ -600,6 +572,11 @@ def test_names_of_model_and_reasoner(mini, writer_dir, reader_dir, tmp_path, mon
         shutil.copytree(writer_dir, tmp_path / name)
         ev.main(reason_argv(mini, reader_dir, tmp_path / name, tmp_path / "out", tasks=["VOC2007"]))
         assert (tmp_path / "out" / f"reader-reads-{name}" / "scores.json").exists()
+    models = [shutil.copytree(writer_dir, tmp_path / folder / "writer") for folder in "ab"]
+    assert run(mini, models[0], tmp_path / "ab", tasks=["VOC2007"])["encoded"]["greedy"] > 0
+    ev.main(run_argv(mini, models[0], "--model", *models, "--out", tmp_path / "ab", tasks=["VOC2007"]))
+    for name in ("a-writer", "b-writer"):
+        assert json.loads((tmp_path / "ab" / name / "scores.json").read_text())["encoded"] == {"greedy": 0}
     monkeypatch.chdir(writer_dir)
     ev.main(run_argv(mini, ".", "--out", tmp_path, "--max_new_tokens", 2, tasks=["VOC2007"]))
     assert (tmp_path / writer_dir.name / "scores.json").exists()
@@ -615,27 +592,24 @@ def test_two_processes_export_one_file(mini, tmp_path):
 
 
 def test_reasoner_errors(mini, writer_dir, tiny_dir, tmp_path, monkeypatch):
-    """A missing file, samples of a file, an export to an existing file: each error has a remedy. Bug story: a plain
-    Qwen2-VL as --reasoner gave scores of 0 silently."""
+    """Each error has a remedy. Bug story: a plain Qwen2-VL as --reasoner gave scores of 0 silently."""
+    file, wrong, out = tmp_path / "answers.jsonl", tmp_path / "answers.json", tmp_path / "out"
+    file.write_text("")
+    wrong.write_text("[]")
     with pytest.raises(ValueError, match="none of its 15 answers has a <gen_emb>"):
         reason(mini, writer_dir, tiny_dir, tmp_path / "out", "--max_new_tokens", 2, tasks=["VOC2007"])
-    with pytest.raises(FileNotFoundError, match="no such file.*--export"):
-        reason(mini, writer_dir, tmp_path / "gone.jsonl", tmp_path / "out")
-    file = tmp_path / "answers.jsonl"
-    file.write_text("")
-    with pytest.raises(ValueError, match="give --samples 0"):
-        reason(mini, writer_dir, file, tmp_path / "out", samples=4)
-    with pytest.raises(ValueError, match="already exists and may hold answers"):
-        ev.main(["--root", str(mini), "--export", str(file)])
     monkeypatch.setattr(cache_file, "hash_media", None)  # before all media are read
-    with pytest.raises(ValueError, match="NAME.jsonl"):
-        ev.main(["--root", str(mini), "--tasks", "VOC2007", "--export", str(tmp_path / "answers.json")])
-    wrong = tmp_path / "answers.json"
-    wrong.write_text("[]")
-    with pytest.raises(ValueError, match="not a file of lines; give NAME.jsonl or a model's folder"):
-        reason(mini, writer_dir, wrong, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        reason(mini, writer_dir, tmp_path / "nothing", tmp_path / "out")
+    export = ["--root", mini, "--tasks", "VOC2007", "--export"]
+    for error, message, argv in (
+        (FileNotFoundError, "no such file.*--export", reason_argv(mini, writer_dir, tmp_path / "gone.jsonl", out)),
+        (FileNotFoundError, "no model folder", reason_argv(mini, writer_dir, tmp_path / "nothing", out)),
+        (ValueError, "give --samples 0", reason_argv(mini, writer_dir, file, out, "--samples", 4)),
+        (ValueError, "not a file of lines; give NAME.jsonl or a model", reason_argv(mini, writer_dir, wrong, out)),
+        (ValueError, "already exists and may hold answers", [*export, file]),
+        (ValueError, "NAME.jsonl", [*export, tmp_path / "export.json"]),
+    ):
+        with pytest.raises(error, match=message):
+            ev.main(list(map(str, argv)))
 
 
 def test_model_in_the_layout_of_the_hub(mini, writer_dir, tmp_path):
@@ -669,9 +643,10 @@ def test_all_78_tasks_in_one_command(mini, tmp_path, capsys):
     assert graded == ["ViDoRe_esg_reports_human_labeled_v2", "ViDoSeek-doc", "MMLongBench-doc"]
 
 
-def shards(folder, *names, card=""):
+def shards(folder, names, card=""):
+    """Write a folder of empty tables, their names divided by "|", whose card has patterns for its test split."""
     folder.mkdir(parents=True)
-    for name in names:
+    for name in names.split("|"):
         (folder / name).write_text("{}")
     if card:
         data_files = json.dumps([{"split": "test", "path": card.split()}])  # JSON is YAML
@@ -682,50 +657,34 @@ def shards(folder, *names, card=""):
 @pytest.mark.parametrize("names, message", [
     ("test-00000-of-00002.parquet", "1 of 2 files test-.* missing, e.g. test-00001-of-00002.parquet"),
     ("test-00001-of-00002.parquet", "e.g. test-00000-of-00002.parquet"),
-    ("test-00000-of-00003.jsonl test-00002-of-00003.jsonl", "1 of 3 .* test-00001-of-00003.jsonl"),
+    ("test-00000-of-00003.jsonl|test-00002-of-00003.jsonl", "1 of 3 .* test-00001-of-00003.jsonl"),
     ("test-00000-of-00002-0123456789abcdef.parquet", "e.g. test-00001-of-00002.parquet"),
-    ("test-00001-of-00003.json test-00003-of-00003.json", "1 of 3 .* test-00002-of-00003.json"),
-    ("test-00000-of-00001.json test-00000-of-00002.json test-00001-of-00002.json", "of 00001, 00002.*read twice"),
+    ("test-00001-of-00003.json|test-00003-of-00003.json", "1 of 3 .* test-00002-of-00003.json"),
+    ("test-00000-of-00001.json|test-00000-of-00002.json|test-00001-of-00002.json", "of 00001, 00002.*read twice"),
     ("test-00000-of-00001.json|test-00000-of-00001 (1).json", "read twice"),
-    ("test-00000-of-00002.json test-00001-of-00002.json test-00005-of-00002.json", "read twice"),
-    ("test-00000-of-00001-aaaa.json test-00000-of-00001-bbbb.json", "several downloads"),
+    ("test-00000-of-00002.json|test-00001-of-00002.json|test-00005-of-00002.json", "read twice"),
+    ("test-00000-of-00001-aaaa.json|test-00000-of-00001-bbbb.json", "several downloads"),
 ])  # fmt: skip
 def test_a_missing_shard_is_named(tmp_path, names, message):
     """Bug story (datasets#6979): with one of two files of a corpus missing, --check said complete, and the score rose
     from 39.0 to 53.3. The name, NAME-number-of-N, says how many there must be. Two downloads have the rows twice."""
     for card in ("", "test-*"):
-        names_of_files = names.split("|") if "|" in names else names.split()
-        folder = shards(tmp_path / f"repo{len(card)}", *names_of_files, card=card)
+        folder = shards(tmp_path / f"repo{len(card)}", names, card)
         with pytest.raises((BadInput, MissingFile), match=f"{folder}.*{message}"):
             annotation_files(folder, None, "test")
 
 
-@pytest.mark.parametrize("names", ["test-00000-of-00002.json test-00001-of-00002.json",
-                                   "test-00001-of-00002.json test-00002-of-00002.json",  # some tools count from 1
-                                   "test-00000-of-00001.json other_test-00000-of-00001.json", "test.json",
-                                   "test-00000-of-00002-aa.json test-00001-of-00002-bb.json"])  # fmt: skip
+@pytest.mark.parametrize("names", [
+    "test-00000-of-00002.json|test-00001-of-00002.json", "test.json",
+    "test-00001-of-00002.json|test-00002-of-00002.json",  # some tools count from 1
+    "test-00000-of-00001.json|other_test-00000-of-00001.json",
+    "test-00000-of-00002-aa.json|test-00001-of-00002-bb.json"])  # fmt: skip
 def test_complete_shards_pass(tmp_path, names):
     """All files are found once, even if a card names one twice. A pattern of the card without a file is an error: the
     other file alone was the table."""
     for name, card in (("repo", ""), ("twice", "*test* *.json")):
-        folder = shards(tmp_path / name, *names.split(), card=card)
-        assert len(annotation_files(folder, None, "test")) == len(names.split())
-    folder = shards(tmp_path / "more", "a.json", card="a.json b-*.json")
+        folder = shards(tmp_path / name, names, card)
+        assert len(annotation_files(folder, None, "test")) == len(names.split("|"))
+    folder = shards(tmp_path / "more", "a.json", "a.json b-*.json")
     with pytest.raises(MissingFile, match=r"no file b-\*.json, which its README.md names"):
         annotation_files(folder, None, "test")
-
-
-def test_check_and_run_see_a_missing_shard(mini, tmp_path, capsys):
-    """Both stop: the miniature's docvqa corpus has two files, of which one is deleted."""
-    root = tmp_path / "root"
-    repo = "annotations/vidore/docvqa_test_subsampled_beir"
-    shutil.copytree(mini / repo, root / repo)
-    shutil.copytree(mini / "visdoc-tasks/ViDoRe_docvqa", root / "visdoc-tasks/ViDoRe_docvqa", symlinks=False)
-    assert check_tasks(root, "ViDoRe_docvqa") == 0
-    (root / repo / "corpus/test-00001-of-00002.parquet").unlink()
-    capsys.readouterr()
-    assert check_tasks(root, "ViDoRe_docvqa") == 1
-    printed = capsys.readouterr().out
-    assert "1 of 2 files test-* are missing, e.g. test-00001-of-00002.parquet" in printed and "hf download" in printed
-    with pytest.raises(MissingFile, match="test-00001-of-00002.parquet"):
-        ev.load_task("ViDoRe_docvqa", root)

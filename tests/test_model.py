@@ -1,5 +1,4 @@
-"""model.py against transformers' own forward pass and against itself without a cache.
-Run: pytest tests/test_model.py"""
+"""model.py against transformers' own forward pass and against itself without a cache."""
 
 import pickle
 from dataclasses import replace
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CLOSE,
     answer_places,
     assert_same_gradients,
     encoded,
@@ -22,9 +22,7 @@ from conftest import (
 )
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.utils import _to_kwargs
-from transformers import (
-    AutoModelForImageTextToText,
-)
+from transformers import AutoModelForImageTextToText
 
 import model as model_file
 import support.head as head_file
@@ -35,7 +33,6 @@ from support.head import TokenLogp, sampling_logits
 
 NEVER = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
          "<|endoftext|>", DISC]  # fmt: skip
-CLOSE = dict(rtol=0, atol=1e-5)
 
 
 def everything(model, rows):
@@ -75,13 +72,10 @@ def test_forward_equals_transformers(embedder, which, left):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_positions_equal_get_rope_index(embedder, left):
-    """The rotary positions, and the one after the row, are get_rope_index's, also for long videos and very wide
-    images."""
-    more = [
-        {"text": "five", "video": [picture(i, 90, 50) for i in range(5)]},
-        {"text": "", "video": [picture(i, 20, 20) for i in range(8)]},
-        {"text": "w", "images": [picture(0, 1500, 9)]},
-    ]
+    """The rotary positions are get_rope_index's, also for long videos and very wide images."""
+    more = [{"text": "five", "video": [picture(i, 90, 50) for i in range(5)]},
+            {"text": "", "video": [picture(i, 20, 20) for i in range(8)]},
+            {"text": "w", "images": [picture(0, 1500, 9)]}]  # fmt: skip
     rows = encoded(embedder, inputs() + more)
     batch, begin = processor_inputs(embedder, rows, left)
     want, delta = embedder.backbone.model.get_rope_index(
@@ -111,8 +105,7 @@ def test_norms_equal_transformers(writer_dir):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 def test_patch_embedding_equals_the_convolution(tiny_dir, tmp_path, monkeypatch, bias):
-    """The first layer of the vision tower gives what transformers' Conv3d gives, without calling it. Its parameters
-    have the names of transformers, so a saved folder is read back."""
+    """The vision tower's first layer equals Conv3d without calling it, and its folder is read back."""
     model = Embedder.from_pretrained(tiny_dir)
     plain = AutoModelForImageTextToText.from_pretrained(tiny_dir)
     assert list(model.backbone.state_dict()) == list(plain.state_dict())
@@ -166,8 +159,7 @@ def test_precomputed_vision_states(embedder):
 
 
 def test_a_model_can_be_pickled(tiny_dir):
-    """torch.save() and spawned processes do it. (A model of its own: transformers leaves a hook that cannot be pickled
-    where a test asked for the states of all layers.)"""
+    """torch.save() and spawned processes do it. (A model of its own, because others have hooks of transformers.)"""
     model = Embedder.from_pretrained(tiny_dir)
     expected = model.embed(inputs(), mode="disc").disc
     found = pickle.loads(pickle.dumps(model)).embed(inputs(), mode="disc").disc
@@ -198,9 +190,8 @@ def test_chunked_head_equals_plain_log_softmax(embedder, monkeypatch, chunk, ban
     head = embedder.backbone.lm_head.weight
     logits = hidden @ head.T
     if ban:
-        columns = embedder.tokenizer.convert_tokens_to_ids(NEVER) + list(range(len(embedder.tokenizer), len(head)))
-        allowed = torch.ones(len(head), dtype=torch.bool)
-        allowed[columns] = False
+        allowed = torch.arange(len(head)) < len(embedder.tokenizer)
+        allowed[embedder.tokenizer.convert_tokens_to_ids(NEVER)] = False
         labels = allowed.nonzero()[labels, 0]
         logits = logits.masked_fill(~allowed, -1e30)
     want = (logits / 0.7).log_softmax(-1)
@@ -233,14 +224,11 @@ def test_gradient_of_a_bf16_head_is_added_up_in_fp32():
 
 
 def test_logits_of_one_chunk_at_a_time(monkeypatch):
-    """The forward pass holds the logits of one chunk twice, the backward pass once. Bug story: a loop's variables live
-    until the next chunk has its own, so there was one copy more."""
+    """Bug story: a loop's variables live until the next chunk has its own, so there was one copy of the logits more."""
     monkeypatch.setattr(head_file, "HEAD_CHUNK", 64)
-    vocabulary = 4000
-    hidden = torch.randn(256, 200, requires_grad=True)
-    weight = torch.randn(vocabulary, 200, requires_grad=True)
-    labels = torch.arange(256)
-    logits = 64 * vocabulary * 4  # bytes of a chunk's
+    hidden, labels = torch.randn(256, 200, requires_grad=True), torch.arange(256)
+    weight = torch.randn(4000, 200, requires_grad=True)
+    logits = 64 * len(weight) * 4  # bytes of a chunk's
     small = logits // 2  # more than all that has no vocabulary in it
 
     def peak(run):  # above the states and weights that are there
@@ -305,38 +293,31 @@ def test_generate_equals_the_slow_loop(writer):
 
 
 def test_cached_decode_equals_full_forward(writer):
-    """Log-probabilities and both embeddings of the decode loop are those of one pass of transformers over the
-    sequence."""
+    """Tokens, log p and both embeddings of the decode loop are those of one pass of transformers."""
     rows, seen = encoded(writer, inputs(), answered=False), set()
     done = generate_all(writer, rows, G=3, temperature=0.7, seeds=range(5), max_new_tokens=24, slots=6)
     for i, row in enumerate(rows):
         for g, ids in enumerate(done[i].ids):
             states, logp = completion_twin(writer, row, ids, 0.7)
+            assert [int(token) for token, _ in sample(logp, row_uniforms(i, g, len(ids)))] == ids
             got = torch.tensor(done[i].logp[g])
             torch.testing.assert_close(got, logp[torch.arange(len(ids)), ids], **CLOSE)
             torch.testing.assert_close(done[i].disc, states[row.disc_at], **CLOSE)
             valid = writer.gen_id in ids
-            assert bool(done[i].valid[g]) == valid
             at = max((t for t, token in enumerate(ids) if token == writer.gen_id), default=-1)
-            assert done[i].gen_at[g] == at
+            assert bool(done[i].valid[g]) == valid and done[i].gen_at[g] == at
             want = states[row.n_prompt + at] if valid else torch.zeros(128)
             torch.testing.assert_close(done[i].gen[g], want, **CLOSE)
             assert writer.end_id not in ids[:-1] and (ids[-1] == writer.end_id or len(ids) == 24)
             seen.add(valid)
     assert seen == {True, False}, "the case needs completions with and without <gen_emb>"
-
-
-def test_greedy_takes_the_best_token(writer):
-    """At temperature 0 every token is the argmax of a fresh full pass of transformers under the ban."""
-    rows = encoded(writer, inputs(), answered=False)
     for i, r in generate_all(writer, rows, temperature=0.0, max_new_tokens=24, slots=2).items():
         _, logp = completion_twin(writer, rows[i], r.ids[0])
         assert logp.argmax(-1).tolist() == r.ids[0]
 
 
 def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
-    """Three rollouts of one prefill are three single runs with the same random numbers. Slots, other prompts and their
-    order change no token."""
+    """Other slots, prompts, orders and groups change no token of a rollout."""
     rows = encoded(writer, inputs(), answered=False)
     together = generate_all(writer, rows, G=3, max_new_tokens=20, slots=15)  # seeds 0, 1, 2, ..
     assert len({tuple(ids) for ids in together[0].ids + together[1].ids}) > 3
@@ -356,8 +337,7 @@ def test_rollouts_depend_on_seed_and_number_only(writer, monkeypatch):
 
 
 def test_last_gen_emb_wins_and_none_is_invalid(embedder):
-    """Of two <gen_emb> the last one counts. A completion without one is invalid with zeros, though its prompt has
-    one."""
+    """Of two <gen_emb> the last one counts. Without one it is invalid with zeros, though the prompt has one."""
     texts = ["<think>a<gen_emb> b</think><answer>blue ring<gen_emb>", "<think>none at all", "<gen_emb>", ""]
     script = [[embedder.tokenizer(t).input_ids for t in texts] for _ in range(2)]
     rows = encoded(embedder, inputs()[:2], answered=False)
@@ -389,8 +369,7 @@ def test_gen_emb_as_the_last_allowed_token(tiny_dir, limit):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 4.0])
 def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
-    """A head that prefers vision tokens, pads, <|im_start|>, <disc_emb> and rows without text cannot write one. Their
-    log-probability in training is that of an impossible token, without NaN."""
+    """A head that prefers banned tokens cannot write one. In training they are impossible, without NaN."""
     model = Embedder.from_pretrained(tiny_dir)
     names = model.tokenizer.convert_tokens_to_ids(NEVER)
     assert len(set(names)) == len(NEVER)
@@ -405,8 +384,7 @@ def test_banned_tokens_are_never_sampled(tiny_dir, temperature):
     hidden = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
     best = (hidden @ table.T).argmax(-1)
     assert set(best.tolist()) <= set(loved)
-    free, _ = model.token_logp(hidden, best, 1.0, False)
-    assert (free > -5).all()  # without the ban these are the likely ones
+    assert (model.token_logp(hidden, best, 1.0, False)[0] > -5).all()  # without the ban these are the likely ones
     logp, entropy = model.token_logp(hidden, torch.tensor([*best[:2], 5]), 1.0, True)
     assert (logp[:2] < -1e6).all() and logp.isfinite().all() and entropy.isfinite().all() and logp[2] > -100
 
@@ -421,6 +399,3 @@ def test_sample_follows_the_distribution():
     torch.testing.assert_close(logp, logits.log_softmax(-1)[tokens], **CLOSE)
     assert sample(logits[None], None)[0][0] == 2
     assert sample(logits[None], [1 - 2**-53])[0][0] == 5
-
-
-# ---- tokens, loading and saving --------------------------------------------------------------------------------

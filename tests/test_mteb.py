@@ -1,6 +1,5 @@
-"""docs/mteb_model.py in MTEB: a retrieval task with texts and pictures, made here, gets the score of our own dot
-products. Run it where mteb is installed (pip install mteb); it is skipped elsewhere: mteb is no requirement.
-Run: pytest tests/test_mteb.py"""
+"""docs/mteb_model.py in MTEB: a retrieval task that is made here gets the score of our own dot products. It is skipped
+where mteb is not installed, because mteb is no requirement."""
 
 import shutil
 import sys
@@ -58,8 +57,7 @@ def test_mteb_sees_our_dot_products(writer, writer_dir, mode, tmp_path):
 
 
 def test_other_weights_are_not_the_stored_score(writer_dir, tmp_path):
-    """Bug story (mteb#842): mteb stores a score under name and revision, so other weights under the same path, or
-    another mode or --max_new_tokens, got the score of the old ones."""
+    """Bug story (mteb#842): other weights under the same path, or another mode, got the score of the old ones."""
     from mteb.cache import ResultCache
     from mteb_model import UMEModel
 

@@ -1,5 +1,4 @@
-"""The stages as a user starts them: the commands of README and docs/ with tiny sizes.
-Run: pytest tests/test_pipeline.py"""
+"""The stages as a user starts them: the commands of README and docs/ with tiny sizes."""
 
 import json
 import math
@@ -44,7 +43,7 @@ def test_readme_runs_the_three_stages():
     assert all("pip install -q -r requirements.txt" in block for block in blocks[:2])
 
 
-def test_pipeline_on_the_toy_world(toy_data, tmp_path, monkeypatch, capsys):
+def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     """SFT from the shipped base, RL from its folder, evaluation of both: the README's commands with small sizes."""
     sft, rl, out = tmp_path / "sft", tmp_path / "rl", tmp_path / "eval"
     common = ["--media_root", toy_data, "--batch_size", 4, "--workers", 0]
@@ -54,7 +53,6 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path, monkeypatch, capsys):
     printed = start_script("eval.py", "--root", toy_data, "--model", sft, rl, "--out", out, "--samples", 2,
                            "--max_new_tokens", 24)  # fmt: skip
     assert "change in points" in printed
-
     for folder, steps in ((sft, 3), (rl, 2)):
         log = read_log(folder)
         assert [line["step"] for line in log] == [*range(1, steps + 1)]
@@ -72,15 +70,8 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path, monkeypatch, capsys):
         assert {"gen", "disc", "oracle", "gen_disc", "disc_gen", "pass@k", "invalid", "seconds"} <= task.keys()
         assert task["oracle"]["hit@1"] >= max(task["gen"]["hit@1"], task["disc"]["hit@1"])
 
-    again = ["--data", toy_data / "sft.json", "--out", sft, *common, "--steps"]
-    run_here(sft_file, [*again, 3], monkeypatch)
-    assert "is finished" in capsys.readouterr().out
-    shutil.rmtree(sft / "checkpoints")
-    with pytest.raises(SystemExit, match="(?s)steps 3 -> 4.*no checkpoint to resume from"):
-        run_here(sft_file, [*again, 4], monkeypatch)
 
-
-@pytest.mark.parametrize("module, wrong_preset", [(sft_file, "Choose one of"), (rl_file, "Choose one of"), (ev, "2")])
+@pytest.mark.parametrize("module, wrong_preset", [(sft_file, "one of .*toy"), (rl_file, "one of .*toy"), (ev, "2")])
 def test_flags_of_the_command_line(module, wrong_preset, monkeypatch, capsys):
     """--help lists all settings with their meaning and default. A misspelt flag or preset is an error."""
     with pytest.raises(SystemExit) as end:
@@ -92,11 +83,6 @@ def test_flags_of_the_command_line(module, wrong_preset, monkeypatch, capsys):
         run_here(module, ["--stepz", 3], monkeypatch)
     with pytest.raises(SystemExit, match=wrong_preset):
         run_here(module, ["--preset", "3b"], monkeypatch)
-
-
-def test_an_error_of_the_command_line_has_no_traceback():
-    refused = start_script("sft.py", "--stepz", 3, ok=False)
-    assert "unknown: --stepz 3" in refused and "Traceback" not in refused
 
 
 # Every line of the code blocks of README and docs/ that starts a program, by its first words, and what runs for it:
@@ -160,8 +146,7 @@ OpenAI = lambda base_url, api_key: Name(chat=Name(completions=Name(create=create
 
 @pytest.mark.slow
 def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_path):
-    """Every line that starts a program runs here at a small size, one after the other as a reader would, and the Python
-    too. Bug story: the README's command for the miniature of MMEB ended in a KeyError after all its work."""
+    """Bug story: the README's command for the miniature of MMEB ended in a KeyError after all its work."""
     (tmp_path / "toy").symlink_to(toy_data)
     (tmp_path / "tiny").symlink_to(tiny_dir)
     shutil.copytree(writer_dir, tmp_path / "writer")
@@ -202,8 +187,7 @@ def test_every_command_of_readme_and_docs(toy_data, tiny_dir, writer_dir, tmp_pa
 
 
 def test_the_search_snippet_follows_the_images(writer_dir, tmp_path, monkeypatch, capsys):
-    """Bug story: docs/data.md's index kept the zero vector of a truncated image after its repair and the old vector of
-    a replaced one, and did not tell how many images have no <gen_emb>."""
+    """Bug story: docs/data.md's index kept the zero vector of a truncated image after its repair."""
     page = (ROOT / "docs/data.md").read_text()
     code = next(block for block in page.split("```python\n")[1:] if "path_of" in block).split("```")[0]
     code = code.replace('"runs/2b/rl"', repr(str(writer_dir))).replace('device="cuda", dtype=torch.bfloat16', "")

@@ -1,6 +1,5 @@
-"""The result of a run is the same on 1, 2, 4 and 8 ranks and on two nodes, with DDP and with FSDP. After a kill of a
-rank, a torchrun or a node all processes end, and the same command resumes the run. A node is a torchrun with two ranks
-and a working folder of its own. The two torchruns are on this machine and meet on loopback by the flags of
+"""A run has the same result on 1 to 8 ranks and on two nodes, with DDP and FSDP, and after a kill. A node is a torchrun
+with two ranks and a working folder of its own. The two torchruns of this machine meet on loopback by the flags of
 docs/scale.md. --out is one folder, as on a shared disk. Run: pytest tests/test_ranks.py -m slow"""
 
 import contextlib
@@ -29,10 +28,10 @@ LAYOUTS = [(2, 1), (4, 1), (8, 1), (4, 2)]  # ranks, nodes
 TRAINING = [(*layout, False) for layout in LAYOUTS] + [(*layout, True) for layout in LAYOUTS[1:]]  # FSDP
 LR = 1e-4
 
+
 @contextlib.contextmanager
 def torchruns(script, argv, folder, nodes=2):
-    """Yield the torchruns of the nodes, two ranks each. Working folders and outputs are in `folder`, and so is --out.
-    At the end kill what still runs, and print the outputs: pytest shows them if the test fails."""
+    """Yield the torchruns of the nodes, two ranks each, working in `folder`. At the end kill and print what is left."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{s.getsockname()[1]}"]
@@ -63,7 +62,7 @@ def run_nodes(script, argv, folder, nodes=2):
 
 
 def run(module, argv, folder, ranks, nodes=1):
-    """Run a script on some ranks. On one node they are forks of this process. rl.py also records its tokens."""
+    """Run a script on some ranks; on one node they are forks of this process. rl.py also records its tokens."""
     if nodes == 1:
         run_processes(module, argv, ranks, before=lambda rank: module is rl and record_tokens(rl, folder))
     elif module is rl:
@@ -184,8 +183,7 @@ def test_rl(writer_dir, argv_of, alone, tmp_path, ranks, nodes, fsdp):
 
 @pytest.mark.parametrize("ranks, nodes", LAYOUTS)
 def test_eval(writer_dir, argv_of, alone, tmp_path, ranks, nodes):
-    """Scores and answers are those of one rank to the last digit, embeddings to 1e-5. Of 8 ranks half have nothing to
-    sample."""
+    """Scores and answers are those of one rank to the last digit, embeddings to 1e-5. Of 8 ranks half are idle."""
     run(ev, argv_of(ev, tmp_path / "out"), tmp_path, ranks, nodes)
     out, want = tmp_path / "out" / writer_dir.name, alone / "eval" / writer_dir.name
     for name in ("scores.json", "per_query.json"):
@@ -226,10 +224,7 @@ VICTIMS = {
     ("rank", 1, False), ("torchrun", 2, True), ("first node", 2, True), ("second node", 2, False),
 ])  # fmt: skip
 def test_kill(tiny_dir, argv_of, tmp_path, victim, nodes, fsdp):
-    """A rank, one of two torchruns, or all processes of a node get SIGKILL, and all nodes end. The same command resumes
-    and ends with the log and the bits of an unbroken run. The first node has rank 0 and the store of the torchruns.
-    With DDP on four ranks the result is the same up to rounding, because the first step after a start adds up the four
-    gradients in another order."""
+    """A rank, a torchrun or a node gets SIGKILL, and all nodes end. The same command resumes to the unbroken result."""
     cut, unbroken = tmp_path / "cut", tmp_path / "unbroken"
     argv, unbroken_argv = (argv_of(sft, out, steps=10, save_every=2, workers=1, fsdp=fsdp) for out in (cut, unbroken))
     run(sft, unbroken_argv, tmp_path, 2 * nodes)
@@ -248,7 +243,7 @@ def test_kill(tiny_dir, argv_of, tmp_path, victim, nodes, fsdp):
     assert_same_skipped(cut, unbroken)
     a, b = read_log(unbroken), read_log(cut)
     assert len(a) == len(b) == 10
-    if fsdp or nodes == 1:
+    if fsdp or nodes == 1:  # DDP on four ranks adds up the gradients of the first step in another order
         assert a == b and same_weights(weights(unbroken), weights(cut))
     else:
         assert all(y == pytest.approx(x, abs=1e-4, rel=1e-4) for x, y in zip(a, b))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
-from test_eval import arrays, generate_by_text, unit, write_tasks
+from test_eval import arrays, generate_by_text, two_models, unit
 
 import eval as ev
 from model import Embedder
@@ -23,30 +23,13 @@ HOSTILE = ("</script><script>document.title = 'hostile'</script><!--<script>"
            "<img src=x onerror=\"document.title = 'hostile'\"> &lt;b&gt; \u2028")  # fmt: skip
 
 
-class Scripts(HTMLParser):
-    """The content of the script elements of a page, as a parser of HTML finds them."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.inside = [], False
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "script":
-            self.found.append("")
-        self.inside = tag == "script"
-
-    def handle_endtag(self, tag):
-        self.inside = False
-
-    def handle_data(self, data):
-        if self.inside:
-            self.found[-1] += data
-
-
 def data_of(path):
-    parser = Scripts()
+    """Return the data of a report. The page has two script elements, as a parser of HTML finds them."""
+    found, parser = [], HTMLParser()
+    parser.handle_starttag = lambda tag, _: found.append("") if tag == "script" else None
+    parser.handle_data = lambda text: found.append(found.pop() + text) if parser.cdata_elem == "script" else None
     parser.feed(path.read_text(encoding="utf-8"))
-    block, _code = parser.found
+    block, _code = found
     return json.loads(block)
 
 
@@ -60,9 +43,9 @@ def task_of(name="t", queries=4, candidates=6, images=(), text="query"):
             "queries": rows, "candidates": pool}  # fmt: skip
 
 
-def ranking(keys, right, first=0.9):
+def ranking(keys, right):
     rank = keys.index(right) + 1 if right in keys else None
-    return {"top": [(key, first - i / 10) for i, key in enumerate(keys)], "right_rank": rank, "num_ranked": 6}
+    return {"top": [(key, 0.9 - i / 10) for i, key in enumerate(keys)], "right_rank": rank, "num_ranked": 6}
 
 
 def model_of(tasks, disc=lambda q: q, gen=lambda q: q, answer="<think>because</think><answer>so<gen_emb>", folder=""):
@@ -94,7 +77,6 @@ def test_similarities_are_the_dot_products(tmp_path):
     examples = {q: {"answer": "", "rankings": {mode: shown[q] for mode, shown in rankings.items()}} for q in (0, 2, 3)}
     model = {"folder": "", "rows": {"t": {"disc": 0.0}}, "means": {"mean": {"disc": 0.0}}, "examples": {"t": examples}}
     write_report(tmp_path / "report.html", [fields], {"m": model})
-
     disc = queries["disc"] @ candidates["disc"].T
     gen = queries["gen"][:, 0] @ candidates["gen"][:, 0].T
     shown = data_of(tmp_path / "report.html")["examples"]
@@ -117,10 +99,8 @@ def test_similarities_are_the_dot_products(tmp_path):
 def test_verdicts(tmp_path):
     """The page filters by whether disc and gen rank a right candidate first, for each model."""
     tasks = [task_of()]
-    models = {
-        "a": model_of(tasks, disc=lambda q: q if q in (0, 1) else 5, gen=lambda q: q if q in (0, 2) else 5),
-        "b": model_of(tasks),
-    }
+    partly = model_of(tasks, disc=lambda q: q if q in (0, 1) else 5, gen=lambda q: q if q in (0, 2) else 5)
+    models = {"a": partly, "b": model_of(tasks)}
     write_report(tmp_path / "report.html", tasks, models)
     data = data_of(tmp_path / "report.html")
     assert [x["models"][0]["verdict"] for x in data["examples"]] == [
@@ -149,15 +129,8 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """eval.py writes the report for all models, equal byte for byte from the cache alone. A query without <gen_emb>
     ("moon") ranks nothing in gen. --report_queries 0 writes no report."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
-    write_tasks(tmp_path)
-    (tmp_path / "images").mkdir()
-    picture(0).save(tmp_path / "images/x.png")
-    for model in ("sft", "rl"):
-        shutil.copytree(tiny_dir, tmp_path / model)
+    run, out = two_models(tmp_path, tiny_dir), tmp_path / "out"
     (tmp_path / "rl/log.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    out = tmp_path / "out"
-    run = ["--model", str(tmp_path / "sft"), str(tmp_path / "rl"), "--root", str(tmp_path), "--out", str(out),
-           "--samples", "4", "--workers", "0"]  # fmt: skip
     ev.main(run)
     assert f"{out}/report.html: 7 queries of 2 tasks" in capsys.readouterr().out
     data = data_of(out / "report.html")
@@ -168,7 +141,6 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     assert moon["models"][0]["rankings"]["fused"]["right_rank"] == 1
     scores = json.loads((out / "rl/scores.json").read_text())
     assert data["models"][1]["means"]["mean"]["gen"] == pytest.approx(scores["overall"]["gen"], abs=1e-5)
-
     before = (out / "report.html").read_bytes()
     ev.main(run)
     assert (out / "report.html").read_bytes() == before and not list(out.glob("*.tmp"))
@@ -235,35 +207,28 @@ def test_unreadable_images_are_reported(tmp_path):
     assert all(path in one["problem"] for path, one in zip(paths[1:], bad))
 
 
-def noise(path):
-    """Return a different image for every path. Noise makes the largest JPEG."""
-    seed = int(re.sub(r"\D", "", path))
-    return Image.frombytes("RGB", (112, 112), np.random.default_rng(seed).bytes(112 * 112 * 3))
-
-
-def large_world(tasks=78):
-    """Return two models that rank different candidates first, with images in all inputs and answers of 8,192 tokens."""
+def test_size_is_bounded(tmp_path, capsys, monkeypatch):
+    """78 tasks and two models fit, and each distinct image is stored once. With a lower limit every task still has a
+    query. The page and the command line report how many queries are left out."""
     world = []
-    for t in range(tasks):
+    for t in range(78):
         task = task_of(f"task {t}", queries=100, candidates=120, images=[f"{t}-1"])
         for n, item in enumerate(task["candidates"].values()):
             item["images"] = [f"{t}-2-{n}"]
         world.append(task)
-    long = "<think>" + "word < " * 6_000
-    return world, {"a": model_of(world, answer=long), "b": model_of(world, disc=lambda q: q + 9, answer=long)}
-
-
-def test_size_is_bounded(tmp_path, capsys, monkeypatch):
-    """78 tasks and two models fit, and each distinct image is stored once. With a lower limit every task still has a
-    query. The page and the command line report how many queries are left out."""
-    world, models = large_world()
+    long = "<think>" + "word < " * 6_000  # an answer of 8,192 tokens
+    models = {"a": model_of(world, answer=long), "b": model_of(world, disc=lambda q: q + 9, answer=long)}
     path = tmp_path / "report.html"
+
+    def noise(path):  # makes the largest JPEG; another for every path
+        seed = int(re.sub(r"\D", "", path))
+        return Image.frombytes("RGB", (112, 112), np.random.default_rng(seed).bytes(112 * 112 * 3))
+
     monkeypatch.setattr(ev.report, "open_image", noise)
     write_report(path, world, models)
     data = data_of(path)
     assert path.stat().st_size < REPORT_BYTES and len(data["examples"]) == 2 * 78
     assert len(set(data["images"].values())) == len(data["images"])
-
     limit = path.stat().st_size * 8 // 10
     capsys.readouterr()
     write_report(path, world, models, max_bytes=limit)
@@ -291,10 +256,6 @@ def browse(path, choice=""):
     return done.stdout
 
 
-def shown_queries(dom):
-    return re.findall(r"<h3>(?:.*?)(\w+|0), query (\d)</h3>", dom)
-
-
 def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
     """Check `browse` itself: an error of the page's script reaches it."""
     broken = tmp_path / "broken.html"
@@ -310,7 +271,7 @@ def test_errors_on_the_console_are_seen(hostile_page, tmp_path):
 def test_filters(hostile_page, choice, want):
     """The address selects task, model and result. An unknown value counts as no choice. No hostile script has run."""
     dom = browse(hostile_page, choice)
-    shown = shown_queries(dom)
+    shown = re.findall(r"<h3>(?:.*?)(\w+|0), query (\d)</h3>", dom)
     assert len(shown) == want
     assert f">{want} of 8 queries</output>" in dom
     assert "<title>Evaluation report</title>" in dom

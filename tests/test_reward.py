@@ -1,5 +1,4 @@
-"""reward.py against twins written as plain loops over single rollouts, and the edge cases its docstring lists.
-Run: pytest tests/test_reward.py"""
+"""reward.py against loops over single rollouts, and the edge cases its docstring lists."""
 
 import random
 import re
@@ -60,16 +59,11 @@ def test_embedding_reward_equals_the_loops(P, G, D):
 
 def test_worked_example():
     """The numbers of the module's docstring: S+ = {.9, .5}, S- = {.7, .1} give share 1/2, gap .3, reward .15."""
-
-    def at(c):  # a unit vector with this cosine to [1, 0]
-        return [c, (1 - c * c) ** 0.5]
-
-    own = torch.tensor([[[1.0, 0.0]] * 2] * 2)
-    other = torch.tensor([[at(0.9), at(0.5)], [at(0.7), at(0.1)]])
+    cosines = torch.tensor([[0.9, 0.5], [0.7, 0.1]])  # of unit vectors to [1, 0]
+    own, other = torch.tensor([[[1.0, 0.0]] * 2] * 2), torch.stack([cosines, (1 - cosines**2).sqrt()], -1)
     share, gap = embedding_reward_parts(own, other)
-    torch.testing.assert_close(share[0], torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(gap[0], torch.tensor([0.3, 0.3]))
-    torch.testing.assert_close(embedding_reward(own, other)[0], torch.tensor([0.15, 0.15]))
+    for got, want in ((share, 0.5), (gap, 0.3), (embedding_reward(own, other), 0.15)):
+        torch.testing.assert_close(got[0], torch.tensor([want, want]))
 
 
 def test_invalid_rollouts():
@@ -98,20 +92,6 @@ def test_no_negatives():
     assert embedding_reward_parts(own[:1], other[:1], valid)[0].tolist() == [[0.5, 0.5]]
 
 
-def test_ties_go_to_the_negatives():
-    """All embeddings equal (a collapsed model): no positive is better than a negative, share and gap are 0."""
-    x = torch.tensor([3.0, 4.0]).expand(4, 2, 2)
-    share, gap = embedding_reward_parts(x, x)
-    assert (share == 0).all() and gap.abs().max() < 1e-6
-
-
-def test_scale_and_dtype():
-    """Embeddings need no normalising, bfloat16 is raised to float32."""
-    own, other, _, _ = draw(3, 4, 8, 2)
-    torch.testing.assert_close(embedding_reward(own * 7, other * 0.1), embedding_reward(own, other))
-    assert embedding_reward(own.bfloat16(), other.bfloat16()).dtype == torch.float32
-
-
 def test_format_reward_equals_the_official_regex():
     """On 2,000 random soups of tags, text and white space the reward is what the official regular expression says."""
     rng = random.Random(0)
@@ -125,23 +105,24 @@ def test_format_reward_equals_the_official_regex():
 
 
 def test_group_advantages_equal_the_loops():
-    """(R - mean) / (unbiased std + 1e-4), one group at a time."""
+    """(R - mean) / (unbiased std + 1e-4), one group at a time. Equal rewards and G = 1 give exactly 0."""
     rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for row, got in zip(rewards.tolist(), group_advantages(rewards).tolist()):
         mean = sum(row) / 8
         std = (sum((r - mean) ** 2 for r in row) / 7) ** 0.5
         assert got == pytest.approx([(r - mean) / (std + 1e-4) for r in row])
+    for equal in (torch.tensor([[0.1] * 8, [0.7] * 8, [1 / 3] * 8]), torch.rand(4, 1)):
+        assert (group_advantages(equal) == 0).all()
 
 
-def test_group_advantages_without_spread():
-    """Equal rewards give exactly 0 (0.1 eight times has a rounded mean that is not 0.1), and so does G = 1."""
-    rewards = torch.tensor([[0.1] * 8, [0.7] * 8, [1 / 3] * 8])
-    assert (group_advantages(rewards) == 0).all()
-    assert (group_advantages(torch.rand(4, 1)) == 0).all()
-
-
-def test_large_batch_runs():
-    """P = 128, G = 8: the similarity matrix is [1024, 1024], and every reward lies in [-2, 2]."""
+def test_scale_dtype_size_and_ties():
+    """Embeddings need no normalising, bfloat16 is raised to float32. Ties go to the negatives."""
+    own, other, _, _ = draw(3, 4, 8, 2)
+    torch.testing.assert_close(embedding_reward(own * 7, other * 0.1), embedding_reward(own, other))
+    assert embedding_reward(own.bfloat16(), other.bfloat16()).dtype == torch.float32
     x = torch.randn(2, 128, 8, 64, generator=torch.Generator().manual_seed(0))
     reward = embedding_reward(x[0], x[1])
     assert reward.shape == (128, 8) and reward.abs().max() <= 2
+    x = torch.tensor([3.0, 4.0]).expand(4, 2, 2)
+    share, gap = embedding_reward_parts(x, x)
+    assert (share == 0).all() and gap.abs().max() < 1e-6

@@ -1,5 +1,4 @@
-"""Several ranks on a CPU: gradients, shards, kills and resumes, nodes that differ, torchrun.
-Run: pytest tests/test_scale.py"""
+"""Several ranks on a CPU: gradients, shards, kills and resumes, nodes that differ, torchrun."""
 
 import json
 import os
@@ -42,11 +41,10 @@ from support.checkpoint import list_checkpoints
 
 @pytest.mark.parametrize("micro_batch, checkpointing", [(1, False), (2, True), (3, False), (3, True)])
 def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, checkpointing):
-    """Loss and all gradients of two ranks, with one skipped pair and for all sizes of micro-batches, are those of one
-    plain pass over the complete batch to 1e-5."""
+    """Loss and all gradients of two ranks, with a skipped pair, are those of one plain pass to 1e-5."""
     model = trainable(writer_dir)
     pairs = some_pairs(model, world, skip=True)
-    pairs = [pairs[i] for i in (0, 3, 1, 2, 4, 5)]  # the skipped one is in process 1
+    pairs.insert(1, pairs.pop(3))  # the skipped one is in process 1
     want = plain_step(model, pairs, 0.1, (1.0, 0.5, 2.0), True)
     want_gradients = gradients(model)
 
@@ -77,8 +75,7 @@ def test_cudnn_attention_is_off(tiny_dir):
 
 @pytest.mark.parametrize("more", [dict(micro_batch=1, checkpointing=True), dict(micro_batch=3, train_vision=True)])
 def test_fsdp_equals_ddp(tiny_dir, world, tmp_path, more):
-    """Two sharded ranks have the losses, gradient norms and final weights of two replicas, with texts without images,
-    a skipped pair and a trained vision tower. The final model is a plain folder."""
+    """Two sharded ranks have the results of two replicas, and the final model is a plain folder."""
     more = dict(data=with_a_missing_image(world), batch_size=6, lr=1e-4, steps=2) | more
     shards_equal_replicas(sft, flags, tiny_dir, world, tmp_path, more)
     Embedder.from_pretrained(tmp_path / "fsdp")
@@ -97,8 +94,7 @@ def shards_equal_replicas(module, given, start, world, out, more):
 
 @pytest.mark.parametrize("more", [{}, pytest.param(dict(train_vision=True), marks=pytest.mark.slow)])
 def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
-    """The same for rl.py: the sharded policy is gathered to decode, and the ranks write different numbers of tokens.
-    One step only, because afterwards rounding may change a sampled token."""
+    """The same for rl.py. One step only, because afterwards rounding may change a sampled token."""
     shards_equal_replicas(rl, rl_flags, writer_dir, world, tmp_path, dict(steps=1, lr=1e-4, w_anchor=1.0) | more)
 
 
@@ -112,8 +108,7 @@ def test_shards_need_several_processes(module, given, tiny_dir, world, tmp_path,
 
 
 def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
-    """FSDP's bf16 parameters and DDP's autocast round differently: sft's first losses agree to 1e-3. What rl.py decodes
-    with the gathered bf16 copy has the log-probabilities of the sharded update pass, after an update too."""
+    """FSDP's bf16 and DDP's autocast round differently. rl.py decodes with the weights of the update pass."""
     for name, fsdp in (("ddp", False), ("fsdp", True)):
         run_processes(sft, flags(tiny_dir, world, tmp_path / name, fsdp=fsdp, steps=1, bf16=True))
     (a,), (b,) = read_log(tmp_path / "ddp"), read_log(tmp_path / "fsdp")
@@ -140,9 +135,7 @@ def test_six_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypat
     pytest.param("sft", 2, {"fsdp": True}, marks=pytest.mark.slow), pytest.param("rl", 2, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_four_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage, processes, more):
-    """Four steps are a kill -9 in the fourth, one step and a SIGTERM to one rank in the middle of the next, and the
-    rest: the same bits and the same log. The signal saves the last complete step. RL's reference is the SFT model
-    again, not the checkpoint."""
+    """A kill -9, a SIGTERM to one rank, and the rest give the same bits. The signal saves the last step."""
     module, step, given, model = (sft, "sft_step", flags, tiny_dir)
     if stage == "rl":
         module, step, given, model = (rl, "update", rl_flags, writer_dir)
@@ -166,8 +159,7 @@ def test_four_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage
 
 @pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_signal_while_decoding(writer_dir, world, tmp_path, fsdp):
-    """A signal in the rollouts ends the decoding at once, on both ranks. The next start completes the run as if nothing
-    had happened."""
+    """A signal in the rollouts ends the decoding at once, on both ranks. The next start completes the run."""
     argv = [rl_flags(writer_dir, world, tmp_path / name, steps=2, fsdp=fsdp, max_new_tokens=10)
             for name in ("whole", "cut")]  # fmt: skip
     run_processes(rl, argv[0])
@@ -221,11 +213,6 @@ def log_lines(out):
     return log.read_text().splitlines() if log.exists() else []
 
 
-def has_ended(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or ") Z" in stat.read_text()  # a zombie that nobody has asked for yet
-
-
 def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
@@ -233,9 +220,7 @@ def children(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
-    """Alone or under torchrun, killed with -9 three times, stopped by SIGTERM, completed: the bits of an unbroken run.
-    Bug story: torchrun alone killed with -9 left its ranks training, into the folder of the next start. Now they save
-    and end."""
+    """Bug story: torchrun alone killed with -9 left its ranks training, into the folder of the next start."""
     cut = tmp_path / "cut"
     argv = flags(tiny_dir, world, cut, steps=40, save_every=1, workers=1)
     rng = random.Random(processes)
@@ -247,8 +232,9 @@ def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
         for pid in [process.pid, *(started if k else [])]:
             os.kill(pid, signal.SIGKILL)
         process.communicate()  # returns when nobody holds its output any more
-        for pid in started:
-            wait_for(lambda pid=pid: has_ended(pid))
+        for pid in started:  # gone, or a zombie that nobody has asked for yet
+            stat = Path(f"/proc/{pid}/stat")
+            wait_for(lambda stat=stat: not stat.exists() or ") Z" in stat.read_text())
         if processes > 1 and k == 0:
             assert list_checkpoints(cut)[-1][0] == json.loads(log_lines(cut)[-1])["step"]
     process = start_script(world, "sft.py", processes, *argv)
@@ -267,56 +253,34 @@ def test_kills_of_the_whole_program(tiny_dir, world, tmp_path, processes):
     assert read_log(cut) == read_log(tmp_path / "whole")
 
 
-def nodes_of_their_own(tmp_path):
-    """before(rank) for run_processes: rank 1 is the only one of a second node and works in a folder of its own."""
-
-    def before(rank):
-        os.environ["LOCAL_RANK"] = "0"
-        (tmp_path / str(rank)).mkdir(exist_ok=True)
-        os.chdir(tmp_path / str(rank))
-
-    return before
-
-
-def test_annotate_on_nodes_with_other_pairs(writer_dir, world, tmp_path, capfd):
-    """Bug story: annotate ended in a KeyError, because each rank hashes its share of its own list of files."""
-    own = nodes_of_their_own(tmp_path)
-
-    def before(rank):
-        own(rank)
-        rows = json.loads((world / "rl.json").read_text())
-        (tmp_path / f"{rank}/pairs.json").write_text(json.dumps(rows[rank:]))
-
-    argv = ["annotate", "--pairs", "pairs.json", "--media_root", world, "--teacher", writer_dir, "--out",
-            tmp_path / "sft.json"]  # fmt: skip
-    run_processes(data, argv, codes=1, before=before)
-    assert "differs from rank 0" in (told := capfd.readouterr().err) and "content of --pairs" in told
-
-
-@pytest.mark.parametrize("differs", ["data", "model", "flag"])
-def test_nodes_must_have_the_same(writer_dir, world, tmp_path, capfd, differs):
-    """Bug story (Megatron-LM#907): a node with the same rows in another order, or with other weights, trained on. Each
-    node had its own loss and reference, and --fsdp mixed the models."""
-    for rank in (0, 1):
+@pytest.mark.parametrize("differs, told", [
+    ("pairs", "content of --pairs"), ("data", "content of --data"), ("model", "content of --model"),
+    ("flag", "lr 0.001 -> 0.5"),
+])  # fmt: skip
+def test_nodes_must_have_the_same(writer_dir, world, tmp_path, capfd, differs, told):
+    """Bug story (Megatron-LM#907): a node with other rows or weights trained on, and annotate ended in a KeyError."""
+    rows = json.loads((world / "rl.json").read_text())
+    other_rows = {"pairs": rows[1:], "data": rows[::-1]}.get(differs, rows)
+    for rank, own_rows in enumerate((rows, other_rows)):
         shutil.copytree(writer_dir, tmp_path / f"{rank}/model")
-        rows = json.loads((world / "rl.json").read_text())
-        (tmp_path / f"{rank}/rl.json").write_text(json.dumps(rows[::-1] if rank and differs == "data" else rows))
+        (tmp_path / f"{rank}/rl.json").write_text(json.dumps(own_rows))
     if differs == "model":
         changed_copy(writer_dir, tmp_path / "1/model", lambda tensors: tensors["model.norm.weight"].mul_(1.5))
-    own = nodes_of_their_own(tmp_path)
 
-    def before(rank):
-        own(rank)
+    def before(rank):  # each rank is a node with a folder of its own
+        os.environ["LOCAL_RANK"] = "0"
+        os.chdir(tmp_path / str(rank))
         if rank and differs == "flag":
             real = rl.parse_args
-            rl.parse_args = lambda *given: real(*given, [*argv_text, "--lr", "0.5"])
+            rl.parse_args = lambda *given: real(*given, [*map(str, argv), "--lr", "0.5"])
 
-    argv = rl_flags("model", world, tmp_path / "out", data="rl.json", steps=1)
-    argv_text = [str(x) for x in argv]
-    run_processes(rl, argv, codes=1, before=before)
-    told = capfd.readouterr().err
-    wrong = {"data": "content of --data", "model": "content of --model", "flag": "lr 0.001 -> 0.5"}[differs]
-    assert f"rank 1 on {os.uname().nodename} differs from rank 0" in told and wrong in told
+    module, argv = rl, rl_flags("model", world, tmp_path / "out", data="rl.json", steps=1)
+    if differs == "pairs":
+        module, argv = data, ["annotate", "--pairs", "rl.json", "--media_root", world, "--teacher", "model", "--out",
+                              tmp_path / "sft.json"]  # fmt: skip
+    run_processes(module, argv, codes=1, before=before)
+    printed = capfd.readouterr().err
+    assert f"rank 1 on {os.uname().nodename} differs from rank 0" in printed and told in printed
     assert not (tmp_path / "out/args.json").exists()
 
 

@@ -1,5 +1,4 @@
-"""The two seams, a family of backbones and a reward, and the direction of the imports.
-Run: pytest tests/test_seams.py"""
+"""The two seams, a family of backbones and a reward, and the direction of the imports."""
 
 import ast
 import re
@@ -8,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, inputs, processor_inputs, read_log, rl_flags, run_here
-from test_model import CLOSE, encoded, everything
+from conftest import CLOSE, ROOT, encoded, inputs, read_log, rl_flags, run_here, transformers_forward
+from test_model import everything
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import reward
@@ -23,8 +22,7 @@ from support.program import BadInput
 
 @pytest.fixture(scope="module")
 def other(embedder):
-    """A Qwen2-VL with patches of 12 pixels, 3 x 3 of them a token, and other means. The Embedder knows them only from
-    its record."""
+    """A Qwen2-VL with other patches, merges and means, which the Embedder knows only from its record."""
     config = Qwen2VLConfig.from_dict(embedder.backbone.config.to_dict())
     config.vision_config.patch_size = 12
     config.vision_config.spatial_merge_size = 3
@@ -40,16 +38,11 @@ def test_everything_that_differs_stands_in_the_record(other):
     """States of such a model are those of transformers: no number of Qwen2-VL is used outside its record."""
     rows = encoded(other, inputs())
     assert rows[1].patches.shape[1] == 3 * 2 * 12 * 12
-    batch, _ = processor_inputs(other, rows)
-    other.backbone.model.rope_deltas = None
-    out = other.backbone(**batch, output_hidden_states=True, use_cache=False)
-    for b, (row, (embeddings, _)) in enumerate(zip(rows, everything(other, rows))):
-        want = F.normalize(out.hidden_states[-1][b, : len(row.ids)], dim=-1)
-        torch.testing.assert_close(embeddings, want, **CLOSE)
-    n = len(rows[1].ids)
+    want = [F.normalize(hidden, dim=-1) for hidden, _ in transformers_forward(other, rows)]
+    for (embeddings, _), states in zip(everything(other, rows), want):
+        torch.testing.assert_close(embeddings, states, **CLOSE)
     other.share_vision(rows, 2)
-    embeddings, _ = everything(other, rows)[1]
-    torch.testing.assert_close(embeddings, F.normalize(out.hidden_states[-1][1, :n], dim=-1), **CLOSE)
+    torch.testing.assert_close(everything(other, rows)[1][0], want[1], **CLOSE)
     emb = other.embed(inputs(), mode="both", max_new_tokens=3, batch_size=2)
     assert emb.disc.isfinite().all() and not emb.skipped
 
@@ -81,16 +74,11 @@ def test_no_number_of_the_vision_side_outside_of_the_record():
         assert not found, (path.name, found)
 
 
-def brevity(texts, own, other, valid, same_target):
-    return torch.tensor([[-len(text) / 100 for text in group] for group in texts])
-
-
-def test_total_is_the_weighted_sum():
-    """By name and weight; a reward of weight 0 is reported and not added, not even as NaN times 0."""
+def test_total_is_the_weighted_sum(monkeypatch):
+    """A reward of weight 0 is not added, not even as NaN. Bug story: one of shape [P] was broadcast silently."""
     g = torch.Generator().manual_seed(0)
     own, other = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3, 4, generator=g)
     texts = [["<think></think><answer><gen_emb>", "", "x"], ["", "<think></think><answer>a<gen_emb>", "y"]]
-    table = reward.REWARDS
     weights = {"format": 2.0, "embedding": 0.5, "share": 0.0, "gap": 0.0}
     total, parts = reward.total_reward(weights, texts, own, other)
     form = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
@@ -98,16 +86,8 @@ def test_total_is_the_weighted_sum():
     torch.testing.assert_close(parts["embedding"], reward.embedding_reward(own, other))
     torch.testing.assert_close(parts["embedding"], parts["share"] * parts["gap"])
     torch.testing.assert_close(total, 2 * form + 0.5 * reward.embedding_reward(own, other))
-    table["broken"] = lambda texts, own, *_: torch.full(own.shape[:2], float("nan"))
-    try:
-        again, _ = reward.total_reward(weights | {"broken": 0.0}, texts, own, other)
-    finally:
-        del table["broken"]
-    assert torch.equal(again, total)
-
-
-def test_a_reward_of_another_shape_is_refused(monkeypatch):
-    """Bug story: one of shape [P] with P = G was broadcast over the wrong axis, without a word."""
+    monkeypatch.setitem(reward.REWARDS, "broken", lambda texts, own, *_: torch.full(own.shape[:2], float("nan")))
+    assert torch.equal(reward.total_reward(weights | {"broken": 0.0}, texts, own, other)[0], total)
     monkeypatch.setitem(reward.REWARDS, "flat", lambda texts, own, *_: torch.ones(len(own)))
     with pytest.raises(ValueError, match="the reward flat has shape"):
         reward.total_reward({"flat": 1.0}, [["", ""]] * 2, torch.ones(2, 2, 3), torch.ones(2, 2, 3))
@@ -115,6 +95,7 @@ def test_a_reward_of_another_shape_is_refused(monkeypatch):
 
 def test_a_new_reward_is_one_function_and_one_line(writer_dir, world, tmp_path, monkeypatch):
     """rl.py trains with it by its name; the log has it for each side, and the total counts it."""
+    brevity = lambda texts, *_: torch.tensor([[-len(text) / 100 for text in group] for group in texts])  # noqa: E731
     monkeypatch.setitem(reward.REWARDS, "brevity", brevity)
     argv = rl_flags(writer_dir, world, tmp_path, steps=2)
     run_here(rl, [*argv, "--reward_weights", "embedding=0", "brevity=2"], monkeypatch)
@@ -160,8 +141,7 @@ def imported(path):
 
 
 def test_imports_run_one_way():
-    """Running and reward at the bottom, then data, model, what carries the stages, the stages. Only the commands of
-    data.py import upwards, at the call."""
+    """Imports run from the stages down to running and reward. Only data.py's commands import upwards."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         found = imported(path)
         top = {name for name, at_top in found.items() if at_top}

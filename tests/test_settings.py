@@ -1,5 +1,4 @@
-"""The settings of the scripts: ranges of flags, and which changes a resumed run may have.
-Run: pytest tests/test_settings.py"""
+"""The settings of the scripts: ranges of flags, and which changes a resumed run may have."""
 
 import sys
 
@@ -17,13 +16,12 @@ from support.program import BadInput
     (sft, "steps", 0), (sft, "lr", -1), (sft, "lr", "nan"), (sft, "tau", 0), (sft, "warmup", 2),
     (sft, "max_skipped", -1), (sft, "workers", -1), (sft, "beta2", 1), (sft, "seed", -1), (rl, "G", 1),
     (rl, "temperature", 0), (rl, "keep", -1), (rl, "temperature", "inf"), (rl, "update_batch", 0),
-    (rl, "G", 1), (rl, "max_new_tokens", 0), (rl, "eps_low", 1.5), (ev, "samples", -1),
+    (rl, "max_new_tokens", 0), (rl, "eps_low", 1.5), (ev, "samples", -1),
     (ev, "batch_size", 0), (ev, "max_new_tokens", 0), (ev, "temperature", -1), (ev, "save_every", 0),
     (ev, "video_max_pixels", 10),
 ])  # fmt: skip
 def test_flags_out_of_their_range(module, flag, value, tmp_path, monkeypatch):
-    """Bug story: --keep -1 deleted every checkpoint, --G 1 trained without any reward, --temperature 0 ended as NaN: a
-    sentence before anything starts."""
+    """Bug story: --keep -1 deleted every checkpoint, --G 1 trained without reward, --temperature 0 ended as NaN."""
     more = ["--root", str(tmp_path), "--tasks", "x"] if module is ev else []
     monkeypatch.setattr(sys, "argv", ["x.py", f"--{flag}", str(value), "--out", str(tmp_path / "out"), *more])
     with pytest.raises(BadInput, match=f"--{flag} {value}[.0]*: must be (at least|above)"):

@@ -1,5 +1,4 @@
-"""sft.py: the losses against loops, GradCache against one plain pass of transformers, processes, resume, refusals.
-Run: pytest tests/test_sft.py"""
+"""sft.py: the losses against loops, GradCache against one plain pass of transformers, processes, resume."""
 
 import json
 import math
@@ -11,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     assert_same_gradients,
+    die_softly,
     flags,
     gradients,
+    on_call,
     read_log,
     run_here,
-    run_killed,
     run_processes,
     same_weights,
     transformers_forward,
@@ -48,23 +48,12 @@ def test_info_nce_equals_the_loops(B, masked):
     """Value and gradients of the symmetric loss are those of a loop, with and without pairs that are not negatives."""
     g = torch.Generator().manual_seed(B)
     q, t = (F.normalize(torch.randn(B, 8, generator=g, dtype=torch.float64), dim=-1).requires_grad_() for _ in range(2))
-    same = None
-    if masked:
-        same = torch.rand(B, B, generator=g) < 0.4
-        same = same | same.T
+    same = torch.rand(B, B, generator=g) < 0.4
+    same = same | same.T if masked else None
     got, want = info_nce(q, t, 0.05, same), twin_info_nce(q, t, 0.05, same)
     torch.testing.assert_close(got, want)
     for a, b in zip(torch.autograd.grad(got, (q, t)), torch.autograd.grad(want, (q, t))):
         torch.testing.assert_close(a, b)
-
-
-def test_info_nce_by_hand():
-    """Two orthogonal pairs at tau = 1: -log(e / (e + 1)) in both directions; the default temperature is 0.02."""
-    eye = torch.eye(2)
-    assert float(info_nce(eye, eye, 1.0)) == pytest.approx(math.log(1 + math.exp(-1)))
-    assert float(info_nce(eye, eye.flip(0))) == pytest.approx(50.0)
-    all_same = torch.ones(2, 2, dtype=torch.bool)
-    assert float(info_nce(eye, eye.flip(0), 0.02, all_same)) == 0.0
 
 
 def plain_step(model, pairs, tau, w, mask_same_target):
@@ -133,8 +122,7 @@ CASES = [  # micro_batch, checkpointing, skipped pair, mask_same_target, train_v
 
 @pytest.mark.parametrize("micro_batch, checkpointing, skip, mask, vision, w", CASES)
 def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointing, skip, mask, vision, w):
-    """Loss parts and all gradients of a step in micro-batches are those of one pass over the complete batch. A skipped
-    pair is in no sum."""
+    """All results of a step in micro-batches are those of one pass. A skipped pair is in no sum."""
     model = trainable(writer_dir)
     model.backbone.model.visual.requires_grad_(True) if vision else None
     pairs = some_pairs(model, world, skip)
@@ -157,7 +145,7 @@ def test_step_equals_one_plain_pass(writer_dir, world, micro_batch, checkpointin
 
 
 def test_content_of_a_skipped_pair_does_not_matter(writer_dir, world):
-    """Whatever stands in for a skipped pair, loss and gradients are the same."""
+    """Whatever stands in for a skipped pair, the results are the same. A batch of skipped pairs stops the run."""
     model, found = trainable(writer_dir), []
     for stand_in in (True, False):
         pairs = some_pairs(model, world, skip=stand_in)
@@ -167,36 +155,31 @@ def test_content_of_a_skipped_pair_does_not_matter(writer_dir, world):
         found.append((parts, gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert_same_gradients(found[0][1], found[1][1])
+    for micro_batch in (2, 6):
+        pairs = [replace(pair, ok=False, reason="gone.png") for pair in some_pairs(model, world)]
+        with pytest.raises(Stopped, match="no pair.*gone.png"):
+            sft_step(model, pairs, Settings(micro_batch=micro_batch))
 
 
-@pytest.mark.parametrize("micro_batch", [2, 6])
-def test_a_batch_of_skipped_pairs(writer_dir, world, micro_batch):
-    """A batch without a usable pair stops the run with the first reason, because a mean over nothing is NaN."""
-    model = trainable(writer_dir)
-    pairs = [replace(pair, ok=False, reason="gone.png") for pair in some_pairs(model, world)]
-    with pytest.raises(Stopped, match="no pair.*gone.png"):
-        sft_step(model, pairs, Settings(micro_batch=micro_batch))
-
-
-def test_lr_at():
-    """Warm-up over 3 of 100 steps, the peak, the middle and the end of the cosine, and its floor."""
+def test_schedules_and_values_by_hand():
+    """The learning rate, the temperature, the loss of two orthogonal pairs, and presets that are fp32 on GPUs too."""
     lr = [lr_at(s, steps=100, lr=1.0, warmup=0.03) for s in range(100)]
     assert lr[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1]) and lr[3:] == sorted(lr[3:], reverse=True)
     assert 0 < lr[-1] < 1e-3 and lr_at(51.5, steps=100, lr=1.0, warmup=0.03) == pytest.approx(0.5)
     assert lr_at(99, steps=100, lr=2.0, warmup=0.0, floor=0.1) == pytest.approx(0.2, abs=1e-3)
-
-
-def test_tau_at():
-    """The temperature falls geometrically and then stays; without steps it is tau from the start."""
     fall = [sft.tau_at(step, start=0.2, tau=0.02, steps=4) for step in range(7)]
     assert fall == pytest.approx([0.2 * 10 ** -(min(s, 4) / 4) for s in range(7)]) and fall[-1] == pytest.approx(0.02)
     assert sft.tau_at(0, start=0.2, tau=0.03, steps=0) == 0.03
+    eye = torch.eye(2)
+    assert float(info_nce(eye, eye, 1.0)) == pytest.approx(math.log(1 + math.exp(-1)))
+    assert float(info_nce(eye, eye.flip(0))) == pytest.approx(50.0)  # tau = 0.02
+    assert float(info_nce(eye, eye.flip(0), 0.02, torch.ones(2, 2, dtype=torch.bool))) == 0.0
+    assert [stage.PRESETS["toy"].get("bf16") for stage in (sft, rl)] == [False, False]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])  # 3: one micro-batch is a process's whole share
 def test_two_processes_equal_one(tiny_dir, world, tmp_path, monkeypatch, micro_batch):
-    """On two ranks the loss parts and the gradient norm of the first step are those of one rank to 1e-5, and the final
-    weights agree, with a skipped pair and a text-only micro-batch in the data."""
+    """The first step on two ranks is one rank's to 1e-5, with a skipped pair and a text-only micro-batch."""
     more = dict(data=with_a_missing_image(world), batch_size=6, micro_batch=micro_batch, lr=1e-4)
     run_here(sft, flags(tiny_dir, world, tmp_path / "one", **more), monkeypatch)
     run_processes(sft, flags(tiny_dir, world, tmp_path / "two", **more))
@@ -214,8 +197,7 @@ def test_two_processes_equal_one(tiny_dir, world, tmp_path, monkeypatch, micro_b
 
 
 def test_run_writes_its_folder(tiny_dir, world, tmp_path, monkeypatch, capsys):
-    """Frozen blocks stay, merger and language model do not. Log, args and model are there, a second run says that the
-    first is finished, and the same seed in another folder gives the same log."""
+    """Frozen blocks stay. Log, args and model are written, and the same seed gives the same log."""
     run_here(sft, flags(tiny_dir, world, tmp_path / "a"), monkeypatch)
     n_trained = sum(p.numel() for p in trainable(tiny_dir).parameters() if p.requires_grad)
     assert f"{n_trained:,} trained parameters" in capsys.readouterr().out
@@ -228,12 +210,12 @@ def test_run_writes_its_folder(tiny_dir, world, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in read_log(tmp_path / "a")] == [1, 2]
     keys = {"loss", "disc", "gen", "ce_query", "ce_target", "lr", "grad_norm", "skipped"}
     assert keys <= read_log(tmp_path / "a")[0].keys()
-
     with monkeypatch.context() as patch:
         patch.setattr(sft, "sft_step", lambda *_: pytest.fail("a finished run must not train"))
         run_here(sft, flags(tiny_dir, world, tmp_path / "a"), patch)
+        assert "is finished" in capsys.readouterr().out
         shutil.rmtree(tmp_path / "a/checkpoints")  # with them it would be extended
-        with pytest.raises(SystemExit, match="steps 2 -> 3"):
+        with pytest.raises(SystemExit, match="(?s)steps 2 -> 3.*no checkpoint to resume from"):
             run_here(sft, flags(tiny_dir, world, tmp_path / "a", steps=3), patch)
     run_here(sft, flags(tiny_dir, world, tmp_path / "b"), monkeypatch)
     assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
@@ -246,7 +228,9 @@ def test_resume_is_bit_equal(tiny_dir, world, tmp_path, monkeypatch):
     """Six steps are three steps, a kill in the fifth and a resume: the same bits, and the log has each step once."""
     run_here(sft, flags(tiny_dir, world, tmp_path / "whole", steps=6, save_every=3), monkeypatch)
     argv = flags(tiny_dir, world, tmp_path / "cut", steps=6, save_every=3)
-    run_killed(sft, "sft_step", 5, argv, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        on_call(sft, "sft_step", 5, die_softly, patch.setattr)
+        run_here(sft, argv, patch)
     assert not (tmp_path / "cut/model.safetensors").exists() and len(read_log(tmp_path / "cut")) == 4
     run_here(sft, argv + ["--resume", "auto"], monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -270,14 +254,8 @@ def test_discriminative_baseline(tiny_dir, world, tmp_path, monkeypatch):
         run_here(sft, flags(tiny_dir, world, tmp_path / "full", data=world / "dume.json"), monkeypatch)
 
 
-def test_toy_presets_are_fp32_everywhere():
-    """The README's figures are: a newcomer with a GPU must not get others."""
-    assert [stage.PRESETS["toy"].get("bf16") for stage in (sft, rl)] == [False, False]
-
-
 def test_a_run_that_learns_nothing_says_so(tiny_dir, world, tmp_path, monkeypatch, capsys):
-    """Bug story: with equal targets and --w_ce 0 no pair has a negative. The gradient is exactly 0, and the run ended
-    as "saved"."""
+    """Bug story: with equal targets and --w_ce 0 the gradient is exactly 0, and the run ended as "saved"."""
     rows = json.loads((world / "sft.json").read_text())
     for row in rows:
         row["pos"] = rows[0]["pos"]

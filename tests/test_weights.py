@@ -1,5 +1,4 @@
-"""Model folders: the right weights or a message, the two tokens, every file in the digest, plain transformers.
-Run: pytest tests/test_weights.py"""
+"""Model folders: the right weights or a message, the two tokens, every file in the digest, plain transformers."""
 
 import json
 import shutil
@@ -29,18 +28,6 @@ from support.program import BadInput
 from support.settings import weights_digest
 
 
-@pytest.mark.parametrize("change, name", [
-    (lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"), "layers.0.mlp.up_proj.weight"),
-    (lambda tensors: tensors.pop("visual.merger.ln_q.weight"), "visual.merger.ln_q.weight"),
-    (lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}), "language_model.norm.weight"),
-])  # fmt: skip
-def test_missing_tensors_are_named(tiny_dir, tmp_path, change, name):
-    """Bug story: transformers fills missing tensors with random numbers and logs a table, and the run trained on."""
-    path = changed_copy(tiny_dir, tmp_path / "m", change)
-    with pytest.raises(BadInput, match=f"(?s){path}: 1 tensors .* missing or have another shape: .*{name}"):
-        Embedder.from_pretrained(path)
-
-
 @pytest.mark.parametrize("file, change, message", [
     ("tokenizer.json", lambda content: content.replace(b"<|image_pad|>", b"<|picture_pad|>"),
      "its tokenizer is not the model's"),
@@ -49,8 +36,7 @@ def test_missing_tensors_are_named(tiny_dir, tmp_path, change, name):
     ("adapter_model.safetensors", lambda _: b"", "holds an adapter.*merge_and_unload"),
 ])  # fmt: skip
 def test_broken_model_folders(writer_dir, tmp_path, file, change, message):
-    """Truncated weights, an adapter, another model's tokenizer or none. Bug story: transformers makes an empty
-    tokenizer for the missing one, so all texts were equal."""
+    """Bug story: transformers makes an empty tokenizer for a missing one, so all texts were equal."""
     path = shutil.copytree(writer_dir, tmp_path / "m") / file
     content = change(path.read_bytes() if path.exists() else b"")
     path.unlink() if content is None else path.write_bytes(content)
@@ -60,9 +46,7 @@ def test_broken_model_folders(writer_dir, tmp_path, file, change, message):
 
 
 def test_keys_of_transformers_4(writer, writer_dir, tmp_path):
-    """transformers 4 reads other names, and with its defaults instead its logits were others. Our folder has both.
-    transformers 5 reads it as before, and a folder that is loaded and saved again is the same. (4.57 needs an
-    environment of its own, so its identical logits were tried by hand.)"""
+    """transformers 4 reads other names. Our folder has both, and loading and saving again changes nothing."""
     config, tokenizer, pictures = (json.loads((writer_dir / f"{name}.json").read_text())
                                    for name in ("config", "tokenizer_config", "preprocessor_config"))  # fmt: skip
     text = config["text_config"]
@@ -87,8 +71,7 @@ def test_keys_of_transformers_4(writer, writer_dir, tmp_path):
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|image_pad|>", "<gen_emb>", None])
 def test_any_token_may_be_the_pad(writer, writer_dir, tmp_path, pad):
-    """Bug story (transformers#27880): the pad token was banned from sampling. With <|im_end|> as pad no answer could
-    end and gen fell from 84 to 2 points, with <|image_pad|> padded batches failed, without one nothing loaded."""
+    """Bug story (transformers#27880): the pad token was banned, so with <|im_end|> as pad no answer could end."""
     path = changed_copy(writer_dir, tmp_path / "model", lambda c: c.update(pad_token=pad), "tokenizer_config.json")
     model = Embedder.from_pretrained(path)
     assert model.banned.tolist() == writer.banned.tolist() and model.end_id not in model.banned
@@ -98,8 +81,7 @@ def test_any_token_may_be_the_pad(writer, writer_dir, tmp_path, pad):
 
 
 def test_dropout_of_a_config_is_off(writer_dir, tmp_path, world, monkeypatch):
-    """Bug story (trl#3234): attention_dropout 0.1 in config.json was live in training. The KL of RL's first step was
-    439 instead of 0, and SFT's loss depended on --micro_batch."""
+    """Bug story (trl#3234): attention_dropout of config.json was live. The KL of RL's first step was 439."""
     with_dropout = lambda c: c["text_config"].update(attention_dropout=0.1)  # noqa: E731
     model = changed_copy(writer_dir, tmp_path / "model", with_dropout, "config.json")
     run_here(rl, rl_flags(model, world, tmp_path / "rl", steps=1), monkeypatch)
@@ -110,7 +92,7 @@ def test_dropout_of_a_config_is_off(writer_dir, tmp_path, world, monkeypatch):
     assert json.loads((tmp_path / "a/config.json").read_text())["text_config"]["attention_dropout"] == 0
 
 
-@pytest.mark.parametrize("change, message", [
+CONFIGS = [
     (lambda c: c.update(model_type="qwen2"), "family qwen2 is .* qwen2_vl, qwen2_5_vl, qwen3_vl. .*FAMILIES in"),
     (lambda c: c["vision_config"].update(spatial_merge_size=1), r"its patch sizes \(14, 2, 1\)"),
     (lambda c: c["vision_config"].update(depth=1), "does not have 12 tensors of the files: model.visual.blocks"),
@@ -125,43 +107,49 @@ def test_dropout_of_a_config_is_off(writer_dir, tmp_path, world, monkeypatch):
     (lambda c: c["text_config"].update(hidden_act="gelu"), "hidden_act gelu"),
     (lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0), "rope_type dynamic"),
     (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[6, 6]), r"mrope_section \[6, 6\]"),
+]
+LACKS = "m: 1 tensors .* missing or have another shape: .*"
+TENSORS = [
+    (lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"), f"{LACKS}layers.0.mlp.up_proj.weight"),
+    (lambda tensors: tensors.pop("visual.merger.ln_q.weight"), f"{LACKS}visual.merger.ln_q.weight"),
+    (lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}), f"{LACKS}language_model.norm.weight"),
+]
+SPLITS = (lambda c: c.update(split_special_tokens=True), r"splits control tokens such as <\|image_pad\|>")
+
+
+@pytest.mark.parametrize("file, change, message", [
+    *[("config.json", *case) for case in CONFIGS], *[("model.safetensors", *case) for case in TENSORS],
+    ("tokenizer_config.json", *SPLITS),
 ])  # fmt: skip
-def test_a_config_that_cannot_be_computed(tiny_dir, tmp_path, change, message):
-    """Bug story: quantised folders and a number in quotes ended in a traceback. Layers with sliding attention were
-    decoded as full ones, another activation as silu, and weights beyond a smaller config were dropped, all silently."""
-    path = changed_copy(tiny_dir, tmp_path / "model", change, "config.json")
-    with pytest.raises(BadInput, match=message) as error:
+def test_a_model_that_cannot_be_computed(tiny_dir, tmp_path, file, change, message):
+    """Bug stories: missing tensors were random numbers, sliding attention ran as full, all without a word."""
+    path = changed_copy(tiny_dir, tmp_path / "m", change, file)
+    with pytest.raises(BadInput, match=f"(?s){message}") as error:
         Embedder.from_pretrained(path)
     assert str(path) in str(error.value)
 
 
-def test_a_tokenizer_that_splits_control_tokens(tiny_dir, tmp_path):
-    """ "split_special_tokens" ended in a RuntimeError about shapes at the first image. A folder in the model's folder,
-    and "return_dict": false, do no harm."""
+def test_what_does_no_harm_in_a_folder(tiny_dir, tmp_path):
+    """A folder in the model's folder, and "return_dict": false. A folder without config.json is an error."""
     good = changed_copy(tiny_dir, tmp_path / "good", lambda c: c.update(return_dict=False), "config.json")
     (good / "tokenizer").mkdir()
     weights_digest(good)
     Embedder.from_pretrained(good).embed(["a"], mode="disc")
-    splits = lambda c: c.update(split_special_tokens=True)  # noqa: E731
-    split = changed_copy(tiny_dir, tmp_path / "m", splits, "tokenizer_config.json")
-    with pytest.raises(BadInput, match=r"splits control tokens such as <\|image_pad\|>"):
-        Embedder.from_pretrained(split)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Embedder.from_pretrained(tmp_path)
 
 
 def test_nodes_with_other_commits_of_a_hub_id(world, tmp_path, monkeypatch):
-    """The same for a hub id: its identity is the commit that the node has cached."""
-    digests = []
+    """The identity of a hub id is the commit that the node has cached."""
     for commit in ("aaa", "bbb"):
         config = f"/cache/snapshots/{commit}/config.json"
         monkeypatch.setattr(settings_file, "cached_file", lambda *_, config=config: config)
-        digests.append(weights_digest("org/model"))
-    assert digests == ["aaa", "bbb"]
+        assert weights_digest("org/model") == commit
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "special_tokens_map.json", "vocab.json"])
 def test_every_file_of_the_model_is_in_its_digest(tiny_dir, tmp_path, file):
-    """Bug story (mindmeld#358): after tokenizer_config.json had changed, the evaluation embedded nothing and printed
-    the old scores."""
+    """Bug story (mindmeld#358): with another tokenizer_config.json the evaluation printed the old scores."""
     path = shutil.copytree(tiny_dir, tmp_path / "model")
     before = weights_digest(path), hash_model(path, torch.device("cpu"))
     (path / "log.jsonl").write_text("{}")  # no part of the model
@@ -173,8 +161,7 @@ def test_every_file_of_the_model_is_in_its_digest(tiny_dir, tmp_path, file):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("room", [True, False])
 def test_token_rows(tiny_dir, tmp_path, tied, room):
-    """<gen_emb>, <disc_emb> get the next two ids and the rows of <|object_ref_end|>, <|object_ref_start|>, in an untied
-    head too, with and without free rows in the base."""
+    """<gen_emb>, <disc_emb> get the next two ids and copied rows, tied or not, with and without free rows."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     old = len(tokenizer)
     assert GEN not in tokenizer.get_vocab() and DISC not in tokenizer.get_vocab()
@@ -188,13 +175,12 @@ def test_token_rows(tiny_dir, tmp_path, tied, room):
     model = Embedder.from_pretrained(tmp_path / "base")
     assert (model.gen_id, model.disc_id) == (old, old + 1) and len(model.tokenizer) == old + 2
     end, start = tokenizer.convert_tokens_to_ids(["<|object_ref_end|>", "<|object_ref_start|>"])
-    matrices = [(model.backbone.get_input_embeddings().weight, base.get_input_embeddings().weight)]
-    matrices += [(model.backbone.lm_head.weight, base.lm_head.weight)]
+    matrices = [(model.backbone.get_input_embeddings().weight, base.get_input_embeddings().weight),
+                (model.backbone.lm_head.weight, base.lm_head.weight)]  # fmt: skip
     assert (matrices[0][0] is matrices[1][0]) == tied
     for new, before in matrices:
         assert torch.equal(new[[old, old + 1]], before[[end, start]]) and not torch.equal(before[end], before[start])
-        assert torch.equal(new[:old], before[:old])
-        assert len(new) == (old + 5 if room else old + 2)
+        assert torch.equal(new[:old], before[:old]) and len(new) == (old + 5 if room else old + 2)
     assert tied == torch.equal(matrices[0][0], matrices[1][0])
     model.save_pretrained(tmp_path / "saved")
     again = Embedder.from_pretrained(tmp_path / "saved")
@@ -203,31 +189,25 @@ def test_token_rows(tiny_dir, tmp_path, tied, room):
         assert name == other and torch.equal(a, b), name
 
 
-def test_tokens_are_ordinary(embedder):
-    """The two tokens survive decoding without special tokens and are one token each inside a text."""
-    ids = embedder.tokenizer(f"a{GEN}b{DISC}c").input_ids
-    assert ids.count(embedder.gen_id) == 1 and ids.count(embedder.disc_id) == 1
-    assert embedder.tokenizer.decode(ids, skip_special_tokens=True) == f"a{GEN}b{DISC}c"
-
-
 def test_a_model_with_the_tokens_is_left_as_it_is(tiny_dir, tmp_path):
-    """Bug story: a second initialisation would reset both trained rows at every stage."""
+    """Bug story: a second initialisation would reset both trained rows. Each token is one ordinary token."""
     model = Embedder.from_pretrained(tiny_dir)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.01)
     model.save_pretrained(tmp_path)
     again = Embedder.from_pretrained(tmp_path)
-    ids = [(len(m.tokenizer), m.gen_id, m.disc_id) for m in (again, model)]
-    assert ids[0] == ids[1]
+    assert (len(again.tokenizer), again.gen_id, again.disc_id) == (len(model.tokenizer), model.gen_id, model.disc_id)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert torch.equal(a, b), name
+    ids = model.tokenizer(f"a{GEN}b{DISC}c").input_ids
+    assert ids.count(model.gen_id) == 1 and ids.count(model.disc_id) == 1
+    assert model.tokenizer.decode(ids, skip_special_tokens=True) == f"a{GEN}b{DISC}c"
 
 
 @torch.no_grad()
 def test_saved_model_in_plain_transformers(writer, writer_dir):
-    """Plain transformers loads the folder and gives the same embeddings. Chat template, image and generation settings
-    are in it."""
+    """Plain transformers loads the folder with all its settings and gives the same embeddings."""
     backbone = AutoModelForImageTextToText.from_pretrained(writer_dir)
     tokenizer = AutoTokenizer.from_pretrained(writer_dir)
     plain = SimpleNamespace(backbone=backbone, tokenizer=tokenizer, family=writer.family)
@@ -248,9 +228,3 @@ def test_saved_model_in_plain_transformers(writer, writer_dir):
     assert json.loads((writer_dir / "generation_config.json").read_text())["eos_token_id"] == writer.end_id
     size = AutoImageProcessor.from_pretrained(writer_dir, backend="pil").size
     assert (size["shortest_edge"], size["longest_edge"]) == writer.family.image_pixels
-
-
-def test_folder_without_a_model(tmp_path):
-    """A folder without config.json (a stage that was killed) says so instead of asking the hub for it."""
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        Embedder.from_pretrained(tmp_path)

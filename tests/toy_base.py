@@ -142,9 +142,8 @@ def base_rows(out, seed, level, part, count):
     return rows
 
 
-def write_base(out, seed=0, pairs=(3200, 3200, 24000, 5600), parts=4):
+def write_base(out, seed, pairs=(3200, 3200, 24000, 5600), parts=4):
     """The pretraining of the stand-in for Qwen2-VL, easy to hard: base_0.json .. base_3.json."""
-    out = Path(out)
     jobs = [(base_rows, seed, level, part, n // parts) for level, n in enumerate(pairs) for part in range(parts)]
     done = in_parallel(out, jobs)
     for level in range(len(pairs)):
@@ -152,9 +151,8 @@ def write_base(out, seed=0, pairs=(3200, 3200, 24000, 5600), parts=4):
         (out / f"base_{level}.json").write_text(json.dumps(rows))
 
 
-def train(out, seed):
+def train(out, seed=0):
     """The curriculum with sft.py: next-token loss only, vision tower trained; then fp16 weights for the assets."""
-    out = Path(out)
     write_base(out, seed)
     toy_model(out / "random", seed)
     flags = "--w_disc 0 --w_gen 0 --train_vision true --micro_batch 16 --batch_size 16 --warmup 0.1 --seed"
@@ -170,7 +168,5 @@ def train(out, seed):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/toy_base")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    train(args.out, args.seed)
+    parser.add_argument("--out", type=Path, default="runs/toy_base")
+    train(parser.parse_args().out)

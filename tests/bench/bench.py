@@ -4,6 +4,7 @@ Every command takes --tiny: the smallest size, to see that the command still run
 """
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -11,29 +12,27 @@ from pathlib import Path
 
 from bench_common import ROOT, run, shrink
 
+FUNCTIONS = {"toy": "bench_toy.toy", "data": "bench_toy.data", "rollout": "bench_engine.compare",
+             "rl": "bench_engine.compare", "memory": "bench_scale.memory", "gpu": "bench_gpu.gpu",
+             "kills": "bench_kills.kills"}  # fmt: skip
+
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser("toy", help="toy world: SFT, DUME and RL for some seeds, scored in every mode")
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--out", default="runs/bench")
-    p.add_argument("--data", default="runs/toy/data", help="the toy world; it is written if it does not exist")
-    p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev")
-    p.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    p.add_argument("--recipes", nargs="+", choices=("rl", "rl plain (paper)"), default=["rl"],
-                   help="RL runs; the findings are about the first one")  # fmt: skip
-    p = commands.add_parser("data", help="toy world: a model's own annotations, and --cross_weight")
-    p.add_argument("--data", default="runs/toy/data", help="the toy world; it is written if it does not exist")
-    p.add_argument("--sft", help="a toy SFT model; without one it is trained")
-    p.add_argument("--out", default="runs/bench_data")
-    p.add_argument("--split", choices=("dev", "test"), default="test")
-    p.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
-    p.add_argument("--seed", type=int, default=0)
-    p = commands.add_parser("rollout", help="generation on a CPU: speed and memory of rollouts and the official way")
-    p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    p = commands.add_parser("rl", help="training on a CPU: speed and memory of an RL step and the official way")
-    p.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    toy = commands.add_parser("toy", help="toy world: SFT, DUME and RL for some seeds, scored in every mode")
+    toy.add_argument("--seeds", type=int, default=3)
+    toy.add_argument("--recipes", nargs="+", choices=("rl", "rl plain (paper)"), default=["rl"],
+                     help="RL runs; the findings are about the first one")  # fmt: skip
+    data = commands.add_parser("data", help="toy world: a model's own annotations, and --cross_weight")
+    data.add_argument("--sft", help="a toy SFT model; without one it is trained")
+    data.add_argument("--cross", nargs="*", default=["0.1", "0.3"], help="values of --cross_weight")
+    for p, out in ((toy, "runs/bench"), (data, "runs/bench_data")):
+        p.add_argument("--out", default=out)
+        p.add_argument("--data", default="runs/toy/data", help="the toy world; it is written if it does not exist")
+        p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev")
+    commands.add_parser("rollout", help="generation on a CPU: speed and memory of rollouts and the official way")
+    commands.add_parser("rl", help="training on a CPU: speed and memory of an RL step and the official way")
     p = commands.add_parser("memory", help="memory plan of the real sizes on 8 GPUs, from fake tensors")
     p.add_argument("--family", choices=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), default="qwen2_vl")
     commands.add_parser("gpu", help="speed and memory of the 2B with random weights on one GPU")
@@ -45,39 +44,13 @@ def parse():
     return parser.parse_args()
 
 
-def start(args, run):
-    """Run one command and return the exit code. run: function that starts a script. The imports take seconds."""
-    if args.command in ("toy", "data"):
-        import bench_toy
-
-        command = bench_toy.toy if args.command == "toy" else bench_toy.data
-        command(args, run)
-    elif args.command == "memory":
-        import bench_scale
-
-        bench_scale.memory(args.family, args.tiny)
-    elif args.command == "gpu":
-        import bench_gpu
-
-        bench_gpu.gpu(args.tiny)
-    elif args.command == "kills":
-        import bench_kills
-
-        return bench_kills.kills(args.count, args.seed)
-    else:
-        import bench_engine
-
-        bench_engine.compare(args.command, args.repeats, args.tiny)
-    return 0
-
-
 def main():
     args = parse()
     os.chdir(ROOT)  # the scripts run there too, so relative paths mean the same
-    if not args.tiny:
-        return start(args, run)
+    module, name = FUNCTIONS[args.command].split(".")
+    command = getattr(importlib.import_module(module), name)  # the imports take seconds
     with tempfile.TemporaryDirectory() as folder:
-        return start(args, shrink(args, Path(folder)))
+        return command(args, shrink(args, Path(folder)) if args.tiny else run)
 
 
 if __name__ == "__main__":

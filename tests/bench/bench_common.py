@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 sys.path[:0] = PATHS
 
-TINY = dict(seeds=1, repeats=1, count=4, cross=[], jobs=1)
+TINY = dict(seeds=1, count=4, cross=[])
 TINY_FLAGS = {
     "sft.py": ["--steps", 1, "--batch_size", 4, "--lr", 1e-6, "--workers", 0],
     "rl.py": ["--steps", 1, "--batch_size", 4, "--max_new_tokens", 24, "--workers", 0],
@@ -48,7 +48,6 @@ def shrink(args, folder):
     import rl  # noqa: F401
     import sft  # noqa: F401
     from support.toy import write_toy
-
     write_toy(folder / "world", pairs=4, rl_pairs=4, dev=2, test=2, candidates=4)
     toy_model(folder / "random", seed=1)
     writer = train_writer(folder / "writer", folder / "random", steps=25)  # without <gen_emb> nothing has a score
@@ -64,7 +63,7 @@ def shrink(args, folder):
 def in_fresh_process(module, call, tiny=False):
     """Return the value of an expression of a module, such as "peak('step', 1, False)", through JSON.
 
-    A fresh process on one thread computes it. With tiny this process does, which saves the imports.
+    A fresh process on one thread computes it. With tiny, this process does.
     """
     if tiny:
         return eval(call, vars(importlib.import_module(module)))
@@ -85,9 +84,9 @@ def status(key):
 def peak_above(function):
     """Return (peak MiB of function() above what is held when it starts, its result).
 
-    Freed memory (a model's first weights, images that became rows) stays resident in malloc's arenas. The function
-    would reuse it and the peak would not move, so it is returned to the system first. Library code that is read for
-    the first time is no memory of the function, so the growth of mapped files is subtracted.
+    Freed memory stays resident in malloc's arenas. The function would reuse it and the peak would not move, so it is
+    returned to the system first. Library code that is read for the first time is no memory of the function, so the
+    growth of mapped files is subtracted.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # glibc: the free pages of all arenas

@@ -86,9 +86,6 @@ def completions(embedder, n, size):
     return [[[*rng.choice(words, length - 1).tolist(), embedder.gen_id] for length in group] for group in lengths]
 
 
-# ---- the official recipe ---------------------------------------------------------------------------------------
-
-
 class Forced(LogitsProcessor):
     """Let generate() compute and sample as usual, with one certain token per row."""
 
@@ -167,9 +164,6 @@ def apply_gradients(embedder, optimizer):
     optimizer.zero_grad()
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------
-
-
 def our_rollout(embedder, rows, script, args):
     """Return the rows with their vision states, and their rollouts."""
     rows = [replace(row) for row in rows]  # copies, because share_vision drops the pixels
@@ -189,9 +183,6 @@ def our_step(embedder, reference, optimizer, rows, script, args):
     groups = [rl.Group(*group, True) for group in zip(rows, rollouts, advantages)]
     rl.update(embedder, reference, rl.micro_batches(groups, args.update_batch), args)
     apply_gradients(embedder, optimizer)
-
-
-# ---- the cases: each returns (official, ours), two functions without arguments ----------------------------------
 
 
 def rollout_case(size, n, tokens):
@@ -223,25 +214,25 @@ CASES = {  # command: [(what it is, the two functions of a size)]
 }
 
 
-def seconds(function):
-    began = time.process_time()
-    function()
-    return time.process_time() - began
-
-
 def peak(command, k, side, tiny):
     """Return the peak MiB of one side above the loaded model. Call it in a fresh process."""
     return peak_above(CASES[command][k][1](TINY if tiny else FULL)[side])[0]
 
 
-def compare(command, repeats=3, tiny=False):
+def compare(args, _run):
     torch.set_num_threads(1)
+    command, tiny = args.command, args.tiny
     size = TINY if tiny else FULL
     print("| | official s | ours s | faster | official MB | ours MB | less |\n|---|---|---|---|---|---|---|")
     for k, (label, case) in enumerate(CASES[command]):
         sides = case(size)
-        times = [[seconds(side) for side in sides] for _ in range(repeats)]
-        a, b = (statistics.median(column) for column in zip(*times))
+        times = ([], [])
+        for _ in range(1 if tiny else 3):
+            for side, found in zip(sides, times):
+                began = time.process_time()
+                side()
+                found.append(time.process_time() - began)
+        a, b = map(statistics.median, times)
         x, y = (in_fresh_process("bench_engine", f"peak({command!r}, {k}, {side}, {tiny})", tiny) for side in (0, 1))
         cells = [f"{a:.2f}", f"{b:.2f}", f"**{a / b:.1f}x**", f"{x:.0f}", f"{y:.0f}", f"**{x / y:.1f}x**"]
         print(f"| {label.format(**vars(size))} | {' | '.join(cells)} |", flush=True)

@@ -58,12 +58,8 @@ def peak_gib(run):
     return torch.cuda.max_memory_allocated() / GIB
 
 
-class Table:
-    def __init__(self):
-        print("| | measured | expected |\n|---|---|---|", flush=True)
-
-    def row(self, what, measured, expected=""):
-        print(f"| {what} | {measured} | {expected} |", flush=True)
+def print_row(what, measured, expected=""):
+    print(f"| {what} | {measured} | {expected} |", flush=True)
 
 
 def make_model(size, dtype=torch.float32):
@@ -94,18 +90,18 @@ def text_prompt(model, n, name="text"):
     return Row(ids, positions, n, n - 5, -1, *empty, name)
 
 
-def ceilings(table):
+def ceilings():
     a = torch.randn(2**28, device="cuda")
     b = torch.empty_like(a)
     copy = milliseconds(lambda: b.copy_(a))
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = milliseconds(lambda: x @ y)
-    table.row("copy on the device, TB/s read and written", f"{2 * a.nbytes / copy / 1e9:.2f}", "3.0")
-    table.row("8192 x 8192 x 8192 product in bf16, TFLOP/s", f"{2 * 8192**3 / product / 1e9:.0f}", "800")
+    print_row("copy on the device, TB/s read and written", f"{2 * a.nbytes / copy / 1e9:.2f}", "3.0")
+    print_row("8192 x 8192 x 8192 product in bf16, TFLOP/s", f"{2 * 8192**3 / product / 1e9:.0f}", "800")
 
 
 @torch.no_grad()
-def decode_step(table, model, slots, keys, expected):
+def decode_step(model, slots, keys, expected):
     """Time a step of transformers, of ours, and of ours as a CUDA graph; expected: a cell of each."""
     decoder = Decoder(model.backbone, slots, torch.bfloat16)
     tokens, index, positions = [7] * slots, [keys - 2] * slots, [keys - 2] * slots
@@ -115,22 +111,19 @@ def decode_step(table, model, slots, keys, expected):
     read = transformers_read(model.backbone, bf16=True)
 
     def measured(what, run, expected=""):
-        table.row(f"decode step, {slots} slots, {keys:,} keys, ms: {what}", f"{milliseconds(run):.2f}", expected)
+        print_row(f"decode step, {slots} slots, {keys:,} keys, ms: {what}", f"{milliseconds(run):.2f}", expected)
 
     with torch.autocast("cuda", torch.bfloat16):  # one autocast around all, so the weights are cast once
         measured("transformers", lambda: read(decoder, inputs, keys), expected[0])
     measured("own", lambda: decoder.run(inputs, K), expected[1])
     measured("own, as a graph", lambda: decoder.step(tokens, index, positions), expected[2])
     hidden = torch.randn(slots, model.width, device="cuda", dtype=torch.bfloat16)
-    measured("the head and the sampling after it", lambda: sample_once(model, hidden, decoder))
+    chances = [0.5] * slots
+    logits = lambda: sampling_logits(decoder.head(hidden), model.banned, 1.0)  # noqa: E731
+    measured("the head and the sampling after it", lambda: sample(logits(), chances))
 
 
-def sample_once(model, hidden, decoder):
-    logits = sampling_logits(decoder.head(hidden), model.banned, 1.0)
-    return sample(logits, [0.5] * len(hidden))
-
-
-def rollouts(table, model, n_prompt, n_tokens):
+def rollouts(model, n_prompt, n_tokens):
     """8 prompts x 8 completions, as a micro-batch of RL."""
     rows = [text_prompt(model, n_prompt) for _ in range(8)]
 
@@ -139,21 +132,15 @@ def rollouts(table, model, n_prompt, n_tokens):
 
     run(8)
     first = seconds(lambda: run(1))
-    steps = 0
-
-    def whole():
-        nonlocal steps
-        done = run(n_tokens)
-        steps = max(len(ids) for _, r in done for ids in r.ids)
-
-    total = seconds(whole)
+    done = []
+    total = seconds(lambda: done.extend(run(n_tokens)))
+    steps = max(len(ids) for _, r in done for ids in r.ids)
     each = 1e3 * (total - first) / max(1, steps - 1)
-    table.row(f"rollout, 64 completions of {n_prompt:,} + {steps}: prefill and set-up, s", f"{first:.2f}")
-    table.row("the same: a token of all 64, sampling and graphs included, ms", f"{each:.2f}", "5 to 8")
+    print_row(f"rollout, 64 completions of {n_prompt:,} + {steps}: prefill and set-up, s", f"{first:.2f}")
+    print_row("the same: a token of all 64, sampling and graphs included, ms", f"{each:.2f}", "5 to 8")
 
 
-def sft_steps(table, model, n, micro_batch):
-    backbone = model.backbone
+def sft_steps(model, n, micro_batch):
     model.train()
     pairs = random_pairs(n, model)
     args = sft.Settings(micro_batch=micro_batch)
@@ -162,15 +149,15 @@ def sft_steps(table, model, n, micro_batch):
     pairs = random_pairs(n, model)
     peak = peak_gib(lambda: sft.sft_step(model, pairs, args))
     tokens = sum(len(row.ids) for pair in pairs for row in (pair.query, pair.target))
-    layers = sum(p.numel() for p in backbone.model.language_model.layers.parameters())
+    layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
     flops = (2 + 2 + 2 + 4) * layers * tokens  # pass 1; pass 3 forward, again for the backward, backward
     label = f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch {micro_batch}"
     share = f"{flops / took / PEAK:.0%} of 989 TFLOP/s, layers only"
-    table.row(f"{label}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
-    table.row(f"{label}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
+    print_row(f"{label}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
+    print_row(f"{label}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
 
 
-def update_passes(table, model, prompt, length, n):
+def update_passes(model, prompt, length, n):
     """Run n groups in one pass, each a prompt and 8 completions, through reference and policy."""
     row = text_prompt(model, prompt)
     completions = [[7] * (length - 2) + [model.gen_id, model.end_id] for _ in range(8)]
@@ -179,10 +166,7 @@ def update_passes(table, model, prompt, length, n):
         valid=torch.ones(8, dtype=torch.bool), ids=completions, logp=[[0.0] * length] * 8, gen_at=[length - 2] * 8,
     )  # fmt: skip
     groups = [rl.Group(row, done, torch.linspace(-1, 1, 8, device="cuda"), True)] * n
-
-    def run():
-        rl.update(model, model, rl.micro_batches(groups, n), rl.Settings())
-
+    run = lambda: rl.update(model, model, rl.micro_batches(groups, n), rl.Settings())  # noqa: E731
     model.train()
     run()
     peak = peak_gib(run)
@@ -191,11 +175,11 @@ def update_passes(table, model, prompt, length, n):
     layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
     share = (2 + 2 + 2 + 4) * layers * tokens / took / PEAK
     label = f"RL update of {n} group(s), {prompt:,} + 8 x {length:,} tokens each"
-    table.row(f"{label}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
-    table.row(f"{label}, peak, GiB", f"{peak:.1f}", "< 60")
+    print_row(f"{label}, s", f"{took:.2f} ({share:.0%} of 989 TFLOP/s, layers only)")
+    print_row(f"{label}, peak, GiB", f"{peak:.1f}", "< 60")
 
 
-def evaluation(table, model, inputs, side, tokens, slots):
+def evaluation(model, inputs, side, tokens, slots):
     """Generate for evaluation in bf16: pages with `tokens` generated tokens each."""
     pages = [page_prompt(model, side, str(k)) for k in range(inputs)]
 
@@ -205,33 +189,35 @@ def evaluation(table, model, inputs, side, tokens, slots):
     write(1, 4)
     took = seconds(lambda: write(inputs, tokens))
     peak = peak_gib(lambda: write(inputs, 4))
-    table.row(f"embed: {inputs} pages of {side**2:,} visual tokens, {tokens} written, {slots} slots: ms an input",
+    print_row(f"embed: {inputs} pages of {side**2:,} visual tokens, {tokens} written, {slots} slots: ms an input",
               f"{1e3 * took / inputs:.0f}", "published: 9,023")  # fmt: skip
-    table.row("the same: peak of the prefills, GiB", f"{peak:.1f}")
+    print_row("the same: peak of the prefills, GiB", f"{peak:.1f}")
 
 
-def gpu(tiny=False):
+def gpu(args, _run):
+    tiny = args.tiny
     start_processes()  # also switches cuDNN's attention off
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"commit {commit or 'unknown'}; random weights in the sizes of Qwen2-VL-2B\n")  # fmt: skip
     size = TINY if tiny else SIZES["2b"]
-    table = Table()
-    ceilings(table)
+    print_row("", "measured", "expected")
+    print_row("---", "---", "---")
+    ceilings()
     model = make_model(size)
     model.bf16 = True
     for slots, *expected in ((64, "14 to 22", "5 to 8", "3 to 4.5"), (8, "", "", ""), (1, "", "", "")):
-        decode_step(table, model, slots, 300 if tiny else 2200, expected)
-    rollouts(table, model, 100 if tiny else 1500, 20 if tiny else 400)
+        decode_step(model, slots, 300 if tiny else 2200, expected)
+    rollouts(model, 100 if tiny else 1500, 20 if tiny else 400)
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.merger.requires_grad_(True)
     # 64 pairs: the micro-batches of 16 are up to 46 % padding (docs/results.md)
     for n, micro_batch in ((4, 2),) if tiny else ((64, 4), (64, 8), (64, 16)):
-        sft_steps(table, model, n, micro_batch)
+        sft_steps(model, n, micro_batch)
     model.backbone.model.visual.requires_grad_(False)
     for case in ((60, 30, 2),) if tiny else ((500, 400, 1), (500, 400, 2), (500, 400, 4), (1500, 2048, 1)):
-        update_passes(table, model, *case)
+        update_passes(model, *case)
     del model
     torch.cuda.empty_cache()
     model = make_model(size, torch.bfloat16).eval()
-    evaluation(table, model, *((4, 6, 8, 2) if tiny else (128, 54, 400, 64)))
+    evaluation(model, *((4, 6, 8, 2) if tiny else (128, 54, 400, 64)))

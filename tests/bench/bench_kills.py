@@ -64,17 +64,12 @@ def ended(pids, seconds):
     return [codes.get(pid) for pid in pids]
 
 
-def result(out):
-    """Return the bytes of the weights, and the log without wall-clock values."""
-    return (out / "model.safetensors").read_bytes(), read_log(out)
-
-
 def killed_runs(module, argv, ranks, kills, folder, rng):
     """Return {column: count} of one stage."""
     unbroken = folder / "unbroken"
     began = time.time()
     assert ended(start(module, [*argv, "--out", unbroken], ranks, folder / "unbroken.txt"), 300) == [0] * ranks
-    duration, want = time.time() - began, result(unbroken)
+    duration = time.time() - began
     found = dict(kills=0, runs=0, refused=0, hangs=0, wrong_weights=0, wrong_logs=0)
     while found["kills"] < kills:
         out, old = folder / f"cut{found['runs']}", []
@@ -100,32 +95,32 @@ def killed_runs(module, argv, ranks, kills, folder, rng):
             old = []
         if old:
             found["hangs"] += None in ended(old, 60)
-        got = result(out)
         found["runs"] += 1
-        found["wrong_weights"] += got[0] != want[0]
-        found["wrong_logs"] += got[1] != want[1]
+        weights, want = ((folder / "model.safetensors").read_bytes() for folder in (out, unbroken))
+        found["wrong_weights"] += weights != want
+        found["wrong_logs"] += read_log(out) != read_log(unbroken)  # without wall-clock values
     return found
 
 
-def kills(count, seed=0):
-    """Print the table. count: kills in all, divided among the four kinds of runs."""
+def kills(args, _run):
+    """Print the table. args.count: kills in all, divided among the four kinds of runs."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    folder, rng, total = Path(tempfile.mkdtemp()), random.Random(seed), {}
+    folder, rng, total = Path(tempfile.mkdtemp()), random.Random(args.seed), {}
     toy_model(folder / "tiny", seed=1)
     write_toy(folder / "toy", pairs=8, rl_pairs=8, dev=2, test=2, candidates=4)
     common = ["--model", folder / "tiny", "--media_root", folder / "toy", "--cache", folder / "cache",
               "--batch_size", 8, "--workers", 1, "--save_every", 3]  # fmt: skip
     sft_argv = [*common, "--data", folder / "toy/sft.json", "--steps", 12, "--micro_batch", 4]
     rl_argv = [*common, "--data", folder / "toy/rl.json", "--steps", 6, "--max_new_tokens", 8, "--G", 2]
-    cases = {"sft": (sft, sft_argv), "rl": (rl, rl_argv)}
     print("| stage, ranks | kills | runs | refused starts | hangs | wrong weights | wrong logs |")
     print("|---|---|---|---|---|---|---|")
-    for stage, (module, argv) in cases.items():
+    for module, argv in ((sft, sft_argv), (rl, rl_argv)):
         for ranks in (1, 2):
+            stage = module.__name__
             runs = folder / f"{stage}{ranks}"
             runs.mkdir()
-            found = killed_runs(module, argv, ranks, -(-count // 4), runs, rng)
+            found = killed_runs(module, argv, ranks, -(-args.count // 4), runs, rng)
             total = {key: total.get(key, 0) + n for key, n in found.items()}
             print(f"| {stage}, {ranks} |", " | ".join(str(n) for n in found.values()), "|", flush=True)
     print("| all |", " | ".join(str(n) for n in total.values()), "|")

@@ -15,41 +15,33 @@ GIB = 2**30
 GPUS = 8
 # of a pass and, of these, of the prompt: query and target of --micro_batch pairs; a prompt and its G = 8 completions
 TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
+
+
+def size_of(hidden, intermediate, heads, kv_heads, vocab_size=151_936, tie=True, **more):
+    return dict(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, vocab_size=vocab_size, tie=tie, **more)  # fmt: skip
+
+
 # config.json of Qwen's models on the hub (public values, written down: there is no hub here)
-SIZES = {
-    "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
-               vocab_size=151_936, tie=True),
-    "7b": dict(hidden_size=3584, intermediate_size=18_944, num_attention_heads=28, num_key_value_heads=4,
-               vocab_size=152_064, tie=False),
-}  # fmt: skip
+SIZES = {"2b": size_of(1536, 8960, 12, 2), "7b": size_of(3584, 18_944, 28, 4, 152_064, False)}
 WINDOWS = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, tokens_per_second=2)
 DEEPSTACK = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, deepstack_visual_indexes=[5, 11, 17])
 LARGE_DEEPSTACK = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
                        deepstack_visual_indexes=[8, 16, 24])  # fmt: skip
+DEEP = dict(head_dim=128, num_hidden_layers=36)
 FAMILY_SIZES = {
     "qwen2_vl": SIZES,
-    "qwen2_5_vl": {
-        "3b": dict(hidden_size=2048, intermediate_size=11_008, num_attention_heads=16, num_key_value_heads=2,
-                   num_hidden_layers=36, vocab_size=151_936, tie=True, vision=WINDOWS),
-        "7b": SIZES["7b"] | dict(vision=WINDOWS),
-    },
-    "qwen3_vl": {
-        "2b": dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8,
-                   head_dim=128, vocab_size=151_936, tie=True, vision=DEEPSTACK),
-        "4b": dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8,
-                   head_dim=128, num_hidden_layers=36, vocab_size=151_936, tie=True, vision=DEEPSTACK),
-        "8b": dict(hidden_size=4096, intermediate_size=12_288, num_attention_heads=32, num_key_value_heads=8,
-                   head_dim=128, num_hidden_layers=36, vocab_size=151_936, tie=False, vision=LARGE_DEEPSTACK),
-    },
+    "qwen2_5_vl": {"3b": size_of(2048, 11_008, 16, 2, num_hidden_layers=36, vision=WINDOWS),
+                   "7b": SIZES["7b"] | dict(vision=WINDOWS)},
+    "qwen3_vl": {"2b": size_of(2048, 6144, 16, 8, head_dim=128, vision=DEEPSTACK),
+                 "4b": size_of(2560, 9728, 32, 8, vision=DEEPSTACK, **DEEP),
+                 "8b": size_of(4096, 12_288, 32, 8, tie=False, vision=LARGE_DEEPSTACK, **DEEP)},
 }  # fmt: skip
 
 
 def random_model(hidden_size, tie, family="qwen2_vl", vision=None, depth=32, embed_dim=1280, num_hidden_layers=28,
                  heads=16, **text):  # fmt: skip
-    """Return a model of transformers' class with random weights, on the default device.
-
-    vision: configuration of another family's tower.
-    """
+    """Return a model of transformers' class with random weights. vision: configuration of another family's tower."""
     model_class = getattr(transformers, FAMILIES[family].model_class)
     dim = text.get("head_dim") or hidden_size // text["num_attention_heads"]  # 128 in the real ones: 16, 24, 24
     rope = {"rope_type": "default", "mrope_section": [dim // 8, dim * 3 // 16, dim * 3 // 16], "rope_theta": 1e6}
@@ -63,12 +55,6 @@ def random_model(hidden_size, tie, family="qwen2_vl", vision=None, depth=32, emb
     return model_class(config)
 
 
-def vision_width(model):
-    """Return (1 + K) D_vit, the width of the states between the vision tower and its mergers."""
-    config = model.config.vision_config
-    return len(mergers_of(model)) * getattr(config, "embed_dim", config.hidden_size)
-
-
 def mergers_of(model):
     return family_of(model.config).mergers(model.model.visual)
 
@@ -80,9 +66,9 @@ def toy_tokenizer():
 
 
 def random_pairs(n, model, seed=0):
-    """Return n pairs: queries of 300 to 700 tokens with an image of 240, targets of 100 to 400.
+    """Return n pairs: queries of 300 to 700 tokens with an image of 240, targets of 100 to 400, a third each an answer.
 
-    About a third of each is an answer. All share one image's pixels, which are in CPU memory anyway.
+    All share one image's pixels, which are in CPU memory anyway.
     """
     rng = np.random.default_rng(seed)
     pixels, grid = rng.integers(0, 256, (960, 1176), np.uint8), np.array([[1, 24, 40]])
@@ -103,12 +89,12 @@ def random_pairs(n, model, seed=0):
             for k in range(n)]  # fmt: skip
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
 def one_pass(embedder, stage):
     """Run forward and backward of one row: sft.py's third pass, or a prompt and its G completions (tree mask)."""
     L, prompt = TOKENS[stage]
+    config = embedder.backbone.config.vision_config
+    # (1 + K) D_vit, the width of the states between the vision tower and its mergers
+    width = len(mergers_of(embedder.backbone)) * getattr(config, "embed_dim", config.hidden_size)
     read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
     batch = Batch(
         ids=torch.zeros(1, L, dtype=torch.long),
@@ -116,7 +102,7 @@ def one_pass(embedder, stage):
         media_at=torch.arange(2 * prompt // embedder.family.merge**2),
         patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
         grids=np.zeros((0, 3), int),
-        vision_states=torch.zeros(2 * prompt, vision_width(embedder.backbone), dtype=torch.bfloat16),
+        vision_states=torch.zeros(2 * prompt, width, dtype=torch.bfloat16),
         mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )
     embeddings, logp, *_ = embedder(batch, embed_at=read, predict=predict, labels=torch.zeros_like(predict))
@@ -126,15 +112,13 @@ def one_pass(embedder, stage):
 def measured(values, stage, fsdp):
     """Return the peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts.
 
-    values: of FAMILY_SIZES. fsdp: sharded by model.shard over a simulated group of 8 ranks; otherwise a complete fp32
-    model under bf16 autocast.
+    fsdp: sharded over a simulated group of 8 ranks; otherwise a complete fp32 model under bf16 autocast.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", rank=0, world_size=GPUS, store=FakeStore())
     mesh = init_device_mesh("cpu", (GPUS,))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -163,13 +147,6 @@ def linear_weights(module, embedding):
     return sum(m.weight.numel() for m in linear)
 
 
-def kv_bytes(model):
-    """Return the bytes of a token's keys and values in bf16."""
-    text = model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2
-
-
 def gib_of(values, stage, fsdp):
     """Return a row of the plan: {part: GiB per GPU}."""
     with torch.device("meta"):
@@ -189,8 +166,11 @@ def gib_of(values, stage, fsdp):
         "reference": rl * reference,
         "a pass": measured(values, stage, fsdp) * GIB,
     }
+    text = model.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim  # of a token, in bf16
     rollouts = {
-        "KV cache": rl * 64 * (1500 + 2048) * kv_bytes(model),
+        "KV cache": rl * 64 * (1500 + 2048) * kv_values * 2,
         "decoder": rl * decoder * (1 if fsdp else 2),  # bf16 weights and, in a prefill, those of autocast
         "bf16 model": rl * fsdp * 2 * total,
     }
@@ -201,18 +181,15 @@ def gib_of(values, stage, fsdp):
     return {name: size / GIB for name, size in parts.items()}
 
 
-def memory(family="qwen2_vl", tiny=False):
+def memory(args, _run):
     """Print the memory plan: what lasts from the parameter counts, what a pass needs from fake tensors."""
-    sizes = {size: values | dict(family=family) for size, values in FAMILY_SIZES[family].items()}
-    if tiny:
-        size, values = next(iter(sizes.items()))
-        sizes = {size: values | dict(num_hidden_layers=4, depth=1)}
     head = True
-    for size, values in sizes.items():
+    for size, values in list(FAMILY_SIZES[args.family].items())[: 1 if args.tiny else None]:
+        values = values | dict(family=args.family) | (dict(num_hidden_layers=4, depth=1) if args.tiny else {})
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
             parts = gib_of(values, stage, fsdp)
             if head:
-                print(f"| {family}, GiB per GPU | {' | '.join(parts)} |\n|{'---|' * (len(parts) + 1)}")
+                print(f"| {args.family}, GiB per GPU | {' | '.join(parts)} |\n|{'---|' * (len(parts) + 1)}")
                 head = False
             cells = " | ".join(f"{gib:.1f}" for gib in parts.values())
             print(f"| {size} {stage}{' --fsdp' * fsdp} | {cells} |", flush=True)

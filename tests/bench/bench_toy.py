@@ -20,20 +20,13 @@ from support.formats import DISC
 from support.report import model_names, paired_change
 from support.toy import write_toy
 
-# the disc-only baseline: no reasoning, contrastive loss at full weight
-DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]
-# RL recipes that are compared; the first is the toy preset
-RECIPES = {
-    "rl": [],
-    "rl plain (paper)": ["--w_anchor", "0"],
-}
+DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]  # the disc-only baseline: no reasoning
+RECIPES = {"rl": [], "rl plain (paper)": ["--w_anchor", "0"]}  # RL runs; the first is the toy preset
 COLUMNS = ["disc", "gen", "fused", "oracle", "pass@1", "pass@2", "pass@8", "pass@16", "gen_disc", "disc_gen"]
 EMPTY = "<think></think><answer><gen_emb>"  # an answer without reasoning and summary
 
 
 class Result(NamedTuple):
-    """What was measured of one model."""
-
     scores: dict  # scores.json of eval.py
     per_query: dict  # per_query.json of eval.py
     rewards: dict | None = None  # of held_out_reward
@@ -43,15 +36,17 @@ def read_result(folder):
     return Result(*(json.loads((folder / f"{name}.json").read_text()) for name in ("scores", "per_query")))
 
 
-def task_names(world, split):
-    return [f"{split}/{path.stem}" for path in sorted((world / "tasks" / split).glob("*.json"))]
+def world_of(args):
+    """Return the folders of the toy world and of the results, and the tasks of a split. Write a missing world."""
+    world = Path(args.data)
+    if not (world / "sft.json").exists():
+        write_toy(world, seed=0)
+    names = [f"{args.split}/{path.stem}" for path in sorted((world / "tasks" / args.split).glob("*.json"))]
+    return world, Path(args.out), names
 
 
 def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
-    """Return {part: [mean over both sides and G of each held-out pair]} of the reward.
-
-    Every model gets the same pairs and the same random numbers.
-    """
+    """Return {part: [mean over both sides and G of each held-out pair]}, with the same random numbers for any model."""
     torch.set_num_threads(1)
     embedder = Embedder.from_pretrained(model)
     args = rl.Settings(**rl.PRESETS["toy"])
@@ -68,18 +63,9 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
     return out
 
 
-# ---- bench.py toy ----------------------------------------------------------------------------------------------
-
-
 def toy(args, run):
-    """Train SFT, DUME and the RL recipes for each seed and score all on the same scenes of --split.
-
-    args: of the command line. run: function that starts a script.
-    """
-    out, world = Path(args.out), Path(args.data)
-    if not (world / "sft.json").exists():
-        write_toy(world, seed=0)
-    tasks = task_names(world, args.split)
+    """Train SFT, DUME and the RL recipes for each seed and score all on the same scenes. run starts a script."""
+    world, out, tasks = world_of(args)
 
     def folder_of(seed, name):
         return out / f"seed{seed}" / name.replace(" ", "_").replace("(", "").replace(")", "")
@@ -104,12 +90,11 @@ def toy(args, run):
         return read_result(folder / "eval" / folder.name)._replace(rewards=rewards)
 
     results = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(1 if args.tiny else 2) as pool:  # runs at once, one thread each
         for wave in (["sft"], [args.recipes[0], "dume", *args.recipes[1:]]):
             jobs = {name: [pool.submit(chain, seed, name) for seed in range(args.seeds)] for name in wave}
             results |= {name: [job.result() for job in of_seeds] for name, of_seeds in jobs.items()}
     results = {name: results[name] for name in ("dume", "sft", *args.recipes)}
-
     reasoners = {f"sft, seed {seed}": folder_of(seed, "sft") for seed in range(min(2, args.seeds))}
     reasoners[f"{args.recipes[0]}, seed 0"] = folder_of(0, args.recipes[0])
     tables = [
@@ -202,7 +187,7 @@ def tasks_table(results, tasks):
 def reasoner_table(run, models, tasks, world, out):
     """Return a table of gen and fused hit@1: one model reasons (rows), another reads its text and embeds (columns).
 
-    run: function that starts a script. models: {label: folder}. The last row is a file of empty answers.
+    models: {label: folder}. The last row is a file of empty answers.
     """
     common = ["--root", world, "--tasks", *tasks, "--out", out]
     empty = out / "empty.jsonl"
@@ -210,7 +195,6 @@ def reasoner_table(run, models, tasks, world, out):
     run("eval.py", *common, "--export", empty)
     answers = [json.loads(line) | {"answer": EMPTY} for line in empty.read_text().splitlines()]
     empty.write_text("".join(json.dumps(row) + "\n" for row in answers))
-
     folders = list(models.values())
     name_of = dict(zip(models, model_names(folders))) | {"empty": "empty"}
     rows = []
@@ -224,18 +208,9 @@ def reasoner_table(run, models, tasks, world, out):
     return markdown(["reasoner; gen / fused hit@1 in %", *(f"embedder {label}" for label in models)], rows)
 
 
-# ---- bench.py data ---------------------------------------------------------------------------------------------
-
-
 def data(args, run):
-    """Train on annotations of the toy SFT model and with --cross_weight; compare the scores with the SFT model's.
-
-    args: of the command line. run: function that starts a script. Without --sft the SFT model is trained first.
-    """
-    world, out = Path(args.data), Path(args.out)
-    if not (world / "sft.json").exists():
-        write_toy(world, seed=0)
-    tasks = task_names(world, args.split)
+    """Train on annotations of the toy SFT model and with --cross_weight; compare the scores with the SFT model's."""
+    world, out, tasks = world_of(args)
     annotated = out / "annotated.json"
     folders = {"sft": Path(args.sft) if args.sft else out / "sft", "self": out / "self"}
     flags = {"sft": [], "self": ["--data", annotated]}
@@ -247,10 +222,10 @@ def data(args, run):
                        "--out", annotated, "--batch_size", 64, "--max_new_tokens", 128]  # fmt: skip
             subprocess.run([sys.executable, ROOT / "data.py", *map(str, command)], cwd=ROOT, check=True)
         if not (folder / "model.safetensors").exists():  # finished ones are not trained again
-            run("sft.py", "--data", world / "sft.json", "--media_root", world, "--seed", args.seed, "--out", folder,
-                *flags[name])  # fmt: skip
-    run("eval.py", "--root", world, "--tasks", *tasks, "--model", *folders.values(), "--out", out / "eval",
-        "--samples", 0)  # fmt: skip
+            common = ["--data", world / "sft.json", "--media_root", world, "--seed", 0, "--out", folder]
+            run("sft.py", *common, *flags[name])
+    score = ["--root", world, "--tasks", *tasks, "--out", out / "eval", "--samples", 0]
+    run("eval.py", *score, "--model", *folders.values())
     results = {name: read_result(out / "eval" / folder.name) for name, folder in folders.items()}
     models = {name: folders[name] for name in ("sft", "self")}
     tables = [comparison_table(results), reasoner_table(run, models, tasks, world, out / "reasoners")]
@@ -259,10 +234,9 @@ def data(args, run):
 
 def comparison_table(results):
     """Return the scores of each model and their paired changes from SFT. The errors have the queries' noise only."""
-    columns = ["disc", "gen", "fused", "oracle", "gen_disc", "disc_gen"]
-    rows = []
-    for name, result in results.items():
-        rows.append([name, *(f"{100 * result.scores['overall'][column]:.1f}" for column in columns)])
+    columns = [column for column in COLUMNS if not column.startswith("pass@")]
+    rows = [[name, *(f"{100 * result.scores['overall'][column]:.1f}" for column in columns)]
+            for name, result in results.items()]  # fmt: skip
     for name in list(results)[1:]:
         cells = [f"{name} - sft"]
         for column in columns:
