@@ -363,10 +363,10 @@ def run_processes(module, argv, processes=2, codes=0, before=lambda rank: None):
 
 
 def read_log(out):
-    """log.jsonl without the wall-clock figures."""
-    timing = ("pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
+    """The numbers of log.jsonl, without those of the clock."""
+    left_out = ("dataset", "pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
 
 
 def start(stage, argv, patch="", processes=1, script=True, until=60, **more):

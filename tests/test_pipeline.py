@@ -16,6 +16,7 @@ import eval as ev
 import rl as rl_file
 import sft as sft_file
 from model import Embedder
+from support.toy import TASKS
 
 
 def start_script(script, *flags, ok=True):
@@ -56,12 +57,15 @@ def test_pipeline_on_the_toy_world(toy_data, tmp_path):
     for folder, steps in ((sft, 3), (rl, 2)):
         log = read_log(folder)
         assert [line["step"] for line in log] == [*range(1, steps + 1)]
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert {line["dataset"] for line in lines} <= {*TASKS}
         assert all(math.isfinite(value) for line in log for value in line.values())
         for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "args.json",
                      "preprocessor_config.json", "generation_config.json"):  # fmt: skip
             assert (folder / name).exists(), name
     for name in ("reward_query", "format_target", "share_query", "gap_target", "kl", "entropy", "clip_share",
-                 "logp_mismatch", "length_query", "invalid_share", "no_spread_share"):  # fmt: skip
+                 "logp_mismatch", "length_query", "invalid_share", "no_spread_share",
+                 "small_spread_share"):  # fmt: skip
         assert name in read_log(rl)[0], name
     assert read_log(rl)[0]["kl"] == 0  # fp32: the policy starts as the reference
     scores = json.loads((out / "rl" / "scores.json").read_text())

@@ -161,6 +161,13 @@ def test_curves(tmp_path):
     got = read_curves(sft / "log.jsonl")
     assert got["steps"] == 241 and list(got["curves"]) == ["loss"]
     assert got["curves"]["loss"][:2] == [[2, 1.5], [4, 3.5]] and len(got["curves"]["loss"]) == 120
+    # datasets of other levels, in no order: the curve is their mean, which rises, and not the level of a step's dataset
+    datasets = np.random.default_rng(0).permutation(["easy", "hard"] * 120).tolist()
+    lines = [{"step": step, "dataset": name, "reward": 5 * (name == "hard") + step / 240}
+             for step, name in enumerate(datasets, 1)]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = read_curves(tmp_path / "log.jsonl")["curves"]["reward"]
+    assert len(curve) == 40 and all(abs(x - 2.5 - step / 240) < 0.03 for step, x in curve)
     runs, indices = training_runs({"sft": str(sft), "rl": str(rl), "hub": "org/name"})
     assert [run["name"] for run in runs] == [str(sft), str(rl)]
     assert indices == {"sft": [0], "rl": [0, 1], "hub": []}

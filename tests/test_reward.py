@@ -104,13 +104,15 @@ def test_format_reward_equals_the_official_regex():
     assert format_reward([]).shape == (0,)
 
 
-def test_group_advantages_equal_the_loops():
-    """(R - mean) / (unbiased std + 1e-4), one group at a time. Equal rewards and G = 1 give exactly 0."""
+@pytest.mark.parametrize("floor", [1e-4, 0.1])
+def test_group_advantages_equal_the_loops(floor):
+    """(R - mean) / (unbiased std + floor), one group at a time. Equal rewards and G = 1 give exactly 0."""
     rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for row, got in zip(rewards.tolist(), group_advantages(rewards).tolist()):
+    assert floor > 1e-4 or group_advantages(rewards).equal(group_advantages(rewards, floor))  # the paper's by default
+    for row, got in zip(rewards.tolist(), group_advantages(rewards, floor).tolist()):
         mean = sum(row) / 8
         std = (sum((r - mean) ** 2 for r in row) / 7) ** 0.5
-        assert got == pytest.approx([(r - mean) / (std + 1e-4) for r in row])
+        assert got == pytest.approx([(r - mean) / (std + floor) for r in row])
     for equal in (torch.tensor([[0.1] * 8, [0.7] * 8, [1 / 3] * 8]), torch.rand(4, 1)):
         assert (group_advantages(equal) == 0).all()
 

@@ -506,3 +506,16 @@ def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeyp
     assert zero | {"lr": 0} == some | {"lr": 0}  # the first step's figures come before its optimiser step
     log = read_log(tmp_path / "vision")
     assert all(math.isfinite(x) for line in log for x in line.values()) and log[1]["kl"] > 0
+
+
+def test_the_share_of_noise_in_the_advantages():
+    """Two groups: rewards 0 and 1, and rewards that differ by 0.01. With the paper's floor, half of the squared
+    advantages comes from the second group. With 0.1 hardly any does."""
+    rewards = torch.tensor([[[0.0, 1.0]], [[0.50, 0.51]]])  # [2, p, G]
+    rollouts = SimpleNamespace(ids=[[1], [1, 2]], valid=torch.ones(2, dtype=torch.bool))
+    shares = []
+    for floor in (1e-4, 0.1):
+        advantages = rl.group_advantages(rewards.flatten(0, 1), floor)
+        figures = rl.summary(rewards, {}, advantages, [rollouts, rollouts], torch.ones(1, dtype=torch.bool))
+        shares.append(figures["small_spread_share"])
+    assert shares[0] == pytest.approx(0.5, abs=0.01) and shares[1] < 0.01

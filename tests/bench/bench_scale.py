@@ -85,7 +85,8 @@ def random_pairs(n, model, seed=0):
         return Row(ids, mrope_positions(ids, grids, model.media_ids), n_prompt, n_prompt - 10, length - 2,
                    pixels if image else np.zeros((0, 1176), np.uint8), grids, "random")  # fmt: skip
 
-    return [Pair(row(int(rng.integers(300, 700)), True), row(int(rng.integers(100, 400)), False), k, True, "", "random")
+    return [Pair(row(int(rng.integers(300, 700)), True), row(int(rng.integers(100, 400)), False), k, True, "", "random",
+                 "random")
             for k in range(n)]  # fmt: skip
 
 
