@@ -61,7 +61,7 @@ BOUNDS = (  # lowest value, whether the lowest value is allowed, highest value, 
     (0, True, math.inf, "w_disc w_gen w_ce cross_weight w_anchor"),
     (0, True, 1, "warmup lr_floor max_skipped max_repeat eps_low"),
     (0, True, 0.999999, "beta2"),
-    (0, False, math.inf, "tau tau_start clip"),
+    (0, False, math.inf, "tau tau_start clip std_floor"),
     (0.001, True, 100, "temperature"),  # otherwise logits overflow or reach the ban's value
 )
 

@@ -1,5 +1,4 @@
-"""CoT annotation by a teacher, its filters, the RL subset and the check of a file.
-Run: pytest tests/test_annotate.py"""
+"""CoT annotation by a teacher, its filters, the RL subset and the check of a file."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""The commands of bench.py still run, and freed memory does not hide the peak that they measure.
-Run: pytest tests/test_bench.py"""
+"""The commands of bench.py still run, and freed memory does not hide the peak that they measure."""
 
 import os
 import subprocess

@@ -1,5 +1,4 @@
-"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, dead models, complete runs.
-Run: pytest tests/test_eval.py"""
+"""eval.py: metrics against published values and hand-made cases, modes on tiny vectors, dead models, complete runs."""
 
 import itertools
 import json

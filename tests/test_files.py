@@ -1,5 +1,4 @@
-"""Files of rows: JSON and JSON lines, their index, and what a broken or changed file says.
-Run: pytest tests/test_files.py"""
+"""Files of rows: JSON and JSON lines, their index, and what a broken or changed file says."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""The rows of SFT, RL and pair files: which ones are usable, and what the message says about the others.
-Run: pytest tests/test_formats.py"""
+"""The rows of SFT, RL and pair files: which ones are usable, and what the message says about the others."""
 
 import json
 import re

@@ -1,5 +1,4 @@
-"""Images and videos: patches against transformers, transparency, 16 bits, animated and broken files.
-Run: pytest tests/test_images.py"""
+"""Images and videos: patches against transformers, transparency, 16 bits, animated and broken files."""
 
 import os
 import struct

@@ -1,6 +1,5 @@
 """The 78 tasks of MMEB-V2 on a miniature data root: what is read, what a kill costs, when the cache is used. tests/data
-holds the root (made-up rows in the published layouts) and what the published parsers make of 27 tasks.
-Run: pytest tests/test_mmeb.py"""
+holds the root (made-up rows in the published layouts) and what the published parsers make of 27 tasks."""
 
 import json
 import os

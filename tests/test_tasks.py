@@ -1,5 +1,4 @@
-"""Own tasks of eval.py: what is read, which faults are found before anything is embedded, and --check.
-Run: pytest tests/test_tasks.py"""
+"""Own tasks of eval.py: what is read, which faults are found before anything is embedded, and --check."""
 
 import json
 
