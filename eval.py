@@ -482,9 +482,9 @@ def evaluate(cache, tasks, inputs, settings, answers=None):
         scored = score_task(task, take(greedy, q), take(greedy, c), take(sampled, q), shown)
         entry, columns, rankings[task.name] = scored
         rows = np.concatenate([q, c])
-        about = {key: getattr(task, key) for key in ("modality", "group", "main_metric")}
-        about |= {"num_queries": len(q), "num_candidates": len(c)}
-        scores[task.name] = about | entry | generation_metrics(greedy, rows)
+        about_task = {key: getattr(task, key) for key in ("modality", "group", "main_metric")}
+        about_task |= {"num_queries": len(q), "num_candidates": len(c)}
+        scores[task.name] = about_task | entry | generation_metrics(greedy, rows)
         for kind, arrays in ablated.items():
             entry, *_ = score_task(task, take(arrays, q), take(arrays, c))
             changed = {"gen": entry["gen"], "cosine": reasoner.mean_cosine(greedy, arrays, rows)}

@@ -148,8 +148,9 @@ def files_of_card(folder, config, split):
         parts = next(iter(configs.values()))
     of_split = [part for part in parts or [] if isinstance(part, dict) and part["split"] == split]
     patterns = [pattern for part in of_split for pattern in one_or_more(part["path"])]
-    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    absent = [pattern for pattern in patterns if not any(folder.glob(pattern))]
+    found = {pattern: sorted(folder.glob(pattern)) for pattern in patterns}
+    files = [path for paths in found.values() for path in paths]
+    absent = [pattern for pattern, paths in found.items() if not paths]
     if files and absent:
         raise MissingFile(f"{folder} has no file {absent[0]}, which its README.md names for split {split}{HOW_TO_GET}")
     return list(dict.fromkeys(files))  # two patterns may match one file
