@@ -25,9 +25,9 @@ Departures from the paper or the official code
  6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
  7. Each batch holds one dataset, in shuffled order. Bad rows are masked out and listed (data.py, 1. and 2.).
  8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper). AdamW's second beta is 0.98.
- 9. Toy preset only, off in 2b and 7b: --w_anchor pulls the embeddings of the rollouts to those of the SFT model
-    (1 - cosine at <disc_emb> and <gen_emb>). The policy gradient ignores the embeddings, and at the toy's large
-    learning rate an optimiser step can blur their alignment.
+ 9. Toy preset only: --std_floor is 0.1 (1e-4 in the paper). If all rollouts of a group are right, or all are wrong,
+    their rewards differ by thousandths. Divided by so small a deviation, this noise would push the policy as hard as
+    the difference between a right and a wrong rollout. The log's small_spread_share measures it.
 
 Commands
     python rl.py                                                          # CPU: the toy world, after sft.py
@@ -97,7 +97,6 @@ class Settings:
     reward_weights: list[str] = field(default_factory=list, metadata={
         "help": "NAME=WEIGHT of rewards in reward.py; default: format=1 embedding=1 share=0 gap=0; 0: only logged"})
     std_floor: float = setting(1e-4, "added to the standard deviation of a group's rewards")
-    w_anchor: float = setting(0.0, "weight of the embedding anchor; not in the paper")
     lr: float = setting(1e-6, "peak learning rate, linear to 0")
     beta2: float = setting(0.999, "AdamW's second beta")
     clip: float = setting(1.0, "gradient norm is clipped to this")
@@ -126,8 +125,8 @@ PRESETS = {
     "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "update_batch": 1, "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
-        "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64, "lr": 2e-4,
-        "w_anchor": 20.0, "beta2": 0.98, "workers": 1, "max_length": 512, "bf16": False,
+        "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64,
+        "std_floor": 0.1, "lr": 5e-5, "beta2": 0.98, "workers": 1, "max_length": 512, "bf16": False,
         "checkpointing": False,
     },
 }  # fmt: skip
@@ -259,7 +258,6 @@ class PackedGroup:
     row: Row
     segments: np.ndarray  # [L] 0 prompt, g + 1 completion g
     predict: list  # for each completion token, the index that predicts it
-    embed_at: list  # for each embedding, its own index: disc, then each valid gen
 
 
 def pack_group(row, rollouts):
@@ -268,18 +266,16 @@ def pack_group(row, rollouts):
     n = row.n_prompt
     segments = [np.zeros(n, int)]
     positions = [row.positions[:, :n]]
-    predict, embed_at = [], [row.disc_at]
+    predict = []
     start = n  # index of the next completion
     for g, ids in enumerate(rollouts.ids):
         segments.append(np.full(len(ids), g + 1))
         positions.append(np.broadcast_to(row.next_position + np.arange(len(ids)), (3, len(ids))))
         predict += [n - 1, *range(start, start + len(ids) - 1)]  # n - 1: the prompt's last token
-        if rollouts.valid[g]:
-            embed_at.append(start + rollouts.gen_at[g])
         start += len(ids)
     ids = np.concatenate([row.ids[:n], *rollouts.ids])
     packed = replace(row, ids=ids, positions=np.concatenate(positions, axis=1), gen_at=-1)
-    return PackedGroup(packed, np.concatenate(segments), predict, embed_at)
+    return PackedGroup(packed, np.concatenate(segments), predict)
 
 
 def tree_mask(segments, device):
@@ -306,8 +302,6 @@ class Packed(NamedTuple):
     """n groups as a batch for Embedder.forward; M completion tokens, T tokens of the longest completion."""
 
     batch: Batch
-    embed_at: torch.Tensor  # flat indices of the embeddings
-    group_of_embedding: torch.Tensor  # the group of each embedding
     predict: torch.Tensor  # [M] flat indices
     labels: torch.Tensor  # [M] token ids
     mask_at: torch.Tensor  # [M] flat indices of the tokens in `mask`
@@ -323,31 +317,20 @@ def pack_groups(embedder, groups):
     batch = embedder.pad_rows([p.row for p in packed], attention)
     L = batch.ids.shape[1]
     T = max(map(len, completions))
-    embed_at, group_of_embedding, predict, labels, mask_at = int_tensors(
+    predict, labels, mask_at = int_tensors(
         device,
-        [b * L + index for b, p in enumerate(packed) for index in p.embed_at],
-        [b for b, p in enumerate(packed) for _ in p.embed_at],
         [b * L + index for b, p in enumerate(packed) for index in p.predict],
         [token for ids in completions for token in ids],
         [i * T + t for i, ids in enumerate(completions) for t in range(len(ids))],
     )
     mask = torch.zeros(len(completions) * T, dtype=torch.bool, device=device).index_fill_(0, mask_at, True)
-    return Packed(batch, embed_at, group_of_embedding, predict, labels, mask_at, mask.view(-1, T))
+    return Packed(batch, predict, labels, mask_at, mask.view(-1, T))
 
 
 def padded(flat, packed):
     """Return the values of the completion tokens [M] as [n * G, T], with zeros after each completion."""
     mask = packed.mask
     return torch.zeros(mask.numel(), device=flat.device).index_copy(0, packed.mask_at, flat).view(mask.shape)
-
-
-def anchor_loss(embeddings, ref_embeddings, group_of_embedding, ok):
-    """Return the scalar sum over usable groups of each group's mean of 1 - cosine(embedding, reference's embedding).
-    embeddings and ref_embeddings [N, D], group_of_embedding [N], ok [n], 0 or 1"""
-    distance = 1 - (embeddings * ref_embeddings).sum(-1)  # [N]
-    sums = torch.zeros_like(ok).index_add(0, group_of_embedding, distance)  # [n]
-    counts = torch.zeros_like(ok).index_add(0, group_of_embedding, torch.ones_like(distance))  # [n]
-    return (sums / counts * ok).sum()
 
 
 class StepMetrics:
@@ -384,7 +367,7 @@ def update(model, reference, batches, args):
     for groups in batches:
         stop_if_asked()
         packed = pack_groups(embedder, groups)
-        request = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels)
+        request = dict(predict=packed.predict, labels=packed.labels)
         request |= dict(temperature=args.temperature, ban=True)  # as in sampling
         ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], 0 for skipped pairs
@@ -401,23 +384,19 @@ def update(model, reference, batches, args):
             )  # fmt: skip
             # grpo_loss is the mean over this batch; weight it to get the mean over the groups of all ranks
             loss = loss * len(groups) / num_groups
-            anchor = anchor_loss(out.embeddings, ref.embeddings, packed.group_of_embedding, ok) / num_groups
-            (world * (loss + args.w_anchor * anchor)).backward()  # undoes the division by world, see sft.contrast
+            (world * loss).backward()  # undoes the division by world, see sft.contrast
 
         sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]
         mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # of decode loop and update
         tokens = mask.sum()
         metrics.add(
             loss=loss,
-            anchor=anchor,
             tokens=tokens,
             entropy=(padded(out.entropy, packed) * mask).sum(),
             logp_mismatch=(padded(mismatch, packed) * mask).sum(),
             **{name: mean * tokens for name, mean in stats.items()},
         )
-    totals = metrics.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
-    totals["loss"] += args.w_anchor * totals["anchor"]
-    return totals
+    return metrics.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
 
 
 SMALL_SPREAD = 0.05  # rewards of a group that differ by less: all rollouts have the same rank, only the gap differs

@@ -46,7 +46,6 @@ SHAPES = {  # functions of x and y from the shape's centre: below 0 is inside; t
 }
 PLACES = ["xa", "xb", "xc", "ya", "yb", "yc", "za", "zb", "zc"]
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (rows, columns)
-RL_TASKS = ("cls", "vqa", "ground", "video")  # these need several steps of reasoning; the other tasks only copy
 CLOSED_TASKS = ("cls", "vqa")  # the candidates are exactly all objects
 MODALITIES = {"video": "video", "doc": "visdoc"}  # modalities of tasks in eval.py; the other tasks have images
 Side = namedtuple("Side", "text think answer media", defaults=((),))  # media: 0, 1 (image) or 2 (video) scenes
@@ -408,13 +407,13 @@ def in_parallel(out, jobs):
             raise
 
 
-def write_toy(out, seed=0, pairs=2000, rl_pairs=2400, dev=60, test=120, candidates=200):
+def write_toy(out, seed=0, pairs=2000, rl_pairs=1400, dev=60, test=120, candidates=200):
     """Write the toy world as files, with sizes per task. sft.json and rl.json have training scenes; rl_dev.json,
     rl_test.json, tasks/dev/*.json and tasks/test/*.json have held-out scenes."""
     out = Path(out)
     row_files = {  # name: split, rows of each task, tasks
         "sft": ("train", pairs, TASKS),
-        "rl": ("train", rl_pairs, RL_TASKS),
+        "rl": ("train", rl_pairs, TASKS),
         "rl_dev": ("dev", 48, TASKS),
         "rl_test": ("test", 48, TASKS),
     }

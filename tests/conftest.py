@@ -430,7 +430,7 @@ def flags(tiny_dir, world, out, **more):
 def rl_flags(writer_dir, world, out, **more):
     """Return the command line of a short run of rl.py."""
     given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4,
-                 micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100, w_anchor=0,
+                 micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100,
                  cache=world / "cache") | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 

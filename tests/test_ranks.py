@@ -127,7 +127,7 @@ def argv_of(tiny_dir, writer_dir, world, tmp_path_factory):
         more |= dict(data=folder / f"{module.__name__}.json", batch_size=16, lr=LR)
         if module is sft:
             return flags(tiny_dir, world, out, **more)
-        return rl_flags(writer_dir, world, out, steps=1, w_anchor=1, **more)
+        return rl_flags(writer_dir, world, out, steps=1, **more)
 
     return argv_of
 

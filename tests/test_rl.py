@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     CLOSE,
     assert_same_gradients,
@@ -121,8 +120,8 @@ def test_masked_places_do_not_leak(poison):
 
 
 def args(**more):
-    base = dict(G=3, max_new_tokens=20, micro_batch=4, update_batch=2, beta=0.04, temperature=1.0, w_anchor=0.0,
-                bf16=False, checkpointing=False)  # fmt: skip
+    base = dict(G=3, max_new_tokens=20, micro_batch=4, update_batch=2, beta=0.04, temperature=1.0, bf16=False,
+                checkpointing=False)  # fmt: skip
     return Settings(**(base | more))
 
 
@@ -148,49 +147,40 @@ def sampled(writer):
 
 
 def plain_group(model, row, r, temperature=1.0):
-    """From transformers, row by row: per completion its log p [T], and the embeddings of disc and each valid gen."""
+    """Return log p [T] of each completion, from transformers, row by row."""
     names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>",
              "<|endoftext|>", DISC]  # fmt: skip
     V = model.backbone.lm_head.weight.shape[0]
     banned = torch.zeros(V, dtype=torch.bool)
     banned[model.tokenizer.convert_tokens_to_ids(names) + list(range(len(model.tokenizer), V))] = True
-    logps, embeddings = [], []
+    logps = []
     for ids in r.ids:
-        hidden, logits = transformers_forward(model, [with_answer(row, ids)])[0]
+        _, logits = transformers_forward(model, [with_answer(row, ids)])[0]
         logp = (logits.masked_fill(banned, -1e30) / temperature).log_softmax(-1)
         logps.append(logp[torch.arange(row.n_prompt - 1, row.n_prompt - 1 + len(ids)), ids])
-        at = [t for t, token in enumerate(ids) if token == model.gen_id]
-        embeddings += [] if embeddings else [hidden[row.disc_at]]
-        embeddings += [hidden[row.n_prompt + at[-1]]] if at else []
-    return logps, F.normalize(torch.stack(embeddings), dim=-1)
+    return logps
 
 
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [4], [0, 1, 2, 3, 4], [3, 0]])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_packed_rows_equal_plain_rows(writer, sampled, which, temperature):
-    """Log p, embeddings and gradients of packed rows are transformers' on every prompt + completion alone."""
+    """Log p and gradients of packed rows are transformers' on every prompt + completion alone."""
     rows, rollouts = [sampled[0][n] for n in which], [sampled[1][n] for n in which]
     packed = pack_groups(writer, groups_of(rows, rollouts))
-    out = writer(packed.batch, packed.embed_at, packed.predict, packed.labels, temperature, True)
-    embeddings, logp, entropy, _ = out
-    group, mask = packed.group_of_embedding, packed.mask
-    plain = [plain_group(writer, row, r, temperature) for row, r in zip(rows, rollouts)]
-    want, want_embeddings = torch.cat([x for p in plain for x in p[0]]), torch.cat([p[1] for p in plain])
+    _, logp, entropy, _ = writer(packed.batch, None, packed.predict, packed.labels, temperature, True)
+    want = torch.cat([x for row, r in zip(rows, rollouts) for x in plain_group(writer, row, r, temperature)])
     torch.testing.assert_close(logp, want, **CLOSE)
-    torch.testing.assert_close(embeddings, want_embeddings, **CLOSE)
     assert entropy.isfinite().all() and (entropy > 0).all()
-    assert group.tolist() == [b for b, p in enumerate(plain) for _ in p[1]]
     lengths = [len(ids) for r in rollouts for ids in r.ids]
-    assert mask.sum(1).tolist() == lengths
+    assert packed.mask.sum(1).tolist() == lengths
     for line, part in zip(padded(logp, packed), want.split(lengths)):
         torch.testing.assert_close(line[: len(part)], part, **CLOSE)
         assert not line[len(part) :].any()
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(len(want), generator=g), torch.randn(want_embeddings.shape, generator=g)
+    weights_of_tokens = torch.randn(len(want), generator=torch.Generator().manual_seed(0))
     found = []
-    for x, y in ((logp, embeddings), (want, want_embeddings)):
+    for x in (logp, want):
         writer.zero_grad()
-        ((x * a).sum() + (y * b).sum()).backward()
+        (x * weights_of_tokens).sum().backward()
         found.append(gradients(writer))
     writer.zero_grad()
     assert_same_gradients(*found)
@@ -237,8 +227,7 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
 
     def everything():
         packed = pack_groups(writer, groups_of(*sampled))
-        asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels, ban=True)
-        found = [*writer(packed.batch, **asked)[:3]]
+        found = [*writer(packed.batch, None, packed.predict, packed.labels, ban=True)[1:3]]
         rows = encoded(writer, inputs())
         local = sft.StepRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
@@ -255,13 +244,11 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
 
 
 def test_rollout_and_update_see_the_same(writer, sampled):
-    """The embeddings and log-probabilities that the decode loop kept are those of the packed update pass."""
+    """The log-probabilities that the decode loop kept are those of the packed update pass."""
     rows, rollouts = sampled
     packed = pack_groups(writer, groups_of(rows, rollouts))
     with torch.no_grad():
-        embeddings, logp, *_ = writer(packed.batch, packed.embed_at, packed.predict, packed.labels, 1.0, True)
-    kept = [x for r in rollouts for x in (r.disc, *r.gen[r.valid])]
-    torch.testing.assert_close(embeddings, torch.stack(kept), **CLOSE)
+        logp = writer(packed.batch, None, packed.predict, packed.labels, 1.0, True).logp
     torch.testing.assert_close(logp, torch.tensor([x for r in rollouts for lp in r.logp for x in lp]), **CLOSE)
     for row, r, seed in zip(rows, rollouts, range(10, 15)):  # rollouts have the order of the rows
         assert rollout(writer, [row], [seed], args(micro_batch=1))[0].ids == r.ids
@@ -282,7 +269,7 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
             assert [len(row.vision_states) for row in rows] == [row.num_patches // merged for row in rows]
         looks.clear()
         rollouts = rollout(model, rows, range(10, 15), args())
-        stats = update_once(model, reference, groups_of(rows, rollouts, A), args(w_anchor=1.0))
+        stats = update_once(model, reference, groups_of(rows, rollouts, A), args())
         assert bool(looks) != shared
         found.append((rollouts, stats, gradients(model)))
         model.zero_grad()
@@ -335,7 +322,7 @@ def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
         rows = [p.query for p in batch] + [p.target for p in batch]
         ok = [p.ok for p in batch] * 2
         writer.zero_grad()
-        stats = update_once(writer, reference, groups_of(rows, r, a.flatten(0, 1), ok), args(w_anchor=2.0))
+        stats = update_once(writer, reference, groups_of(rows, r, a.flatten(0, 1), ok), args())
         found.append((stats, gradients(writer)))
     writer.zero_grad()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6, rel=1e-4)
@@ -351,36 +338,33 @@ def frozen_copy(model, noise=0.0):
     return other
 
 
-@pytest.mark.parametrize("update_batch, w_anchor, checkpointing", [(1, 0.0, False), (2, 3.0, True), (5, 0.5, False)])
-def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, w_anchor, checkpointing):
+@pytest.mark.parametrize("update_batch, checkpointing", [(1, False), (2, True), (5, False)])
+def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, checkpointing):
     """Loss and gradients of an update are those of loops over single completions of transformers."""
     rows, rollouts = sampled
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
     reference, A = frozen_copy(model, 0.02), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    want, anchors, kls = 0.0, [], []
+    want, kls = 0.0, []
     for n, (row, r) in enumerate(zip(rows, rollouts)):
-        logps, embeddings = plain_group(model, row, r)
+        logps = plain_group(model, row, r)
         with torch.no_grad():
-            ref_logps, ref_embeddings = plain_group(reference, row, r)
-        anchors.append((1 - (embeddings * ref_embeddings).sum(-1)).mean())
+            ref_logps = plain_group(reference, row, r)
         for g in range(3):
             logp, ref = logps[g], ref_logps[g]
             given = (logp[None], logp.detach()[None], ref[None], A[n, g : g + 1], torch.ones(1, len(logp)))
             part, stats = twin_grpo(*given, 0.2, 0.28, 0.04, 20)
             want = want + part / 15
             kls += [float(stats["kl"].detach())] * len(logp)
-    anchor = sum(anchors) / 5
-    (want + w_anchor * anchor).backward()
+    want.backward()
     want_gradients = gradients(model)
     model.zero_grad()
     if checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     groups = groups_of(rows, rollouts, A)
-    stats = update_once(model, reference, groups, args(update_batch=update_batch, w_anchor=w_anchor))
-    assert stats["loss"] == pytest.approx(float((want + w_anchor * anchor).detach()), abs=1e-5)
-    assert stats["anchor"] == pytest.approx(float(anchor.detach()), abs=1e-5)
+    stats = update_once(model, reference, groups, args(update_batch=update_batch))
+    assert stats["loss"] == pytest.approx(float(want.detach()), abs=1e-5)
     assert stats["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-5) and stats["kl"] > 1e-4
     assert stats["clip_share"] == 0 and stats["logp_mismatch"] < 1e-5
     assert_same_gradients(gradients(model), want_gradients)
@@ -428,7 +412,7 @@ def test_reference_in_bf16_has_the_same_numbers(writer_dir, sampled, tied):
     store_linear_in_bf16(halved)
     packed = pack_groups(plain, groups_of(*sampled))
     assert len(packed.batch.patches)
-    asked = dict(embed_at=packed.embed_at, predict=packed.predict, labels=packed.labels, ban=True)
+    asked = dict(embed_at=packed.predict, predict=packed.predict, labels=packed.labels, ban=True)
     for a, b in zip(plain(packed.batch, **asked)[:3], halved(packed.batch, **asked)[:3]):
         assert torch.equal(a, b)
     left = {name for name, p in halved.named_parameters() if p.dtype == torch.float32}
@@ -464,13 +448,13 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
     assert rollouts[0].ids[0] != rollouts[0].ids[1]
     model = Embedder.from_pretrained(writer_dir)
     reference, A = frozen_copy(model), torch.tensor([[1.0, -1.0, 0.0]])
-    before = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]
+    before = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(3):
         update_once(model, reference, groups_of(rows, rollouts, A), args())
         optimizer.step()
         optimizer.zero_grad()
-    after = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])[0]]
+    after = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])]
     assert after[0] - after[1] > before[0] - before[1] and after[0] > before[0]
 
 
@@ -479,7 +463,7 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
     rows = json.loads((world / "rl.json").read_text())
     rows[1]["qry_image"] = rows[8]["qry_image"] = "images/gone.png"
     (world / "rl_gone.json").write_text(json.dumps(rows))
-    more = dict(data=world / "rl_gone.json", batch_size=6, steps=2, w_anchor=1.0)
+    more = dict(data=world / "rl_gone.json", batch_size=6, steps=2)
     run_here(rl, rl_flags(writer_dir, world, tmp_path / "one", **more), monkeypatch)
     run_processes(rl, rl_flags(writer_dir, world, tmp_path / "two", **more) + ["--update_batch", 1, "--micro_batch", 2])
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
@@ -490,6 +474,17 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
     assert one[0]["share_query"] > 0 and one[0]["format_query"] > 0
     names = sorted(json.loads(line)["row"] for line in (tmp_path / "two/skipped.jsonl").read_text().splitlines())
     assert [name.rpartition(" ")[2] for name in names] == ["1", "8"]
+
+
+def test_std_floor_reaches_the_run(writer_dir, world, tmp_path, monkeypatch):
+    """A floor far above the rewards divides the first step's gradient by itself. The rewards stay the same."""
+    lines = []
+    for floor in (1e5, 1e6):
+        out = tmp_path / f"{floor:g}"
+        run_here(rl, rl_flags(writer_dir, world, out, std_floor=floor), monkeypatch)
+        lines += read_log(out)
+    assert lines[0]["reward"] == lines[1]["reward"] > 0
+    assert lines[0]["grad_norm"] == pytest.approx(10 * lines[1]["grad_norm"], rel=1e-3)
 
 
 def test_learning_rate_zero_changes_nothing(writer_dir, world, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def shards_equal_replicas(module, given, start, world, out, more):
 @pytest.mark.parametrize("more", [{}, pytest.param(dict(train_vision=True), marks=pytest.mark.slow)])
 def test_rl_in_shards_equals_replicas(writer_dir, world, tmp_path, more):
     """The same for rl.py. One step only, because afterwards rounding may change a sampled token."""
-    shards_equal_replicas(rl, rl_flags, writer_dir, world, tmp_path, dict(steps=1, lr=1e-4, w_anchor=1.0) | more)
+    shards_equal_replicas(rl, rl_flags, writer_dir, world, tmp_path, dict(steps=1, lr=1e-4) | more)
 
 
 @pytest.mark.parametrize("module, given", [(sft, flags), (rl, rl_flags)])

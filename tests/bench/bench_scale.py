@@ -96,7 +96,7 @@ def one_pass(embedder, stage):
     config = embedder.backbone.config.vision_config
     # (1 + K) D_vit, the width of the states between the vision tower and its mergers
     width = len(mergers_of(embedder.backbone)) * getattr(config, "embed_dim", config.hidden_size)
-    read, predict = torch.tensor([L // 2, L - 2]), torch.arange(prompt, L - 1)
+    predict = torch.arange(prompt, L - 1)
     batch = Batch(
         ids=torch.zeros(1, L, dtype=torch.long),
         positions=torch.zeros(3, 1, L, dtype=torch.long),
@@ -106,8 +106,12 @@ def one_pass(embedder, stage):
         vision_states=torch.zeros(2 * prompt, width, dtype=torch.bfloat16),
         mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )
-    embeddings, logp, *_ = embedder(batch, embed_at=read, predict=predict, labels=torch.zeros_like(predict))
-    (embeddings.sum() - logp.mean()).backward()
+    read = torch.tensor([L // 2, L - 2]) if stage == "sft" else None
+    out = embedder(batch, embed_at=read, predict=predict, labels=torch.zeros_like(predict))
+    loss = -out.logp.mean()
+    if stage == "sft":
+        loss = loss + out.embeddings.sum()
+    loss.backward()
 
 
 def measured(values, stage, fsdp):
