@@ -29,6 +29,7 @@ from eval import best_first, greedy_sides, load_task, score_candidates  # noqa: 
 from support.cache import DistinctInputs, collect  # noqa: E402
 from support.files import write_file  # noqa: E402
 from support.program import BadInput, MissingFile, run_script  # noqa: E402
+from support.report import mean_over_datasets  # noqa: E402
 
 BENCH = "python tests/bench/bench.py toy --seeds 3 --recipes rl"
 TASK = "test/ground"  # queries and candidates are images, and it takes some reasoning
@@ -192,7 +193,7 @@ def read_log(folder):
 
 
 def running_mean(log, name, window):
-    """Return [(step, mean of the last `window` steps)], at every fifth of a window. Each step has another task."""
+    """Return [(step, mean of the last `window` steps)], at every fifth of a window."""
     values = [row[name] for row in log]
     ends = range(window, len(values) + 1, max(1, window // 5))
     return [(log[end - 1]["step"], fmean(values[end - window : end])) for end in ends]
@@ -271,13 +272,13 @@ def curves_figure(runs):
         sft.parts.append(line([(x, sft.top), (x, sft.top + sft.height)], "line-dim", "3 4"))
         sft.parts.append(text(x + 6, sft.top + 18, "from here on", "small dim"))
         sft.parts.append(text(x + 6, sft.top + 35, f"tau = {tau:g}", "small dim"))
-    rewards = [running_mean(log, "reward", 50) for log in runs.rl]
+    rewards = [mean_over_datasets([(row["step"], row["reward"], row["dataset"]) for row in log]) for log in runs.rl]
     values = [y for curve in rewards for _, y in curve]
-    rl = seeds_panel(SIDE + 288, "RL reward, mean of 50 steps", rewards, rounded_range(values, 0.05), False)
+    rl = seeds_panel(SIDE + 288, "RL reward, mean over tasks", rewards, rounded_range(values, 0.05), False)
     passes = pass_panel(SIDE + 576, runs.passes)
     description = " ".join([
         f"SFT loss at the end, mean of 20 steps, by seed: {ends(losses, -1)}.",
-        f"RL reward, mean of 50 steps, by seed: at first {ends(rewards, 0)}, at the end {ends(rewards, -1)}.",
+        f"RL reward, mean over the tasks, by seed: at first {ends(rewards, 0)}, at the end {ends(rewards, -1)}.",
         f"pass@k in per cent, mean over the seeds: after SFT {listed_passes(runs.passes['sft'])};",
         f"after RL {listed_passes(runs.passes['rl'])}.",
     ])  # fmt: skip

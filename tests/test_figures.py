@@ -96,12 +96,16 @@ def test_rl_step_names_existing_functions():
 
 
 def made_up_runs(folder, seeds=3, steps=100):
-    """Write a folder as bench.py does: the loss falls by 1 % a step, the reward rises by 0.001."""
+    """Write a folder as bench.py does: the loss falls by 1 % a step, the reward rises by 0.001. Steps alternate between
+    dataset 0 and dataset 1, whose reward is 0.5 higher."""
     for s in range(seeds):
         for stage, chances in {"sft": (0.5, 0.75), "rl": (0.625, 0.875)}.items():
             run = folder / f"seed{s}" / stage
             (run / "eval" / stage).mkdir(parents=True)
-            rows = [{"step": n, "loss": 8 * 0.99**n, "reward": 1 + s / 10 + n / 1000} for n in range(1, steps + 1)]
+            rows = [
+                {"step": n, "dataset": n % 2, "loss": 8 * 0.99**n, "reward": 1 + s / 10 + n / 1000 + n % 2 / 2}
+                for n in range(1, steps + 1)
+            ]
             (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             (run / "args.json").write_text(json.dumps({"settings": {"tau_steps": 50, "tau": 0.02}}))
             overall = {"gen": 0.5, "pass@1": chances[0] + s / 100, "pass@2": chances[1] + s / 100}
@@ -115,7 +119,7 @@ def test_curves_have_the_numbers_of_the_logs(tmp_path):
     shown = texts(source)
     assert {"51.0", "63.5", "76.0", "88.5", "seed 2", "tau = 0.02"} <= set(shown)  # means over 0, 1 and 2 points more
     described = root.findtext(f"{NAME}desc")
-    assert "at first 1.03, 1.13, 1.23, at the end 1.08, 1.18, 1.28" in described  # means of steps 1..50 and 51..100
+    assert "at first 1.25, 1.35, 1.45, at the end 1.35, 1.45, 1.55" in described  # near step 1 and step 100
     assert "after SFT 51.0 at k = 1, 76.0 at k = 2; after RL 63.5 at k = 1, 88.5 at k = 2" in described
 
 

@@ -22,7 +22,7 @@ def parse():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     toy = commands.add_parser("toy", help="toy world: SFT, DUME and RL for some seeds, scored in every mode")
     toy.add_argument("--seeds", type=int, default=3)
-    toy.add_argument("--recipes", nargs="+", choices=("rl", "rl plain (paper)"), default=["rl"],
+    toy.add_argument("--recipes", nargs="+", choices=("rl", "rl, floor 1e-4"), default=["rl"],
                      help="RL runs; the findings are about the first one")  # fmt: skip
     data = commands.add_parser("data", help="toy world: a model's own annotations, and --cross_weight")
     data.add_argument("--sft", help="a toy SFT model; without one it is trained")

@@ -21,7 +21,8 @@ from support.report import model_names, paired_change
 from support.toy import write_toy
 
 DUME = ["--w_disc", "1", "--w_gen", "0", "--w_ce", "0"]  # the disc-only baseline: no reasoning
-RECIPES = {"rl": [], "rl plain (paper)": ["--w_anchor", "0"]}  # RL runs; the first is the toy preset
+# RL runs: the toy preset, and the preset with the paper's constant in the denominator of the advantage
+RECIPES = {"rl": [], "rl, floor 1e-4": ["--std_floor", "1e-4"]}
 COLUMNS = ["disc", "gen", "fused", "oracle", "pass@1", "pass@2", "pass@8", "pass@16", "gen_disc", "disc_gen"]
 EMPTY = "<think></think><answer><gen_emb>"  # an answer without reasoning and summary
 
@@ -64,26 +65,29 @@ def held_out_reward(model, file, root, batches=14, batch_size=24, seed=1234):
 
 
 def toy(args, run):
-    """Train SFT, DUME and the RL recipes for each seed and score all on the same scenes. run starts a script."""
+    """Train SFT, DUME and the RL recipes for each seed and score all on the same scenes. run starts a script.
+
+    A model that is in its folder is not trained again."""
     world, out, tasks = world_of(args)
 
     def folder_of(seed, name):
-        return out / f"seed{seed}" / name.replace(" ", "_").replace("(", "").replace(")", "")
+        return out / f"seed{seed}" / name.replace(", ", "_").replace(" ", "_")
 
     def chain(seed, name):
         """Train and score one model."""
         folder = folder_of(seed, name)
         kind = "rl" if name in RECIPES else "sft"
         train = ["--seed", seed, "--out", folder, "--data", world / f"{kind}.json", "--media_root", world]
+        if name == "dume":
+            train += DUME
+        elif name in RECIPES:
+            train += ["--model", folder_of(seed, "sft"), *RECIPES[name]]
+        if not (folder / "model.safetensors").exists():
+            run(f"{kind}.py", *train)
         score = ["--root", world, "--tasks", *tasks, "--model", folder, "--out", folder / "eval"]
         if name == "dume":
-            run("sft.py", *train, *DUME)
             run("eval.py", *score, "--samples", 0, "--max_new_tokens", 1)
             return read_result(folder / "eval" / folder.name)
-        if name == "sft":
-            run("sft.py", *train)
-        else:
-            run("rl.py", "--model", folder_of(seed, "sft"), *train, *RECIPES[name])
         run("eval.py", *score)
         given = [str(folder), str(world / f"rl_{args.split}.json"), str(world), *([1, 4] if args.tiny else [])]
         rewards = in_fresh_process("bench_toy", f"held_out_reward(*{given!r})", args.tiny)
@@ -166,7 +170,8 @@ def findings_table(results, recipes):
     ]
     rows += [(f"fused - gen, {name}", change(name, name, "gen", "fused")) for name in ("sft", rl)]
     for name in recipes:
-        rows += [(f"{name}: {mode}, change from SFT", change("sft", name, mode, mode)) for mode in ("gen", "fused")]
+        for mode in ("disc", "gen", "fused", "pass@1", "pass@16"):
+            rows.append((f"{name}: {mode}, change from SFT", change("sft", name, mode, mode)))
         rows.append((f"{name}: held-out reward, change", reward_change(name)))
     return markdown(["finding", "value"], rows)
 
