@@ -56,7 +56,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from model import PREFILL_TOKENS
 from support import reasoner, report
 from support.backbones import QWEN2_VL
 from support.cache import (
@@ -73,6 +72,7 @@ from support.cache import (
 from support.distributed import end_processes, processes, start_processes
 from support.files import one_or_more
 from support.mmeb import GRADED, MMEB, check_files, load_mmeb, tasks_of_column
+from support.passes import PASS_TOKENS
 from support.program import BadInput, MissingFile, run_script
 from support.settings import hold, parse_args, setting, write_args
 from support.tasks import choose_tasks, known_tasks, load_on_all_ranks, load_own_task
@@ -88,11 +88,11 @@ MODES = ("disc", "gen", "fused", "oracle", "gen_disc", "disc_gen")
 
 PRESETS = {
     "toy": dict(model=["runs/toy/sft", "runs/toy/rl"], root="runs/toy/data", out="runs/toy/eval", samples=16,
-                max_new_tokens=128, batch_size=64, workers=1),
+                max_new_tokens=128, slots=64, workers=1),
     "2b": dict(model=["runs/2b/rl"], root="data/MMEB", out="runs/2b/eval", samples=0,
-               max_new_tokens=8192, batch_size=64),  # 8,192: the official command; the paper gives no value
+               max_new_tokens=8192, slots=64),  # 8,192: the official command; the paper gives no value
     "7b": dict(model=["runs/7b/rl"], root="data/MMEB", out="runs/7b/eval", samples=0,
-               max_new_tokens=8192, batch_size=32),  # copies 2b: unknown in the paper
+               max_new_tokens=8192, slots=32),  # copies 2b: unknown in the paper
 }
 
 
@@ -110,8 +110,8 @@ class Settings:
     samples: int = setting(0, "sampled answers per query, for pass@k; 0: no pass@k")
     temperature: float = setting(1.0, "of the samples (unknown in the paper; RL samples at 1)")
     max_new_tokens: int = setting(512, "longest answer in tokens; an answer cut before its <gen_emb> is invalid")
-    batch_size: int = setting(8, "generations at once on one rank: speed and memory only")
-    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts: speed and memory only")
+    slots: int = setting(8, "completions decoded at once by each rank; changes only memory and time")
+    pass_tokens: int = setting(PASS_TOKENS, "most tokens of a pass, pads included; changes only memory and time")
     seed: int = setting(0, "of the samples")
     report_queries: int = setting(8, "queries of a task in OUT/report.html, fewer with many tasks; 0: no report")
     blank_image: bool = setting(True, "put a blank image on inputs without media")

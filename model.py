@@ -26,6 +26,7 @@ Departures from the official code
 import contextlib
 import warnings
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +47,10 @@ from support.formats import DISC, GEN, check_arguments, check_input, check_text,
 from support.head import TokenLogp, sampling_logits
 from support.images import normalise
 from support.loop import stop_if_asked
+from support.passes import PASS_TOKENS, cut_into_passes, padded_length, same_number_on_all_ranks
 from support.program import BadInput, Progress, Skip
 from support.weights import add_embedding_tokens, add_keys_of_transformers_4, load_pretrained
 
-PREFILL_TOKENS = 16_384  # most tokens of one pass over prompts, pads included: five pages of 2.4 M pixels
 AHEAD = 4  # completions that may wait for a slot after their prefill, so that one prefill reads several prompts
 # Sampling bans these names and the media pads. tokenizer.pad_token is not used, because it may be <|im_end|>.
 NEVER_WRITTEN = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>", DISC)
@@ -298,18 +299,21 @@ class Embedder(nn.Module):
         return self.encode_vision(batch.patches, batch.grids)
 
     @torch.no_grad()
-    def share_vision(self, rows, n):
-        """Run the frozen ViT once over the images of all rows, n rows at a time; store the states in the rows.
+    def share_vision(self, rows, pass_tokens):
+        """Run the frozen ViT once over the images of all rows; store the states in the rows.
 
+        The merger makes one token of merge^2 patches, and a pass has at most pass_tokens of them.
         The states use CPU memory: a page of 2.4 M pixels has 12,040 x 1,280 values, 31 MB in bf16. A step of 128 pairs
         per rank uses up to 8 GB. The pixels are freed.
         """
-        for start in range(0, len(rows), n):
+        patches_of_token = self.family.merge**2
+        lengths = [row.num_patches // patches_of_token for row in rows]
+        for numbers in same_number_on_all_ranks(cut_into_passes(lengths, pass_tokens)):
             stop_if_asked()
-            part = rows[start : start + n]
+            part = [rows[n] for n in numbers]
             batch = Batch(None, None, None, *images_of(part, self.device))  # images only, no tokens
             states = self(batch).vision_states.cpu()
-            patches_per_state = self.family.merge**2 if self.vision_frozen else 1
+            patches_per_state = patches_of_token if self.vision_frozen else 1
             lengths = [row.num_patches // patches_per_state for row in part]
             for row, own in zip(part, states.split(lengths)):
                 row.vision_states = own  # empty for a row without images
@@ -339,15 +343,13 @@ class Embedder(nn.Module):
     # ---- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64,
-                 prefill_tokens=PREFILL_TOKENS):  # fmt: skip
+    def generate(self, prompts, *, G=1, temperature=1.0, max_new_tokens=512, slots=64, pass_tokens=PASS_TOKENS):
         """Read each prompt once and decode G completions of it. Yield (prompt, Rollouts) as they finish.
 
         prompts: iterable of Prompt; an unreadable prompt is yielded at once as (prompt, None). Rollout g of a prompt
         depends only on (prompt.seed, g) and the weights, not on the other completions. Rounding can still flip a close
-        choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at once. prefill_tokens: most
-        tokens of one pass over prompts, which bounds its memory; a longer prompt has its own pass. temperature 0 is
-        greedy.
+        choice (often on a GPU, 1 of 200 in a trial on a CPU). slots: completions decoded at once. pass_tokens: most
+        tokens of one pass over prompts (cut_into_passes). temperature 0 is greedy.
 
         Each live completion is a left-aligned row of one cache, with its own length. A decode step reads the first
         `slots` rows. Up to AHEAD prefilled rows after them wait for a slot. When a completion ends, the last row moves
@@ -355,7 +357,7 @@ class Embedder(nn.Module):
         """
         slots = max(slots, G)
         decoder = Decoder(self.backbone, slots, self.compute_dtype)
-        queue = PromptQueue(prompts, self.device)
+        prompts = iter(prompts)
         live = []  # completions, by row of the cache
         ended_of = {}  # prompt -> its ended completions, until all G have ended
 
@@ -365,15 +367,16 @@ class Embedder(nn.Module):
                 admitted = []
                 if len(live) < slots:
                     room = slots + min(slots // 2, AHEAD) - len(live)
-                    admitted = queue.take(room // G, prefill_tokens)
+                    admitted = list(islice(prompts, room // G))
                 if not live and not admitted:
                     return
                 results = [(prompt, None) for prompt in admitted if prompt.row is None]
                 readable = [prompt for prompt in admitted if prompt.row is not None]
-                if readable:
-                    last, disc = self.prefill([prompt.row for prompt in readable], decoder, len(live), G)  # [P, D] both
+                for numbers in cut_into_passes([len(p.row.ids) for p in readable], pass_tokens, self.device):
+                    part = [readable[n] for n in numbers]
+                    last, disc = self.prefill([prompt.row for prompt in part], decoder, len(live), G)  # [P, D] both
                     new = []
-                    for prompt, d in zip(readable, disc):
+                    for prompt, d in zip(part, disc):
                         ended_of[prompt] = []
                         new += [Completion.begin(prompt, g, d, temperature, max_new_tokens) for g in range(G)]
                     self.append_tokens(new, last.repeat_interleave(G, 0), decoder, temperature)
@@ -530,22 +533,23 @@ class Embedder(nn.Module):
                 yield Prompt(n, None, problem=str(error))
 
     @torch.no_grad()
-    def read_once(self, prompts, batch_size, prefill_tokens=PREFILL_TOKENS):
+    def read_once(self, prompts, most, pass_tokens=PASS_TOKENS):
         """Yield (prompt, Rollouts) like generate(), but with one rollout each and without decoding. Each prompt's row
-        already contains the assistant's text, or has none because only disc is wanted."""
-        queue = PromptQueue(prompts, self.device)
-        while part := queue.take(batch_size, prefill_tokens):
-            results = [(prompt, None) for prompt in part if prompt.row is None]
-            readable = [prompt for prompt in part if prompt.row is not None]
-            if readable:
-                rows = [prompt.row for prompt in readable]
+        already contains the assistant's text, or has none because only disc is wanted. most: prompts in memory."""
+        prompts = iter(prompts)
+        while taken := list(islice(prompts, most)):
+            results = [(prompt, None) for prompt in taken if prompt.row is None]
+            readable = [prompt for prompt in taken if prompt.row is not None]
+            for numbers in cut_into_passes([len(p.row.ids) for p in readable], pass_tokens, self.device):
+                part = [readable[n] for n in numbers]
+                rows = [prompt.row for prompt in part]
                 batch = self.pad_rows(rows)
                 starts = batch.ids.shape[1] * torch.arange(len(rows))  # first flat position of each row
                 in_row = torch.tensor([[row.disc_at, max(row.gen_at, 0)] for row in rows])
                 embed_at = (starts[:, None] + in_row).flatten().to(self.device)
                 with evaluating(self):
                     states = self(batch, embed_at=embed_at).embeddings.view(len(rows), 2, -1)
-                for prompt, (disc, gen) in zip(readable, states):
+                for prompt, (disc, gen) in zip(part, states):
                     row = prompt.row
                     valid = torch.tensor([row.gen_at >= 0])
                     gen = torch.where(valid.to(gen.device), gen, 0.0)[None]
@@ -556,12 +560,6 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Parts of a forward pass
-
-
-def padded_length(n, device):
-    """Return n, on a GPU rounded up to a multiple of 64. An aligned mask needs no copy, and the allocator sees fewer
-    sizes."""
-    return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
 
 
 def images_of(rows, device):
@@ -606,31 +604,6 @@ class Completion:
         self.ids.append(token)
         self.logp.append(logp)
         self.ended = token == end_id
-
-
-class PromptQueue:
-    """A queue of prompts with one item of lookahead."""
-
-    def __init__(self, prompts, device):
-        self.prompts = iter(prompts)
-        self.device = device
-        self.next = None  # the lookahead
-
-    def take(self, most, tokens):
-        """Return a list of up to `most` prompts with at most `tokens` tokens as padded rows. A single prompt may be
-        longer. The list is empty if no prompt is left."""
-        taken, longest = [], 0
-        while len(taken) < most:
-            prompt = self.next or next(self.prompts, None)
-            self.next = None
-            if prompt is None:
-                break
-            longest = max(longest, len(prompt.row.ids) if prompt.row is not None else 0)
-            if taken and padded_length(longest, self.device) * (len(taken) + 1) > tokens:
-                self.next = prompt
-                break
-            taken.append(prompt)
-        return taken
 
 
 def sample(logits, uniforms):

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from data import PairData, Row, step_loader
-from model import PREFILL_TOKENS, Batch, Embedder, Prompt, Rollouts, int_tensors, padded_length, save_model
+from model import Batch, Embedder, Prompt, Rollouts, int_tensors, save_model
 from reward import REWARDS, group_advantages, total_reward
 from support.distributed import (
     all_sum,
@@ -64,6 +64,7 @@ from support.files import index_rows, stable_hash
 from support.formats import RowCheck
 from support.head import store_linear_in_bf16
 from support.loop import Loop, begin_run, end_run, make_optimizer, require_usable, resume, stop_if_asked
+from support.passes import PASS_TOKENS, cut_into_passes, padded_length, padding_share, same_number_on_all_ranks
 from support.program import BadInput, run_script
 from support.settings import parse_args, setting
 from support.weights import check_model
@@ -85,9 +86,8 @@ class Settings:
     # values of the paper, unless the comment says otherwise
     steps: int = setting(345, "optimiser steps (345 in 2b: one epoch of 11 K pairs)")
     batch_size: int = setting(32, "pairs per step over all ranks; each gives a query prompt and a target prompt")
-    micro_batch: int = setting(8, "prompts decoded at once; changes only memory and time")
-    prefill_tokens: int = setting(PREFILL_TOKENS, "most tokens of one pass over prompts; changes only memory and time")
-    update_batch: int = setting(2, "groups per forward pass of the update; changes only memory and time")
+    slots: int = setting(64, "completions decoded at once; changes only memory and time")
+    pass_tokens: int = setting(PASS_TOKENS, "most tokens of a pass, pads included; changes only memory and time")
     G: int = setting(8, "rollouts per prompt")
     max_new_tokens: int = setting(2048, "most tokens of a completion; also the constant norm of the loss")
     temperature: float = setting(1.0, "sampling temperature")
@@ -122,10 +122,10 @@ class Settings:
 PRESETS = {
     "2b": {},
     # the paper gives no values for 7B, so these are the values of 2B
-    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "update_batch": 1, "fsdp": True},
+    "7b": {"model": "runs/7b/sft", "out": "runs/7b/rl", "fsdp": True},
     "toy": {
         "model": "runs/toy/sft", "data": ["runs/toy/data/rl.json"], "media_root": "runs/toy/data", "out": "runs/toy/rl",
-        "steps": 400, "batch_size": 24, "micro_batch": 48, "update_batch": 8, "max_new_tokens": 64,
+        "steps": 400, "batch_size": 24, "slots": 384, "max_new_tokens": 64,
         "std_floor": 0.1, "lr": 5e-5, "beta2": 0.98, "workers": 1, "max_length": 512, "bf16": False,
         "checkpointing": False,
     },
@@ -175,8 +175,8 @@ def rollout(embedder, rows, seeds, args):
         G=args.G,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
-        slots=args.micro_batch * args.G,
-        prefill_tokens=args.prefill_tokens,
+        slots=args.slots,
+        pass_tokens=args.pass_tokens,
     ):
         done[prompt.key] = rollouts
     return [done[n] for n in range(len(rows))]
@@ -242,13 +242,6 @@ class Group:
     rollouts: Rollouts
     advantages: torch.Tensor  # [G]
     ok: bool  # false: the pair is skipped
-
-
-def micro_batches(groups, n):
-    """Return the groups of an update as lists of n with similar lengths. The longest come first, because no gradients
-    use memory yet, and because an out-of-memory error then shows at once."""
-    by_length = sorted(groups, key=lambda g: len(g.row.ids) + sum(map(len, g.rollouts.ids)), reverse=True)
-    return [by_length[start : start + n] for start in range(0, len(groups), n)]
 
 
 @dataclass
@@ -351,8 +344,8 @@ class StepMetrics:
         return {name: x / tokens if name in token_means else x for name, x in totals.items()}
 
 
-def update(model, reference, batches, args):
-    """Add the gradients of this rank's groups to .grad; return the metrics. batches: from micro_batches().
+def update(model, reference, groups, args):
+    """Add the gradients of this rank's 2p Groups to .grad; return the metrics.
 
     Each batch of rollouts serves one optimiser step, so the current policy is the one that sampled it. The ratio is 1,
     and its gradient equals the gradient of the log-probability. logp.detach() of this pass serves as the old
@@ -361,32 +354,35 @@ def update(model, reference, batches, args):
     embedder = without_ddp(model)
     device = embedder.device
     _, world = processes()
-    num_ok = sum(float(group.ok) for groups in batches for group in groups)
+    num_ok = sum(float(group.ok) for group in groups)
     num_groups = all_sum(torch.tensor(num_ok, device=device)).clamp(min=1)  # of all ranks, queries and targets
+    lengths = [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for group in groups]
+    passes = same_number_on_all_ranks(cut_into_passes(lengths, args.pass_tokens, device))
     metrics = StepMetrics()
-    for groups in batches:
+    for numbers in passes:
         stop_if_asked()
-        packed = pack_groups(embedder, groups)
+        part = [groups[n] for n in numbers]
+        packed = pack_groups(embedder, part)
         request = dict(predict=packed.predict, labels=packed.labels)
         request |= dict(temperature=args.temperature, ban=True)  # as in sampling
-        ok = torch.tensor([float(group.ok) for group in groups], device=device)  # [n]
+        ok = torch.tensor([float(group.ok) for group in part], device=device)  # [n]
         mask = packed.mask * ok.repeat_interleave(args.G)[:, None]  # [n * G, T], 0 for skipped pairs
-        advantages = torch.cat([group.advantages for group in groups])  # [n * G]
+        advantages = torch.cat([group.advantages for group in part])  # [n * G]
 
         with torch.no_grad():  # the reference runs first: no graph is in memory yet
             ref = reference(packed.batch, **request)
-        with no_gradient_sync(model, is_last=groups is batches[-1]):
+        with no_gradient_sync(model, is_last=numbers is passes[-1]):
             out = model(packed.batch, **request)
             logp = padded(out.logp, packed)  # [n * G, T]
             loss, stats = grpo_loss(
                 logp, logp.detach(), padded(ref.logp, packed), advantages, mask,
                 eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, norm=args.max_new_tokens,
             )  # fmt: skip
-            # grpo_loss is the mean over this batch; weight it to get the mean over the groups of all ranks
-            loss = loss * len(groups) / num_groups
+            # grpo_loss is the mean over this pass; weight it to get the mean over the groups of all ranks
+            loss = loss * len(part) / num_groups
             (world * loss).backward()  # undoes the division by world, see sft.contrast
 
-        sampled = [x for group in groups for logp in group.rollouts.logp for x in logp]
+        sampled = [x for group in part for logp in group.rollouts.logp for x in logp]
         mismatch = (torch.tensor(sampled, device=device) - out.logp.detach()).abs()  # of decode loop and update
         tokens = mask.sum()
         metrics.add(
@@ -396,7 +392,8 @@ def update(model, reference, batches, args):
             logp_mismatch=(padded(mismatch, packed) * mask).sum(),
             **{name: mean * tokens for name, mean in stats.items()},
         )
-    return metrics.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
+    totals = metrics.totals(token_means=("kl", "clip_share", "ratio", "entropy", "logp_mismatch"))
+    return totals | {"padding": padding_share(lengths, passes, device)}
 
 
 SMALL_SPREAD = 0.05  # rewards of a group that differ by less: all rollouts have the same rank, only the gap differs
@@ -477,7 +474,7 @@ def main():
             ok = torch.tensor([pair.ok for pair in pairs], device=device)  # [p]
             require_usable(pairs)  # raises if no pair of the global batch is usable
             if not args.train_vision:
-                embedder.share_vision(rows, 2 * args.micro_batch)  # the tower needs less memory than decoding
+                embedder.share_vision(rows, args.pass_tokens)
 
             # rollout: its random numbers depend on (seed, step, pair, query or target, g), not on the world size. Its
             # tokens can differ between world sizes if rounding decides a close choice.
@@ -497,7 +494,7 @@ def main():
             # update
             lr = args.lr * (1 - step / args.steps)
             groups = [Group(*group) for group in zip(rows, rollouts, advantages, ok.repeat(2).tolist())]
-            stats = update(model, reference, micro_batches(groups, args.update_batch), args)
+            stats = update(model, reference, groups, args)
             norm = clip_gradients(optimizer, args.clip)
             checked = {"loss": stats["loss"], "gradient norm": norm, "sum of rewards": reward_sum}
             loop.apply_gradients(step, pairs, lr, checked)

@@ -13,7 +13,7 @@ B pairs of the global batch, n rows of a micro-batch, M tokens of their answers,
 
 Departures from the paper or the official code
  1. The negatives are the complete global batch of an optimiser step (GradCache). The official code uses the 256 pairs
-    of one of its 4 accumulation steps. The world size and --micro_batch change memory and time, and the result only by
+    of one of its 4 accumulation steps. The world size and --pass_tokens change memory and time, and the result only by
     rounding.
  2. Pairs with the same target (equal text and media) are not each other's negatives. The paper corresponds to
     --mask_same_target false.
@@ -58,6 +58,7 @@ from support.distributed import (
 from support.files import index_rows
 from support.formats import DISC, GEN, RowCheck
 from support.loop import Loop, begin_run, end_run, make_optimizer, require_usable, resume, stop_if_asked
+from support.passes import cut_into_passes, padding_share, same_number_on_all_ranks
 from support.program import run_script
 from support.settings import parse_args, setting
 from support.toy import write_toy
@@ -77,7 +78,7 @@ class Settings:
     # values of the paper, unless the comment says otherwise
     steps: int = setting(5000, "optimiser steps")
     batch_size: int = setting(1024, "pairs per optimiser step over all ranks; they are each other's negatives")
-    micro_batch: int = setting(8, "pairs per forward pass; changes only memory and time")
+    pass_tokens: int = setting(32_768, "most tokens of a pass, pads included; changes only memory and time")
     lr: float = setting(5e-5, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
     lr_floor: float = setting(0.0, "final learning rate as a share of the peak (cosine)")
@@ -112,10 +113,10 @@ class Settings:
 PRESETS = {
     "2b": {},
     # the paper gives no values for 7B, so these are the values of 2B
-    "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "micro_batch": 2, "fsdp": True},
+    "7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", "out": "runs/7b/sft", "pass_tokens": 16_384, "fsdp": True},
     "toy": {
         "model": str(Path(__file__).parent / "assets/toy_base"), "data": ["runs/toy/data/sft.json"],
-        "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40, "micro_batch": 40,
+        "media_root": "runs/toy/data", "out": "runs/toy/sft", "steps": 600, "batch_size": 40,
         "lr": 1e-3, "lr_floor": 0.05, "warmup": 0.05, "beta2": 0.98, "weight_decay": 0.01, "w_disc": 0.3,
         "w_gen": 0.3, "tau_start": 0.2, "tau_steps": 300, "workers": 1, "bf16": False, "checkpointing": False,
         "max_length": 512,
@@ -188,9 +189,9 @@ def sft_step(model, pairs, args):
     micro-batch. Three passes solve this (GradCache, Gao et al. 2021). pairs: the b pairs of this rank.
     """
     embedder = without_ddp(model)
-    step_rows = rows_of_step(pairs, args.micro_batch, embedder.device)
+    step_rows = rows_of_step(pairs, args.pass_tokens, embedder.device)
     if not args.train_vision:
-        embedder.share_vision(step_rows.rows, 2 * args.micro_batch)
+        embedder.share_vision(step_rows.rows, args.pass_tokens)
 
     # 1. embed all micro-batches, only the first with a graph: pass 3 reuses it, which saves one forward pass
     embeddings, first_result = embed_all(model, step_rows, args)  # [2b, 2, D]
@@ -203,8 +204,9 @@ def sft_step(model, pairs, args):
     ce = all_sum(ce)
     parts = {"loss": loss + args.w_ce * ce.sum(), **terms, "ce_query": ce[0], "ce_target": ce[1]}
     values = torch.stack([*parts.values()]).tolist()
+    parts = dict(zip(parts, values)) | {"padding": step_rows.padding}
     num_tokens = sum(len(row.ids) for row in step_rows.rows)
-    return dict(zip(parts, values)), int(all_sum(torch.tensor(num_tokens)))
+    return parts, int(all_sum(torch.tensor(num_tokens)))
 
 
 @dataclass
@@ -214,12 +216,13 @@ class StepRows:
     rows: list  # 2b Rows: b queries, then b targets
     side: torch.Tensor  # int [2b]: 0 query, 1 target
     ce_weight: torch.Tensor  # [2b], weight of each answer token of a row; 0 for a skipped pair
-    micro_batches: list  # lists of row indices
+    micro_batches: list  # lists of row indices, one for each forward pass
     row_indices: list  # the same lists as tensors on the device
+    padding: float  # share of pads in the micro-batches of all ranks
 
 
-def rows_of_step(pairs, micro_batch, device):
-    """Return the StepRows of b pairs. micro_batch counts pairs, so a micro-batch has twice as many rows."""
+def rows_of_step(pairs, pass_tokens, device):
+    """Return the StepRows of b pairs."""
     b = len(pairs)
     rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
     side = torch.arange(2 * b) // b
@@ -230,12 +233,11 @@ def rows_of_step(pairs, micro_batch, device):
     side_tokens = torch.stack([answer_length[side == s].sum() for s in (0, 1)])
     ce_weight = row_ok / all_sum(side_tokens).clamp(min=1)[side]
 
-    # Rows of similar length share a micro-batch, which saves padding. The longest come first: no gradients use memory
-    # yet, and an out-of-memory error shows at once. The order changes sums only by rounding.
-    order = sorted(range(2 * b), key=lambda n: len(rows[n].ids), reverse=True)
-    micro_batches = [order[start : start + 2 * micro_batch] for start in range(0, 2 * b, 2 * micro_batch)]
+    lengths = [len(row.ids) for row in rows]
+    micro_batches = same_number_on_all_ranks(cut_into_passes(lengths, pass_tokens, device))
+    padding = padding_share(lengths, micro_batches, device)
     row_indices = int_tensors(device, *micro_batches)
-    return StepRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices)
+    return StepRows(rows, side.to(device), ce_weight.to(device), micro_batches, row_indices, padding)
 
 
 def embed_micro_batch(net, step_rows, micro_batch, next_token):

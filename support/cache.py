@@ -125,11 +125,11 @@ def embed_inputs(embedder, inputs, keys, settings, samples=0, answers=None):
     S = max(1, samples)
     D = embedder.width
     if answers is not None:
-        results = embedder.read_once(prompts, settings.batch_size, settings.prefill_tokens)
+        results = embedder.read_once(prompts, settings.slots, settings.pass_tokens)
     else:
         results = embedder.generate(prompts, G=S, temperature=settings.temperature if samples else 0.0,
-                                    max_new_tokens=settings.max_new_tokens, slots=settings.batch_size,
-                                    prefill_tokens=settings.prefill_tokens)  # fmt: skip
+                                    max_new_tokens=settings.max_new_tokens, slots=settings.slots,
+                                    pass_tokens=settings.pass_tokens)  # fmt: skip
     for prompt, r in results:
         if r is None:  # a miss
             yield prompt.key, prompt.problem, np.zeros(D), np.zeros((S, D)), np.zeros(S, bool), [0] * S, [""] * S
@@ -233,9 +233,9 @@ def estimated_cost(item):
 
 
 def write_shards(results, folder, settings):
-    """Write results to shards of this rank, so that a kill costs at most --save_every inputs. Up to --batch_size of
+    """Write results to shards of this rank, so that a kill costs at most --save_every inputs. Up to --slots of
     them are being computed."""
-    size = max(1, settings.save_every - settings.batch_size)
+    size = max(1, settings.save_every - settings.slots)
     results = iter(results)
     last = time.time()
     while part := list(itertools.islice(results, size)):

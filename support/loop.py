@@ -30,8 +30,8 @@ def begin_run(args, digest_of):
     check_batch_size(args.batch_size, world)
     digests = first_on_node(lambda: [digest_of(file) for file in args.data])
     # settings that do not affect the weights: memory, time, housekeeping, and when a run stops
-    free = ("resume", "save_every", "keep", "workers", "micro_batch", "update_batch", "prefill_tokens", "out", "cache",
-            "fsdp", "max_skipped", "skip_nonfinite")  # fmt: skip
+    free = ("resume", "save_every", "keep", "workers", "slots", "pass_tokens", "out", "cache", "fsdp",
+            "max_skipped", "skip_nonfinite")  # fmt: skip
     out, settings = Path(args.out), {key: value for key, value in asdict(args).items() if key not in free}
     if Path(args.model).resolve() == out.resolve():
         raise BadInput(f"--out {out} is the same folder as --model, which would be overwritten. Give another --out.")

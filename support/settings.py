@@ -28,6 +28,9 @@ def setting(default, help):
     return field(default=default, metadata={"help": help})
 
 
+GONE = {"--micro_batch", "--update_batch", "--prefill_tokens", "--batch_size"}  # flags of earlier versions
+
+
 def parse_args(settings, presets, argv=None):
     """Return the flags of a Settings dataclass. --preset is read first and sets the other defaults."""
     argv = sys.argv[1:] if argv is None else argv
@@ -46,13 +49,15 @@ def parse_args(settings, presets, argv=None):
             action.help = argparse.SUPPRESS
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        raise SystemExit(f"unknown: {' '.join(unknown)}. See --help for the flags.")
+        gone = GONE & {flag.partition("=")[0] for flag in unknown}
+        hint = f" --pass_tokens and --slots have replaced {', '.join(sorted(gone))}." if gone else ""
+        raise SystemExit(f"unknown: {' '.join(unknown)}.{hint} See --help for the flags.")
     check_bounds(vars(args))
     return args
 
 
 BOUNDS = (  # lowest value, whether the lowest value is allowed, highest value, settings
-    (1, True, math.inf, "steps batch_size micro_batch update_batch prefill_tokens save_every keep"),
+    (1, True, math.inf, "steps batch_size slots pass_tokens save_every keep"),
     (1, True, math.inf, "max_new_tokens max_length max_tokens size"),
     (2, True, math.inf, "G"),  # a group of one has advantage 0: nothing is learned
     (0, True, math.inf, "workers tau_steps skip_nonfinite samples report_queries beta eps_high video_max_pixels"),

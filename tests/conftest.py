@@ -363,8 +363,9 @@ def run_processes(module, argv, processes=2, codes=0, before=lambda rank: None):
 
 
 def read_log(out):
-    """The numbers of log.jsonl, without those of the clock."""
-    left_out = ("dataset", "pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib", "eta_s")
+    """The numbers of log.jsonl, without those of clock, memory and passes."""
+    left_out = ("dataset", "padding", "pairs_per_s", "tokens_per_s", "data_wait_s", "rollout_s", "peak_memory_gib",
+                "eta_s")  # fmt: skip
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
 
@@ -422,7 +423,7 @@ def check_tasks(root, *tasks):
 def flags(tiny_dir, world, out, **more):
     """Return the command line of a short run of sft.py."""
     given = dict(model=tiny_dir, data=world / "sft.json", media_root=world, out=out, steps=2, batch_size=4,
-                 micro_batch=2, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
+                 pass_tokens=220, tau_steps=0, lr=1e-3, tau=0.1, workers=0, save_every=100, cache=world / "cache",
                  max_skipped=1) | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 
@@ -430,7 +431,7 @@ def flags(tiny_dir, world, out, **more):
 def rl_flags(writer_dir, world, out, **more):
     """Return the command line of a short run of rl.py."""
     given = dict(model=writer_dir, data=world / "rl.json", media_root=world, out=out, steps=1, batch_size=4,
-                 micro_batch=3, update_batch=2, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100,
+                 slots=9, pass_tokens=180, G=3, max_new_tokens=16, lr=1e-3, workers=0, save_every=100,
                  cache=world / "cache") | more  # fmt: skip
     return [x for key, value in given.items() for x in (f"--{key}", value)]
 

@@ -6,7 +6,7 @@ from conftest import MODELS, encoded, generate_all, inputs, random_backbone, scr
 from torch.nn.functional import rms_norm
 
 import model as model_file
-from model import Embedder, Prompt, PromptQueue
+from model import Embedder, Prompt
 from support import decode
 from support.backbones import fuse_norms
 from support.decode import Decoder
@@ -102,7 +102,7 @@ def test_rollouts_equal_those_of_other_steps(writer, monkeypatch):
 
 
 def test_reading_ahead_changes_nothing(writer, monkeypatch):
-    """Waiting rows move into a free slot, with fewer prefills and steps. --prefill_tokens only adds prefills."""
+    """Waiting rows move into a free slot, with fewer prefills and steps. --pass_tokens only adds prefills."""
     rows = encoded(writer, inputs(), answered=False) * 4
     lengths = [3 + 5 * n % 11 for n in range(len(rows))]  # different ones, so that the order of the rows changes
     script = [[[7] * n + [writer.gen_id]] for n in lengths]
@@ -120,7 +120,7 @@ def test_reading_ahead_changes_nothing(writer, monkeypatch):
 
     monkeypatch.setattr(Decoder, "begin_prefill", counted_prefill)
     monkeypatch.setattr(Decoder, "step", counted_step)
-    for ahead, more in ((0, {}), (2, {}), (2, dict(prefill_tokens=60))):
+    for ahead, more in ((0, {}), (2, {}), (2, dict(pass_tokens=60))):
         monkeypatch.setattr(model_file, "AHEAD", ahead)
         found.append(({}, [], []))
         found[-1][0].update(generate_all(writer, rows, script=script, slots=4, **more))
@@ -130,19 +130,6 @@ def test_reading_ahead_changes_nothing(writer, monkeypatch):
     assert [plain[n].ids for n in range(len(rows))] == script
     for other in (ahead, parts):
         assert_same_rollouts(other, plain)
-
-
-def test_waiting_prompts_are_taken_up_to_a_number_of_tokens(writer):
-    """Padded tokens count, one prompt always goes, and none is lost or taken twice."""
-    rows = encoded(writer, inputs(), answered=False)
-    given = iter([Prompt(n, row) for n, row in enumerate(rows)] + [Prompt("bad", None, problem="no such file")])
-    waiting = PromptQueue(given, "cpu")
-    two = 2 * max(len(row.ids) for row in rows[1:3])
-    for n, tokens, keys in ((9, 1, [0]), (9, two, [1, 2]), (1, 10_000, [3]), (0, 10_000, [])):
-        assert [p.key for p in waiting.take(n, tokens)] == keys
-    assert next(given).key == 4, "a prompt was read that nobody had asked for"
-    for keys in (["bad"], []):
-        assert [p.key for p in waiting.take(9, 10_000)] == keys
 
 
 def test_step_casts_no_weight(writer_dir, monkeypatch):

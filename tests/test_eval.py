@@ -257,7 +257,7 @@ def test_model_names():
         model_names(["a/rl", "a/rl/"])
 
 
-def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8, prefill_tokens=0):
+def generate_by_text(self, prompts, *, G=1, temperature=0.0, max_new_tokens=512, slots=8, pass_tokens=0):
     """Yield embeddings from a hash of the text: "find w" is near w, samples scatter, a "moon" has no <gen_emb>."""
     for prompt in prompts:
         text = self.tokenizer.decode(prompt.row.ids).split("<|vision_end|>")[-1].split("\n<disc_emb>")[0]
@@ -289,7 +289,7 @@ def test_complete_run(tmp_path, tiny_dir, monkeypatch, capsys):
     """The files have their keys, inputs are embedded once over all tasks, "moon" is a miss, both tables are printed. A
     second run embeds nothing and has the same scores."""
     monkeypatch.setattr(Embedder, "generate", generate_by_text)
-    run, out = two_models(tmp_path, tiny_dir, "--batch_size", "1"), tmp_path / "out"
+    run, out = two_models(tmp_path, tiny_dir, "--slots", "1"), tmp_path / "out"
     weights = load_file(tmp_path / "rl/model.safetensors")
     norm = next(name for name in weights if name.endswith("norm.weight"))
     save_file(weights | {norm: 2 * weights[norm]}, tmp_path / "rl/model.safetensors", {"format": "pt"})

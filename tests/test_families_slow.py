@@ -20,7 +20,7 @@ def test_the_stages_on_real_pictures(model_type, real, tmp_path):
     if model_type in MODELS:
         base = save_random_model(tmp_path / "base", model_type)
     start("sft.py", "--model", base, "--data", real / "sft.json", "--media_root", real, "--out", sft, "--steps", 40,
-          "--batch_size", 16, "--micro_batch", 8, "--tau_steps", 20)  # fmt: skip
+          "--batch_size", 16, "--tau_steps", 20)  # fmt: skip
     log = read_log(sft)
     for part in ("disc", "gen", "ce_query", "ce_target"):
         first, last = (sum(line[part] for line in lines) / 10 for lines in (log[:10], log[-10:]))

@@ -79,7 +79,7 @@ def test_sft_gradients_equal_the_cpus(writer_dir, world):
     for device, bf16 in (("cpu", False), ("cuda", False), ("cuda", True)):
         model = Embedder.from_pretrained(writer_dir, device=device).train()
         model.bf16 = bf16
-        parts, _ = sft.sft_step(model, pairs_of(model, world), sft.Settings(micro_batch=2))
+        parts, _ = sft.sft_step(model, pairs_of(model, world), sft.Settings(pass_tokens=300))
         found.append((parts, gradients(model)))
     (cpu_parts, cpu), (gpu_parts, gpu), (_, rounded) = found
     for name, value in cpu_parts.items():
@@ -98,7 +98,7 @@ def test_rl_update_equals_the_cpus(writer_dir, world):
         model = Embedder.from_pretrained(writer_dir, device=device)
         model.backbone.model.visual.requires_grad_(False)
         reference = Embedder.from_pretrained(writer_dir, device=device).requires_grad_(False)
-        args = rl.Settings(G=3, micro_batch=4, update_batch=2, max_new_tokens=20, bf16=False, beta=0.1)
+        args = rl.Settings(G=3, slots=12, pass_tokens=300, max_new_tokens=20, bf16=False, beta=0.1)
         pairs = pairs_of(model, world, "rl")
         rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
         model.share_vision(rows, 4)
@@ -106,7 +106,7 @@ def test_rl_update_equals_the_cpus(writer_dir, world):
         rewards, _ = rl.rewards_of(model, rollouts, pairs, args)
         advantages = rl.group_advantages(rewards.flatten(0, 1))
         groups = [rl.Group(*group, True) for group in zip(rows, rollouts, advantages)]
-        figures = rl.update(model, reference, rl.micro_batches(groups, 2), args)
+        figures = rl.update(model, reference, groups, args)
         assert figures["ratio"] == pytest.approx(1.0) and figures["logp_mismatch"] < 1e-4
         found.append(([r.ids for r in rollouts], rewards.cpu(), gradients(model)))
     assert found[0][0] == found[1][0]
@@ -181,14 +181,14 @@ def test_attention_kernels(real_2b):
 
 def test_decode_and_update_agree_in_bf16(real_2b):
     """The ratio of the first step is exactly 1. Decode loop and update pass have the same log-probabilities."""
-    args = rl.Settings(G=4, micro_batch=2, update_batch=1, max_new_tokens=64)
+    args = rl.Settings(G=4, slots=8, pass_tokens=1, max_new_tokens=64)
     rows = [pair.query for pair in random_pairs(2, real_2b)]
     prompts = [replace(row, ids=row.ids[: row.n_prompt], positions=row.positions[:, : row.n_prompt]) for row in rows]
-    real_2b.share_vision(prompts, 4)
+    real_2b.share_vision(prompts, args.pass_tokens)
     rollouts = rl.rollout(real_2b, prompts, [0, 1], args)
     groups = [rl.Group(row, r, torch.tensor([1.0, -1.0, 0.5, -0.5], device="cuda"), True)
               for row, r in zip(prompts, rollouts)]  # fmt: skip
-    figures = rl.update(real_2b, real_2b, rl.micro_batches(groups, 1), args)
+    figures = rl.update(real_2b, real_2b, groups, args)
     real_2b.zero_grad()
     assert figures["ratio"] == 1.0 and figures["kl"] == 0.0
     assert figures["logp_mismatch"] < 0.03
@@ -217,16 +217,16 @@ def test_synchronisations(writer_dir, world):
     assert (found[60] - found[20]) / 40 <= 4, places  # one more than without a script
     model.train()
     few, many = pairs_of(model, world), pairs_of(model, world)
-    few, _ = count_syncs(lambda: sft.sft_step(model, few, sft.Settings(micro_batch=3)))
-    many, places = count_syncs(lambda: sft.sft_step(model, many, sft.Settings(micro_batch=1)))
+    few, _ = count_syncs(lambda: sft.sft_step(model, few, sft.Settings(pass_tokens=10_000)))
+    many, places = count_syncs(lambda: sft.sft_step(model, many, sft.Settings(pass_tokens=1)))
     assert (many - few) / 4 <= 10, places
 
 
 def test_memory_of_training_passes(real_2b):
-    """With fp32 weights (8.2 GiB): an SFT micro-batch of 8 pairs, an RL pass of 2 x 8 completions of 2,048 tokens."""
+    """With fp32 weights (8.2 GiB): an SFT pass of 8 pairs, an RL pass of 2 x 8 completions of 2,048 tokens."""
     pairs = random_pairs(8, real_2b)
     real_2b.backbone.model.visual.merger.requires_grad_(True)
-    assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings(micro_batch=8))) < 45
+    assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings())) < 45
     real_2b.backbone.model.visual.merger.requires_grad_(False)
     row = text_prompt(real_2b, 1500)
     completions = [[7] * 2046 + [real_2b.gen_id, real_2b.end_id] for _ in range(8)]
@@ -235,8 +235,8 @@ def test_memory_of_training_passes(real_2b):
         valid=torch.ones(8, dtype=torch.bool), ids=completions, logp=[[0.0] * 2048] * 8, gen_at=[2046] * 8,
     )  # fmt: skip
     group = rl.Group(row, rollouts, torch.linspace(-1, 1, 8, device="cuda"), True)
-    args = rl.Settings()
-    assert peak_gib(lambda: rl.update(real_2b, real_2b, rl.micro_batches([group, group], 2), args)) < 60
+    args = rl.Settings(pass_tokens=40_000)  # one pass
+    assert peak_gib(lambda: rl.update(real_2b, real_2b, [group, group], args)) < 60
     real_2b.zero_grad(set_to_none=True)
 
 
@@ -259,7 +259,7 @@ def test_nccl_with_one_process(writer_dir, world, monkeypatch):
     """The collectives, a DDP step and a sharded model that decodes, on nccl: the same texts and gradients as alone."""
     alone = on_gpu(writer_dir)
     want = alone.embed(inputs(), max_new_tokens=16)
-    sft.sft_step(alone.train(), pairs_of(alone, world), sft.Settings(micro_batch=2, bf16=False))
+    sft.sft_step(alone.train(), pairs_of(alone, world), sft.Settings(pass_tokens=300, bf16=False))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -269,7 +269,7 @@ def test_nccl_with_one_process(writer_dir, world, monkeypatch):
     dist.init_process_group("cpu:gloo,cuda:nccl")
     try:
         assert gather(torch.ones(2, device="cuda")).tolist() == [1, 1] and float(all_sum(torch.ones(()))) == 1
-        args = sft.Settings(micro_batch=2, bf16=False, checkpointing=False)
+        args = sft.Settings(pass_tokens=300, bf16=False, checkpointing=False)
         ddp = torch.nn.parallel.DistributedDataParallel(on_gpu(writer_dir).train(), device_ids=[0])
         sft.sft_step(ddp, pairs_of(alone, world), args)
         for (name, a), (_, b) in zip(ddp.module.named_parameters(), alone.named_parameters()):
@@ -292,7 +292,7 @@ def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    flags = ["--data", world / "sft.json", "--model", writer_dir, "--batch_size", 6, "--micro_batch", 3,
+    flags = ["--data", world / "sft.json", "--model", writer_dir, "--batch_size", 6, "--pass_tokens", 450,
              "--steps", 4, "--save_every", 2, "--lr", "1e-3"]  # fmt: skip
     assert "on cuda" in start("sft.py", tmp_path / "whole", *flags)
     (tmp_path / "cut/checkpoints").mkdir(parents=True)
@@ -305,5 +305,5 @@ def test_scripts_resume_on_a_gpu(writer_dir, world, tmp_path):
         moved = (a[name] - before[name]).norm() if name in before and before[name].shape == a[name].shape else 1.0
         assert (a[name] - b[name]).norm() <= 0.02 * moved + 1e-6, name
     start("rl.py", tmp_path / "rl", "--data", world / "rl.json", "--model", tmp_path / "whole", "--batch_size", 4,
-          "--steps", 2, "--G", 3, "--micro_batch", 4, "--max_new_tokens", 20)  # fmt: skip
+          "--steps", 2, "--G", 3, "--slots", 12, "--max_new_tokens", 20)  # fmt: skip
     assert (tmp_path / "rl/model.safetensors").exists()

@@ -227,7 +227,7 @@ def run(root, model, out, *flags, tasks=FEW):
 
 def run_argv(root, model, *flags, tasks=FEW):
     argv = ["--root", root, "--model", model, "--tasks", *tasks, "--samples", 0, "--max_new_tokens", 20,
-            "--batch_size", 4, "--workers", 0, *flags]  # fmt: skip
+            "--slots", 4, "--workers", 0, *flags]  # fmt: skip
     return list(map(str, argv))
 
 
@@ -356,10 +356,10 @@ def test_unreadable_images_are_counted(own, writer_dir, tmp_path, capsys, monkey
         run(own, writer_dir, tmp_path / "out", tasks=["VOC2007"])
 
 
-def test_batch_size_and_processes_do_not_change_scores(mini, writer_dir, tmp_path):
+def test_slots_and_processes_do_not_change_scores(mini, writer_dir, tmp_path):
     """Two ranks share the inputs and write their own shards. The scores, samples included, are those of one rank."""
     flags = ["--samples", 2, "--save_every", 16]
-    one = run(mini, writer_dir, tmp_path / "one", *flags, "--batch_size", 3)
+    one = run(mini, writer_dir, tmp_path / "one", *flags, "--slots", 3)
     run_processes(ev, run_argv(mini, writer_dir, "--out", tmp_path / "two", "--workers", 1, *flags))
     two = scores_of(tmp_path / "two", writer_dir.name)
     assert two["tasks"] == one["tasks"] and two["encoded"] == one["encoded"]
@@ -405,7 +405,7 @@ def test_ablation_of_the_reasoning(mini, writer_dir, tmp_path, capsys, monkeypat
 
 def test_rereading_an_unreadable_input(writer_dir):
     """An image that is missing when its trace is read is a problem, is not valid, and is tried again."""
-    settings, trace = ev.Settings(batch_size=2, workers=0), "<think>a</think><answer>b<gen_emb>"
+    settings, trace = ev.Settings(slots=2, workers=0), "<think>a</think><answer>b<gen_emb>"
     items = [{"text": text, "images": ["gone.png"] * (text == "b"), "video": []} for text in "abc"]
     rows = embed_inputs(Embedder.from_pretrained(writer_dir), items, list("abc"), settings, answers=[trace] * 3)
     keys, problems, _, _, valid, *_ = zip(*sorted(rows, key=lambda row: row[0]))
@@ -480,7 +480,7 @@ def test_answers_are_embedded_as_embed_does(mini, writer_dir, reader_dir, tmp_pa
     reader = Embedder.from_pretrained(reader_dir)
     items = [{"text": "what", "images": [], "video": []}, {"text": "and", "images": [], "video": []}]
     texts = [["<think>a</think><answer>b<gen_emb>", "<think>a</think><answer>c<gen_emb>"], ["no embedding"] * 2]
-    settings = ev.Settings(out=str(tmp_path), workers=0, batch_size=3)
+    settings = ev.Settings(out=str(tmp_path), workers=0, slots=3)
     cache = EmbeddingCache(reader, reader_dir, settings, "reader")
     got = embed_answers(cache, ["x", "y"], items, texts)
     assert cache.encoded == {"answers": 3} and got["valid"].tolist() == [[True, True], [False, False]]

@@ -100,7 +100,7 @@ SMALL = {
     " assets": f" {ROOT}/assets", 'device="cuda"': 'device="cpu"', "=512": "=16", "step-1000": "step-1",
     '"runs/toy/rl"': '"writer"', "runs/toy/data": "toy",
 }  # fmt: skip
-SFT = "{} --model tiny --steps 2 --save_every 1 --batch_size 4 --micro_batch 2 --workers 0"
+SFT = "{} --model tiny --steps 2 --save_every 1 --batch_size 4 --pass_tokens 300 --workers 0"
 RL = "{} --steps 1 --batch_size 4 --max_new_tokens 16 --workers 0"
 EVAL = "{} --max_new_tokens 16 --workers 0"
 COMMANDS = {

@@ -32,7 +32,7 @@ import sft
 from data import PairData, encode_input
 from model import Embedder, padded_length
 from reward import embedding_reward, format_reward
-from rl import Group, Settings, grpo_loss, micro_batches, pack_groups, padded, rewards_of, rollout, tree_mask, update
+from rl import Group, Settings, grpo_loss, pack_groups, padded, rewards_of, rollout, tree_mask, update
 from support.formats import DISC
 from support.head import store_linear_in_bf16
 
@@ -120,7 +120,7 @@ def test_masked_places_do_not_leak(poison):
 
 
 def args(**more):
-    base = dict(G=3, max_new_tokens=20, micro_batch=4, update_batch=2, beta=0.04, temperature=1.0, bf16=False,
+    base = dict(G=3, max_new_tokens=20, slots=12, pass_tokens=180, beta=0.04, temperature=1.0, bf16=False,
                 checkpointing=False)  # fmt: skip
     return Settings(**(base | more))
 
@@ -130,10 +130,6 @@ def groups_of(rows, rollouts, advantages=None, ok=None):
     n = len(rows)
     advantages = torch.zeros(n, 3) if advantages is None else advantages
     return [Group(*group) for group in zip(rows, rollouts, advantages, ok or [True] * n)]
-
-
-def update_once(model, reference, groups, given):
-    return update(model, reference, micro_batches(groups, given.update_batch), given)
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +201,13 @@ def test_tree_mask():
     assert mask.dtype == torch.bool and torch.equal(mask[:, 0], want)
 
 
-def test_longest_passes_come_first(sampled):
+def test_longest_passes_come_first(writer, sampled, monkeypatch):
     """In rl.py and sft.py, so that the largest pass runs where no gradients take memory yet."""
     groups = groups_of(*sampled)
     lengths = []
-    for part in micro_batches(groups, 1):
-        lengths += [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for group in part]
+    monkeypatch.setattr(rl, "pack_groups", lambda model, part: lengths.append(part) or pack_groups(model, part))
+    update(writer, writer, groups, args(pass_tokens=1))
+    lengths = [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for (group,) in lengths]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1 and len(lengths) == len(groups)
     rows = [group.row for group in groups]
     pairs = [SimpleNamespace(query=row, target=rows[0], ok=True) for row in rows]
@@ -221,15 +218,15 @@ def test_longest_passes_come_first(sampled):
 
 @torch.no_grad()
 def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
-    """Rows that are padded to a multiple of 64, as on a GPU, give the same results everywhere."""
-    assert [padded_length(n, torch.device("cuda", 0)) for n in (1, 64, 65)] == [64, 64, 128]
-    assert [padded_length(n, "cpu") for n in (1, 64, 65)] == [1, 64, 65]
+    """Rows that are padded to a multiple of 16, as on a GPU, give the same results everywhere."""
+    assert [padded_length(n, torch.device("cuda", 0)) for n in (1, 16, 17)] == [16, 16, 32]
+    assert [padded_length(n, "cpu") for n in (1, 16, 17)] == [1, 16, 17]
 
     def everything():
         packed = pack_groups(writer, groups_of(*sampled))
         found = [*writer(packed.batch, None, packed.predict, packed.labels, ban=True)[1:3]]
         rows = encoded(writer, inputs())
-        local = sft.StepRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], ())
+        local = sft.StepRows(rows, torch.tensor([0, 0, 0, 1, 1]), torch.ones(5), [[*range(5)]], (), 0)
         found += sft.embed_micro_batch(writer, local, [4, 0, 1, 2, 3], next_token=True)
         emb = writer.embed(inputs(), traces=["a<gen_emb>"] * 5, batch_size=5)
         return [*found, emb.disc, emb.gen], packed.batch.ids.shape[1], packed.batch.mask.shape[-1]
@@ -238,7 +235,7 @@ def test_rounded_lengths_change_no_number(writer, sampled, monkeypatch):
     monkeypatch.setattr(model_file, "padded_length", lambda n, _: padded_length(n, "cuda"))
     monkeypatch.setattr(rl, "padded_length", lambda n, _: padded_length(n, "cuda"))
     rounded, *lengths = everything()
-    assert lengths == [-(-longest // 64) * 64] * 2 and lengths[0] > longest
+    assert lengths == [-(-longest // 16) * 16] * 2 and lengths[0] > longest
     for a, b in zip(rounded, plain, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
@@ -251,7 +248,7 @@ def test_rollout_and_update_see_the_same(writer, sampled):
         logp = writer(packed.batch, None, packed.predict, packed.labels, 1.0, True).logp
     torch.testing.assert_close(logp, torch.tensor([x for r in rollouts for lp in r.logp for x in lp]), **CLOSE)
     for row, r, seed in zip(rows, rollouts, range(10, 15)):  # rollouts have the order of the rows
-        assert rollout(writer, [row], [seed], args(micro_batch=1))[0].ids == r.ids
+        assert rollout(writer, [row], [seed], args(slots=1))[0].ids == r.ids
 
 
 def test_pictures_are_looked_at_once(writer_dir, sampled):
@@ -269,7 +266,7 @@ def test_pictures_are_looked_at_once(writer_dir, sampled):
             assert [len(row.vision_states) for row in rows] == [row.num_patches // merged for row in rows]
         looks.clear()
         rollouts = rollout(model, rows, range(10, 15), args())
-        stats = update_once(model, reference, groups_of(rows, rollouts, A), args())
+        stats = update(model, reference, groups_of(rows, rollouts, A), args())
         assert bool(looks) != shared
         found.append((rollouts, stats, gradients(model)))
         model.zero_grad()
@@ -322,7 +319,8 @@ def test_skipped_pair_leaves_every_sum(writer, rl_pairs):
         rows = [p.query for p in batch] + [p.target for p in batch]
         ok = [p.ok for p in batch] * 2
         writer.zero_grad()
-        stats = update_once(writer, reference, groups_of(rows, r, a.flatten(0, 1), ok), args())
+        stats = update(writer, reference, groups_of(rows, r, a.flatten(0, 1), ok), args())
+        stats.pop("padding")  # of other passes
         found.append((stats, gradients(writer)))
     writer.zero_grad()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6, rel=1e-4)
@@ -338,8 +336,8 @@ def frozen_copy(model, noise=0.0):
     return other
 
 
-@pytest.mark.parametrize("update_batch, checkpointing", [(1, False), (2, True), (5, False)])
-def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, checkpointing):
+@pytest.mark.parametrize("pass_tokens, checkpointing", [(1, False), (180, True), (10_000, False)])
+def test_update_equals_a_plain_pass(writer_dir, sampled, pass_tokens, checkpointing):
     """Loss and gradients of an update are those of loops over single completions of transformers."""
     rows, rollouts = sampled
     model = Embedder.from_pretrained(writer_dir)
@@ -363,7 +361,7 @@ def test_update_equals_a_plain_pass(writer_dir, sampled, update_batch, checkpoin
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     groups = groups_of(rows, rollouts, A)
-    stats = update_once(model, reference, groups, args(update_batch=update_batch))
+    stats = update(model, reference, groups, args(pass_tokens=pass_tokens))
     assert stats["loss"] == pytest.approx(float(want.detach()), abs=1e-5)
     assert stats["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-5) and stats["kl"] > 1e-4
     assert stats["clip_share"] == 0 and stats["logp_mismatch"] < 1e-5
@@ -376,7 +374,7 @@ def test_every_step_is_on_policy(writer_dir, sampled, monkeypatch):
     rows, rollouts = [replace(row) for row in sampled[0]], sampled[1]
     model = Embedder.from_pretrained(writer_dir)
     model.backbone.model.visual.requires_grad_(False)
-    model.share_vision(rows, 4)
+    model.share_vision(rows, 100)
     reference, seen = frozen_copy(model), []
 
     def spy(logp, old, ref, advantages, mask, **settings):
@@ -389,7 +387,7 @@ def test_every_step_is_on_policy(writer_dir, sampled, monkeypatch):
     A = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     stats = []
     for _ in range(2):
-        stats.append(update_once(model, reference, groups_of(rows, rollouts, A), args()))
+        stats.append(update(model, reference, groups_of(rows, rollouts, A), args()))
         optimizer.step()
         optimizer.zero_grad()
     first, second = seen[:3], seen[3:]
@@ -432,7 +430,7 @@ def test_step_with_learning_rate_zero_keeps_the_rewards(writer_dir, rl_pairs):
     for lr in (None, 0.0, 1e-2):
         if lr is not None:
             A = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-            update_once(model, reference, groups_of(rows, rollouts, A), args())
+            update(model, reference, groups_of(rows, rollouts, A), args())
             torch.optim.AdamW(model.parameters(), lr=lr).step()
             model.zero_grad()
         rollouts = rollout(model, rows, range(8), args())
@@ -451,7 +449,7 @@ def test_policy_gradient_raises_what_was_good(writer_dir, sampled):
     before = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(3):
-        update_once(model, reference, groups_of(rows, rollouts, A), args())
+        update(model, reference, groups_of(rows, rollouts, A), args())
         optimizer.step()
         optimizer.zero_grad()
     after = [float(x.detach().sum()) for x in plain_group(model, rows[0], rollouts[0])]
@@ -465,7 +463,7 @@ def test_two_processes_equal_one(writer_dir, world, tmp_path, monkeypatch):
     (world / "rl_gone.json").write_text(json.dumps(rows))
     more = dict(data=world / "rl_gone.json", batch_size=6, steps=2)
     run_here(rl, rl_flags(writer_dir, world, tmp_path / "one", **more), monkeypatch)
-    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "two", **more) + ["--update_batch", 1, "--micro_batch", 2])
+    run_processes(rl, rl_flags(writer_dir, world, tmp_path / "two", **more) + ["--pass_tokens", 1, "--slots", 6])
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert [line["skipped"] for line in one] == [line["skipped"] for line in two] == [1, 1]
     assert one[0]["reward"] > 0 and one[0]["grad_norm"] > 0 and 0 < one[0]["invalid_share"] < 1

@@ -39,8 +39,8 @@ from model import Embedder
 from support.checkpoint import list_checkpoints
 
 
-@pytest.mark.parametrize("micro_batch, checkpointing", [(1, False), (2, True), (3, False), (3, True)])
-def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, checkpointing):
+@pytest.mark.parametrize("pass_tokens, checkpointing", [(1, False), (220, True), (10_000, False), (10_000, True)])
+def test_gradients_of_two_processes(writer_dir, world, tmp_path, pass_tokens, checkpointing):
     """Loss and all gradients of two ranks, with a skipped pair, are those of one plain pass to 1e-5."""
     model = trainable(writer_dir)
     pairs = some_pairs(model, world, skip=True)
@@ -54,13 +54,14 @@ def test_gradients_of_two_processes(writer_dir, world, tmp_path, micro_batch, ch
         if checkpointing:
             model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        args = sft.Settings(micro_batch=micro_batch, tau=0.1, w_gen=0.5, w_ce=2.0)
+        args = sft.Settings(pass_tokens=pass_tokens, tau=0.1, w_gen=0.5, w_ce=2.0)
         parts, _ = sft.sft_step(replica, pairs[rank::2], args)
         torch.save((parts, gradients(model)), tmp_path / f"{rank}.pt")
 
     run_processes(SimpleNamespace(__name__="step", main=main), [])
     for rank in (0, 1):
         parts, got = torch.load(tmp_path / f"{rank}.pt")
+        parts.pop("padding")
         assert parts == pytest.approx(want, abs=1e-5, rel=1e-5)
         assert_same_gradients(got, want_gradients, rtol=1e-5)
 
@@ -73,7 +74,7 @@ def test_cudnn_attention_is_off(tiny_dir):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize("more", [dict(micro_batch=1, checkpointing=True), dict(micro_batch=3, train_vision=True)])
+@pytest.mark.parametrize("more", [dict(pass_tokens=1, checkpointing=True), dict(pass_tokens=330, train_vision=True)])
 def test_fsdp_equals_ddp(tiny_dir, world, tmp_path, more):
     """Two sharded ranks have the results of two replicas, and the final model is a plain folder."""
     more = dict(data=with_a_missing_image(world), batch_size=6, lr=1e-4, steps=2) | more
@@ -123,8 +124,8 @@ def test_shards_in_bf16(tiny_dir, writer_dir, world, tmp_path):
 def test_six_steps_on_one_and_two_processes(tiny_dir, world, tmp_path, monkeypatch):
     """The losses of 6 steps at learning rate 1e-5 are the same to 1e-3 on one and two ranks."""
     more = dict(batch_size=6, steps=6, lr=1e-5)
-    run_here(sft, flags(tiny_dir, world, tmp_path / "one", micro_batch=6, **more), monkeypatch)
-    run_processes(sft, flags(tiny_dir, world, tmp_path / "two", micro_batch=2, **more))
+    run_here(sft, flags(tiny_dir, world, tmp_path / "one", pass_tokens=10_000, **more), monkeypatch)
+    run_processes(sft, flags(tiny_dir, world, tmp_path / "two", pass_tokens=220, **more))
     one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 6 and one[0] != one[-1]
     assert two[0] == pytest.approx(one[0], rel=1e-5) and two == pytest.approx(one, rel=1e-3)
@@ -139,13 +140,13 @@ def test_four_steps_in_three_pieces(tiny_dir, writer_dir, world, tmp_path, stage
     module, step, given, model = (sft, "sft_step", flags, tiny_dir)
     if stage == "rl":
         module, step, given, model = (rl, "update", rl_flags, writer_dir)
-        more = dict(beta=1.0, max_new_tokens=10) | more
+        more = dict(beta=1.0, max_new_tokens=10, pass_tokens=1) | more  # one pass for each prompt
     argv = [given(model, world, tmp_path / name, steps=4, save_every=2, **more) for name in ("whole", "cut")]
     run_processes(module, argv[0], processes)
     cut = tmp_path / "cut"
     run_processes(module, argv[1], processes, codes=-signal.SIGKILL, before=act_at(module, step, 4, die))
     assert [n for n, _ in list_checkpoints(cut)] == [2] and len(read_log(cut)) == 3
-    in_fourth = (Embedder, "share_vision", 2) if stage == "sft" else (rl, "pack_groups", {1: 6, 2: 3}[processes])
+    in_fourth = (Embedder, "share_vision", 2) if stage == "sft" else (rl, "pack_groups", {1: 10, 2: 6}[processes])
     before = act_at(*in_fourth, terminate, ranks=[processes - 1])
     run_processes(module, argv[1], processes, codes=128 + signal.SIGTERM, before=before)
     assert [n for n, _ in list_checkpoints(cut)] == [2, 3] and not (cut / "model.safetensors").exists()

@@ -119,8 +119,8 @@ RUNNING = ("program", "files", "distributed", "settings", "checkpoint", "loop") 
 BELOW = {name: set(RUNNING[:n]) for n, name in enumerate(RUNNING)} | {
     "reward": set(), "decode": set(), "backbones": set(), "formats": {*RUNNING},
     "images": {*RUNNING, "backbones"}, "data": {*RUNNING, "backbones", "images", "formats"},
-    "head": set(), "weights": {*RUNNING, "backbones", "formats"},
-    "model": {*RUNNING, "backbones", "images", "formats", "weights", "data", "decode", "head"},
+    "head": set(), "passes": {*RUNNING}, "weights": {*RUNNING, "backbones", "formats"},
+    "model": {*RUNNING, "backbones", "images", "formats", "weights", "data", "decode", "head", "passes"},
 }  # fmt: skip
 EVALUATION = ("mmeb", "tasks", "cache", "reasoner", "report")  # each may import those before it
 STAGES = {"sft", "rl", "eval"}

@@ -12,12 +12,12 @@ from support.program import BadInput
 
 
 @pytest.mark.parametrize("module, flag, value", [
-    (sft, "keep", -1), (sft, "keep", 0), (sft, "save_every", 0), (sft, "micro_batch", 0), (sft, "batch_size", 0),
+    (sft, "keep", -1), (sft, "keep", 0), (sft, "save_every", 0), (sft, "pass_tokens", 0), (sft, "batch_size", 0),
     (sft, "steps", 0), (sft, "lr", -1), (sft, "lr", "nan"), (sft, "tau", 0), (sft, "warmup", 2),
     (sft, "max_skipped", -1), (sft, "workers", -1), (sft, "beta2", 1), (sft, "seed", -1), (rl, "G", 1),
-    (rl, "temperature", 0), (rl, "keep", -1), (rl, "temperature", "inf"), (rl, "update_batch", 0),
+    (rl, "temperature", 0), (rl, "keep", -1), (rl, "temperature", "inf"), (rl, "slots", 0),
     (rl, "max_new_tokens", 0), (rl, "eps_low", 1.5), (ev, "samples", -1),
-    (ev, "batch_size", 0), (ev, "max_new_tokens", 0), (ev, "temperature", -1), (ev, "save_every", 0),
+    (ev, "slots", 0), (ev, "max_new_tokens", 0), (ev, "temperature", -1), (ev, "save_every", 0),
     (ev, "video_max_pixels", 10),
 ])  # fmt: skip
 def test_flags_out_of_their_range(module, flag, value, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def train(out, seed=0):
     """The curriculum with sft.py: next-token loss only, vision tower trained; then fp16 weights for the assets."""
     write_base(out, seed)
     toy_model(out / "random", seed)
-    flags = "--w_disc 0 --w_gen 0 --train_vision true --micro_batch 16 --batch_size 16 --warmup 0.1 --seed"
+    flags = "--w_disc 0 --w_gen 0 --train_vision true --batch_size 16 --warmup 0.1 --seed"
     before = out / "random"
     for level, steps in enumerate((400, 400, 2600, 350)):
         command = f"{sys.executable} sft.py {flags} {seed} --steps {steps} --model {before} --out {out}/level{level} "

@@ -168,7 +168,7 @@ def our_rollout(embedder, rows, script, args):
     """Return the rows with their vision states, and their rollouts."""
     rows = [replace(row) for row in rows]  # copies, because share_vision drops the pixels
     with scripted(embedder, script):
-        embedder.share_vision(rows, len(rows))
+        embedder.share_vision(rows, args.pass_tokens)
         return rows, rl.rollout(embedder, rows, range(len(rows)), args)
 
 
@@ -181,12 +181,12 @@ def our_step(embedder, reference, optimizer, rows, script, args):
     rewards = torch.cat([embedding_reward(gen[0], gen[1]), embedding_reward(gen[1], gen[0])])
     advantages = group_advantages(rewards + format_reward(texts).view(2 * p, G))
     groups = [rl.Group(*group, True) for group in zip(rows, rollouts, advantages)]
-    rl.update(embedder, reference, rl.micro_batches(groups, args.update_batch), args)
+    rl.update(embedder, reference, groups, args)
     apply_gradients(embedder, optimizer)
 
 
 def rollout_case(size, n, tokens):
-    embedder, args = make_embedder(size), rl.Settings(micro_batch=n, max_new_tokens=512, bf16=False)
+    embedder, args = make_embedder(size), rl.Settings(slots=n * G, max_new_tokens=512, bf16=False)
     rows, script = prompts(embedder, n, tokens), completions(embedder, n, size)
     inputs = official_inputs(embedder, rows)
     return lambda: official_rollout(embedder, inputs, script), lambda: our_rollout(embedder, rows, script, args)
@@ -194,7 +194,7 @@ def rollout_case(size, n, tokens):
 
 def step_case(size):
     """One pair: rollout, reference, rewards, update, optimiser."""
-    embedder, args = make_embedder(size), rl.Settings(micro_batch=2, max_new_tokens=512, bf16=False)
+    embedder, args = make_embedder(size), rl.Settings(slots=2 * G, max_new_tokens=512, bf16=False)
     reference = copy.deepcopy(embedder).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in embedder.parameters() if p.requires_grad], lr=1e-6)
     rows, script = prompts(embedder, 2, size.short), completions(embedder, 2, size)

@@ -140,10 +140,10 @@ def rollouts(model, n_prompt, n_tokens):
     print_row("the same: a token of all 64, sampling and graphs included, ms", f"{each:.2f}", "5 to 8")
 
 
-def sft_steps(model, n, micro_batch):
+def sft_steps(model, n, pass_tokens):
     model.train()
     pairs = random_pairs(n, model)
-    args = sft.Settings(micro_batch=micro_batch)
+    args = sft.Settings(pass_tokens=pass_tokens)
     sft.sft_step(model, random_pairs(n, model), args)  # the first use loads the kernels
     took = seconds(lambda: sft.sft_step(model, pairs, args))
     pairs = random_pairs(n, model)
@@ -151,9 +151,10 @@ def sft_steps(model, n, micro_batch):
     tokens = sum(len(row.ids) for pair in pairs for row in (pair.query, pair.target))
     layers = sum(p.numel() for p in model.backbone.model.language_model.layers.parameters())
     flops = (2 + 2 + 2 + 4) * layers * tokens  # pass 1; pass 3 forward, again for the backward, backward
-    label = f"SFT step of {n} pairs ({tokens:,} tokens), --micro_batch {micro_batch}"
+    padding = sft.rows_of_step(pairs, pass_tokens, model.device).padding
+    label = f"SFT step of {n} pairs ({tokens:,} tokens, {padding:.1%} pads), --pass_tokens {pass_tokens:,}"
     share = f"{flops / took / PEAK:.0%} of 989 TFLOP/s, layers only"
-    print_row(f"{label}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 30 %")
+    print_row(f"{label}: tokens/s", f"{tokens / took:,.0f} ({share})", "> 35 %")
     print_row(f"{label}: peak, GiB, without the optimiser's 11.5", f"{peak:.1f}", "< 45")
 
 
@@ -166,7 +167,7 @@ def update_passes(model, prompt, length, n):
         valid=torch.ones(8, dtype=torch.bool), ids=completions, logp=[[0.0] * length] * 8, gen_at=[length - 2] * 8,
     )  # fmt: skip
     groups = [rl.Group(row, done, torch.linspace(-1, 1, 8, device="cuda"), True)] * n
-    run = lambda: rl.update(model, model, rl.micro_batches(groups, n), rl.Settings())  # noqa: E731
+    run = lambda: rl.update(model, model, groups, rl.Settings(pass_tokens=40_000))  # noqa: E731
     model.train()
     run()
     peak = peak_gib(run)
@@ -211,9 +212,8 @@ def gpu(args, _run):
     rollouts(model, 100 if tiny else 1500, 20 if tiny else 400)
     model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.merger.requires_grad_(True)
-    # 64 pairs: the micro-batches of 16 are up to 46 % padding (docs/results.md)
-    for n, micro_batch in ((4, 2),) if tiny else ((64, 4), (64, 8), (64, 16)):
-        sft_steps(model, n, micro_batch)
+    for n, pass_tokens in ((4, 1000),) if tiny else ((128, 8192), (128, 16_384), (128, 32_768)):
+        sft_steps(model, n, pass_tokens)
     model.backbone.model.visual.requires_grad_(False)
     for case in ((60, 30, 2),) if tiny else ((500, 400, 1), (500, 400, 2), (500, 400, 4), (1500, 2048, 1)):
         update_passes(model, *case)

@@ -111,7 +111,7 @@ def kills(args, _run):
     write_toy(folder / "toy", pairs=8, rl_pairs=8, dev=2, test=2, candidates=4)
     common = ["--model", folder / "tiny", "--media_root", folder / "toy", "--cache", folder / "cache",
               "--batch_size", 8, "--workers", 1, "--save_every", 3]  # fmt: skip
-    sft_argv = [*common, "--data", folder / "toy/sft.json", "--steps", 12, "--micro_batch", 4]
+    sft_argv = [*common, "--data", folder / "toy/sft.json", "--steps", 12, "--pass_tokens", 500]
     rl_argv = [*common, "--data", folder / "toy/rl.json", "--steps", 6, "--max_new_tokens", 8, "--G", 2]
     print("| stage, ranks | kills | runs | refused starts | hangs | wrong weights | wrong logs |")
     print("|---|---|---|---|---|---|---|")

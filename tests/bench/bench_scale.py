@@ -6,6 +6,8 @@ import torch.distributed as dist
 import transformers
 from bench_common import ROOT
 
+import rl
+import sft
 from data import Pair, Row, mrope_positions
 from model import Batch, Embedder
 from support.backbones import FAMILIES, family_of
@@ -13,8 +15,7 @@ from support.distributed import shard
 
 GIB = 2**30
 GPUS = 8
-# of a pass and, of these, of the prompt: query and target of --micro_batch pairs; a prompt and its G = 8 completions
-TOKENS = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}
+ROW = {"sft": (4096, 2730), "rl": (1500 + 8 * 2048, 1500)}  # tokens of a row, of its prompt; rl: G = 8 completions
 
 
 def size_of(hidden, intermediate, heads, kv_heads, vocab_size=151_936, tie=True, **more):
@@ -90,23 +91,25 @@ def random_pairs(n, model, seed=0):
             for k in range(n)]  # fmt: skip
 
 
-def one_pass(embedder, stage):
-    """Run forward and backward of one row: sft.py's third pass, or a prompt and its G completions (tree mask)."""
-    L, prompt = TOKENS[stage]
+def one_pass(embedder, stage, pass_tokens):
+    """Run forward and backward of a pass of pass_tokens: sft.py's third pass, or prompts and their G completions (tree
+    mask)."""
+    L, prompt = ROW[stage]
+    n = max(1, pass_tokens // L)  # rows
     config = embedder.backbone.config.vision_config
     # (1 + K) D_vit, the width of the states between the vision tower and its mergers
     width = len(mergers_of(embedder.backbone)) * getattr(config, "embed_dim", config.hidden_size)
-    predict = torch.arange(prompt, L - 1)
+    predict = (L * torch.arange(n)[:, None] + torch.arange(prompt, L - 1)).flatten()
     batch = Batch(
-        ids=torch.zeros(1, L, dtype=torch.long),
-        positions=torch.zeros(3, 1, L, dtype=torch.long),
-        media_at=torch.arange(2 * prompt // embedder.family.merge**2),
+        ids=torch.zeros(n, L, dtype=torch.long),
+        positions=torch.zeros(3, n, L, dtype=torch.long),
+        media_at=torch.arange(n * 2 * prompt // embedder.family.merge**2),
         patches=torch.zeros(0, embedder.family.patch_values, dtype=torch.uint8),
         grids=np.zeros((0, 3), int),
-        vision_states=torch.zeros(2 * prompt, width, dtype=torch.bfloat16),
-        mask=torch.ones(1, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
+        vision_states=torch.zeros(n * 2 * prompt, width, dtype=torch.bfloat16),
+        mask=torch.ones(n, 1, L, L, dtype=torch.bool) if stage == "rl" else None,
     )
-    read = torch.tensor([L // 2, L - 2]) if stage == "sft" else None
+    read = torch.arange(L // 2, n * L, L // 2) if stage == "sft" else None
     out = embedder(batch, embed_at=read, predict=predict, labels=torch.zeros_like(predict))
     loss = -out.logp.mean()
     if stage == "sft":
@@ -114,7 +117,7 @@ def one_pass(embedder, stage):
     loss.backward()
 
 
-def measured(values, stage, fsdp):
+def measured(values, stage, fsdp, pass_tokens):
     """Return the peak GiB of a forward and backward pass on fake tensors of the real size, above what lasts.
 
     fsdp: sharded over a simulated group of 8 ranks; otherwise a complete fp32 model under bf16 autocast.
@@ -138,7 +141,7 @@ def measured(values, stage, fsdp):
         with tracker:
             for _ in range(2):  # the second starts with gradients, as between micro-batches
                 tracker.reset_mod_stats()
-                one_pass(embedder, stage)
+                one_pass(embedder, stage, pass_tokens)
     dist.destroy_process_group()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     peak = {str(getattr(key, "value", key)): value / GIB for key, value in peak.items()}
@@ -152,15 +155,15 @@ def linear_weights(module, embedding):
     return sum(m.weight.numel() for m in linear)
 
 
-def gib_of(values, stage, fsdp):
+def gib_of(values, stage, fsdp, pass_tokens):
     """Return a row of the plan: {part: GiB per GPU}."""
     with torch.device("meta"):
         model = random_model(**values)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     total, visual, merger = count(model), count(model.model.visual), sum(map(count, mergers_of(model)))
     embedding = model.get_input_embeddings().weight
-    n, rl = GPUS if fsdp else 1, stage == "rl"
-    trained = total - visual + (0 if rl else merger)
+    n, is_rl = GPUS if fsdp else 1, stage == "rl"
+    trained = total - visual + (0 if is_rl else merger)
     # the reference is only multiplied with: bf16 if its weights are complete; FSDP shards are fp32 and cast by FSDP
     reference = 4 * total / n if fsdp else 4 * total - 2 * linear_weights(model, embedding)
     decoder = 2 * (linear_weights(model.model.language_model, embedding) + embedding.numel())
@@ -168,16 +171,16 @@ def gib_of(values, stage, fsdp):
         "weights": 4 * total / n,
         "gradients": 4 * trained / n,
         "AdamW": 8 * trained / n,
-        "reference": rl * reference,
-        "a pass": measured(values, stage, fsdp) * GIB,
+        "reference": is_rl * reference,
+        "a pass": measured(values, stage, fsdp, pass_tokens) * GIB,
     }
     text = model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim  # of a token, in bf16
     rollouts = {
-        "KV cache": rl * 64 * (1500 + 2048) * kv_values * 2,
-        "decoder": rl * decoder * (1 if fsdp else 2),  # bf16 weights and, in a prefill, those of autocast
-        "bf16 model": rl * fsdp * 2 * total,
+        "KV cache": is_rl * 64 * (1500 + 2048) * kv_values * 2,
+        "decoder": is_rl * decoder * (1 if fsdp else 2),  # bf16 weights and, in a prefill, those of autocast
+        "bf16 model": is_rl * fsdp * 2 * total,
     }
     # a pass and the rollouts are not at one time, and rollouts have no gradients
     least = min(parts["a pass"] + parts["gradients"], sum(rollouts.values()))
@@ -192,10 +195,13 @@ def memory(args, _run):
     for size, values in list(FAMILY_SIZES[args.family].items())[: 1 if args.tiny else None]:
         values = values | dict(family=args.family) | (dict(num_hidden_layers=4, depth=1) if args.tiny else {})
         for stage, fsdp in (("sft", False), ("sft", True), ("rl", False), ("rl", True)):
-            parts = gib_of(values, stage, fsdp)
+            script = {"sft": sft, "rl": rl}[stage]
+            preset = script.PRESETS["7b" if size in ("7b", "8b") else "2b"]
+            pass_tokens = script.Settings(**preset).pass_tokens
+            parts = gib_of(values, stage, fsdp, 4096 if args.tiny else pass_tokens)
             if head:
                 print(f"| {args.family}, GiB per GPU | {' | '.join(parts)} |\n|{'---|' * (len(parts) + 1)}")
                 head = False
             cells = " | ".join(f"{gib:.1f}" for gib in parts.values())
             print(f"| {size} {stage}{' --fsdp' * fsdp} | {cells} |", flush=True)
-    print(f"\n{GPUS} GPUs. Tokens of a pass:", ", ".join(f"{stage} {n:,}" for stage, (n, _) in TOKENS.items()))
+    print(f"\n{GPUS} GPUs. --pass_tokens of the preset 2b; 7b and 8b: of 7b. A row of rl: {ROW['rl'][0]:,} tokens")
