@@ -18,13 +18,13 @@ def cut_into_passes(lengths, pass_tokens, device="cpu"):
     """Return the rows 0, 1, .. as lists of row indices, one list for each forward pass.
 
     A pass has at most pass_tokens tokens, which are its rows x its longest row. A longer row has a pass of its own. If
-    all rows fit into one pass, they are one pass. Otherwise the passes minimise their tokens, pads included, plus
-    PASS_COST for each pass. The longest come first: no gradients use memory yet, and an out-of-memory error shows at
-    once. lengths: tokens of each row.
+    one pass can hold all rows with at most 25 % pads, it does: SFT then needs no second forward pass. Otherwise the
+    passes minimise their tokens, pads included, plus PASS_COST for each pass. The longest come first: no gradients use
+    memory yet, and an out-of-memory error shows at once. lengths: tokens of each row.
     """
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     padded = [padded_length(lengths[n], device) for n in order]
-    if order and len(order) * padded[0] <= pass_tokens:
+    if order and len(order) * padded[0] <= min(pass_tokens, sum(lengths) / 0.75):
         return [order]
     best = [(0, 0)]  # best[i]: (cost of the first i rows of order, first row of their last pass)
     for i in range(1, len(order) + 1):

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["toy", "data", "rollout", "rl", "memory", "kills"])
+@pytest.mark.parametrize("command", ["toy", "data", "rollout", "rl", "sft", "memory", "kills"])
 def test_every_bench_runs(command):
     """A broken command could not print its table again."""
     done = subprocess.run([sys.executable, str(ROOT / "tests/bench/bench.py"), command, "--tiny"], cwd=ROOT,

@@ -13,8 +13,8 @@ from pathlib import Path
 from bench_common import ROOT, run, shrink
 
 FUNCTIONS = {"toy": "bench_toy.toy", "data": "bench_toy.data", "rollout": "bench_engine.compare",
-             "rl": "bench_engine.compare", "memory": "bench_scale.memory", "gpu": "bench_gpu.gpu",
-             "kills": "bench_kills.kills"}  # fmt: skip
+             "rl": "bench_engine.compare", "sft": "bench_passes.passes", "memory": "bench_scale.memory",
+             "gpu": "bench_gpu.gpu", "kills": "bench_kills.kills"}  # fmt: skip
 
 
 def parse():
@@ -33,6 +33,7 @@ def parse():
         p.add_argument("--split", choices=("dev", "test"), default="test", help="recipes are chosen on dev")
     commands.add_parser("rollout", help="generation on a CPU: speed and memory of rollouts and the official way")
     commands.add_parser("rl", help="training on a CPU: speed and memory of an RL step and the official way")
+    commands.add_parser("sft", help="training on a CPU: padding, speed and memory of --pass_tokens")
     p = commands.add_parser("memory", help="memory plan of the real sizes on 8 GPUs, from fake tensors")
     p.add_argument("--family", choices=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), default="qwen2_vl")
     commands.add_parser("gpu", help="speed and memory of the 2B with random weights on one GPU")
