@@ -19,7 +19,7 @@ def cut_into_passes(lengths, pass_tokens, device="cpu"):
 
     A pass has at most pass_tokens tokens, which are its rows x its longest row. A longer row has a pass of its own. If
     one pass can hold all rows with at most 25 % pads, it does: SFT then needs no second forward pass. Otherwise the
-    passes minimise their tokens, pads included, plus PASS_COST for each pass. The longest come first: no gradients use
+    passes minimise their tokens, pads included, plus PASS_COST for each pass. The largest come first: no gradients use
     memory yet, and an out-of-memory error shows at once. lengths: tokens of each row.
     """
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
@@ -40,11 +40,11 @@ def cut_into_passes(lengths, pass_tokens, device="cpu"):
         j = best[i][1]
         passes.append(order[j:i])
         i = j
-    return passes[::-1]
+    return sorted(passes, key=lambda rows: -len(rows) * padded_length(lengths[rows[0]], device))
 
 
 def same_number_on_all_ranks(passes):
-    """Split passes until each rank has as many as the rank with the most.
+    """Split the smallest passes until each rank has as many as the rank with the most.
 
     With FSDP a pass gathers its parameters from all ranks, and DDP exchanges its buckets in a forward pass. If the
     ranks had different numbers, a rank would wait for passes that never come. All ranks have the same number of rows,
@@ -54,7 +54,7 @@ def same_number_on_all_ranks(passes):
     if dist.is_initialized():
         dist.all_reduce(most, dist.ReduceOp.MAX)
     while len(passes) < most:
-        i = max(range(len(passes)), key=lambda i: len(passes[i]))
+        i = max(i for i, rows in enumerate(passes) if len(rows) > 1)  # the first stays the largest
         half = len(passes[i]) // 2
         passes[i : i + 1] = [passes[i][:half], passes[i][half:]]
     return passes

@@ -28,7 +28,8 @@ def setting(default, help):
     return field(default=default, metadata={"help": help})
 
 
-GONE = {"--micro_batch", "--update_batch", "--prefill_tokens", "--batch_size"}  # flags of earlier versions
+RENAMED = {"--micro_batch": "--pass_tokens (in rl.py --slots)", "--update_batch": "--pass_tokens",
+           "--prefill_tokens": "--pass_tokens", "--batch_size": "--slots"}  # fmt: skip
 
 
 def parse_args(settings, presets, argv=None):
@@ -49,8 +50,8 @@ def parse_args(settings, presets, argv=None):
             action.help = argparse.SUPPRESS
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        gone = GONE & {flag.partition("=")[0] for flag in unknown}
-        hint = f" --pass_tokens and --slots have replaced {', '.join(sorted(gone))}." if gone else ""
+        given = [flag.partition("=")[0] for flag in unknown]
+        hint = "".join(f" {flag} is now {RENAMED[flag]}." for flag in given if flag in RENAMED)
         raise SystemExit(f"unknown: {' '.join(unknown)}.{hint} See --help for the flags.")
     check_bounds(vars(args))
     return args

@@ -101,7 +101,7 @@ def test_rl_update_equals_the_cpus(writer_dir, world):
         args = rl.Settings(G=3, slots=12, pass_tokens=300, max_new_tokens=20, bf16=False, beta=0.1)
         pairs = pairs_of(model, world, "rl")
         rows = [pair.query for pair in pairs] + [pair.target for pair in pairs]
-        model.share_vision(rows, 4)
+        model.share_vision(rows, args.pass_tokens)
         rollouts = rl.rollout(model, rows, range(len(rows)), args)
         rewards, _ = rl.rewards_of(model, rollouts, pairs, args)
         advantages = rl.group_advantages(rewards.flatten(0, 1))
@@ -223,8 +223,9 @@ def test_synchronisations(writer_dir, world):
 
 
 def test_memory_of_training_passes(real_2b):
-    """With fp32 weights (8.2 GiB): an SFT pass of 8 pairs, an RL pass of 2 x 8 completions of 2,048 tokens."""
-    pairs = random_pairs(8, real_2b)
+    """With fp32 weights (8.2 GiB): SFT of 64 pairs in passes of up to 32,768 tokens, an RL pass of 2 x 8 completions of
+    2,048 tokens."""
+    pairs = random_pairs(64, real_2b)
     real_2b.backbone.model.visual.merger.requires_grad_(True)
     assert peak_gib(lambda: sft.sft_step(real_2b, pairs, sft.Settings())) < 45
     real_2b.backbone.model.visual.merger.requires_grad_(False)
