@@ -314,8 +314,8 @@ class Embedder(nn.Module):
             batch = Batch(None, None, None, *images_of(part, self.device))  # images only, no tokens
             states = self(batch).vision_states.cpu()
             patches_per_state = patches_of_token if self.vision_frozen else 1
-            lengths = [row.num_patches // patches_per_state for row in part]
-            for row, own in zip(part, states.split(lengths)):
+            num_states = [row.num_patches // patches_per_state for row in part]
+            for row, own in zip(part, states.split(num_states)):
                 row.vision_states = own  # empty for a row without images
                 row.patches = np.zeros((0, self.family.patch_values), np.uint8)
 

@@ -24,7 +24,8 @@ Departures from the paper or the official code
  5. A completion without <gen_emb> gets format 0 and embedding reward 0. The official code reads the prompt's <gen_emb>.
  6. A prompt and its G completions are one packed row with a tree mask: the prompt is computed once, not G times.
  7. Each batch holds one dataset, in shuffled order. Bad rows are masked out and listed (data.py, 1. and 2.).
- 8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper). AdamW's second beta is 0.98.
+ 8. Toy preset only: norm is 64 = max_new_tokens (2,048 in the paper). The learning rate is 5e-5 (paper: 1e-6).
+    AdamW's second beta is 0.98.
  9. Toy preset only: --std_floor is 0.1 (1e-4 in the paper). If all rollouts of a group are right, or all are wrong,
     their rewards differ by thousandths. Divided by so small a deviation, this noise would push the policy as hard as
     the difference between a right and a wrong rollout. The log's small_spread_share measures it.

@@ -40,7 +40,12 @@ def cut_into_passes(lengths, pass_tokens, device="cpu"):
         j = best[i][1]
         passes.append(order[j:i])
         i = j
-    return sorted(passes, key=lambda rows: -len(rows) * padded_length(lengths[rows[0]], device))
+    return sorted(passes, key=lambda rows: -padded_tokens(rows, lengths, device))
+
+
+def padded_tokens(rows, lengths, device):
+    """Return the tokens of a pass, pads included. rows: row indices, the longest first; lengths: tokens of each row."""
+    return len(rows) * padded_length(lengths[rows[0]], device)
 
 
 def same_number_on_all_ranks(passes):
@@ -62,6 +67,6 @@ def same_number_on_all_ranks(passes):
 
 def padding_share(lengths, passes, device):
     """Return the share of pads among the tokens of all ranks' passes. lengths: tokens of each row."""
-    padded = sum(len(rows) * padded_length(lengths[rows[0]], device) for rows in passes)
+    padded = sum(padded_tokens(rows, lengths, device) for rows in passes)
     tokens, padded = all_sum(torch.tensor([sum(lengths), padded], dtype=torch.float64)).tolist()
     return 1 - tokens / padded

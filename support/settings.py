@@ -29,7 +29,7 @@ def setting(default, help):
 
 
 RENAMED = {"--micro_batch": "--pass_tokens (in rl.py --slots)", "--update_batch": "--pass_tokens",
-           "--prefill_tokens": "--pass_tokens", "--batch_size": "--slots"}  # fmt: skip
+           "--prefill_tokens": "--pass_tokens", "--batch_size": "--slots"}  # fmt: skip (earlier name -> flag of today)
 
 
 def parse_args(settings, presets, argv=None):

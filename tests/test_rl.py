@@ -204,10 +204,10 @@ def test_tree_mask():
 def test_longest_passes_come_first(writer, sampled, monkeypatch):
     """In rl.py and sft.py, so that the largest pass runs where no gradients take memory yet."""
     groups = groups_of(*sampled)
-    lengths = []
-    monkeypatch.setattr(rl, "pack_groups", lambda model, part: lengths.append(part) or pack_groups(model, part))
+    parts = []
+    monkeypatch.setattr(rl, "pack_groups", lambda model, part: parts.append(part) or pack_groups(model, part))
     update(writer, writer, groups, args(pass_tokens=1))
-    lengths = [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for (group,) in lengths]
+    lengths = [len(group.row.ids) + sum(map(len, group.rollouts.ids)) for (group,) in parts]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1 and len(lengths) == len(groups)
     rows = [group.row for group in groups]
     pairs = [SimpleNamespace(query=row, target=rows[0], ok=True) for row in rows]

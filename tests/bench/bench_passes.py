@@ -49,7 +49,9 @@ def step(kind, n, pass_tokens):
 
 def peak(kind, n, pass_tokens):
     run = step(kind, n, pass_tokens)
-    sft.sft_step(make_embedder(SMALL), text_pairs(make_embedder(SMALL), [8, 8]), sft.Settings())  # loads library code
+    embedder = make_embedder(SMALL)
+    sft.sft_step(embedder, text_pairs(embedder, [8, 8]), sft.Settings())  # loads library code
+    del embedder
     return peak_above(run)[0]
 
 
